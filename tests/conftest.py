@@ -1,0 +1,24 @@
+"""Every test runs strict: 8 fake CPU devices, no silent dtype or rank promotion."""
+
+import os
+
+# Before jax is imported: without a GPU the tests see 8 devices, so that sharding is real.
+# (On a GPU machine `pytest -m gpu` wants the GPU: leave the platform to jax there.)
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what this machine cannot run, and says why."""
+    gpus = [d for d in jax.devices() if d.platform == "gpu"]
+    hopper = bool(gpus) and str(getattr(gpus[0], "compute_capability", "")) == "9.0"
+    for item in items:
+        if item.get_closest_marker("gpu") and not hopper:
+            item.add_marker(pytest.mark.skip(reason="needs a Hopper GPU (compute capability 9.0)"))
+        if item.get_closest_marker("multigpu") and len(gpus) < 2:
+            item.add_marker(pytest.mark.skip(reason=f"needs 2 GPUs, this machine has {len(gpus)}"))
