@@ -1,0 +1,167 @@
+"""Checkpoints: state, position in the data, and what run they belong to. All or nothing.
+
+Orbax writes into a temporary directory beside the old checkpoints and renames it when every byte
+is on disk; older ones go only after that. So a killed run or a full disk leaves the last good one.
+
+    <out>/checkpoints/<step>/state/    TrainState: sharded arrays
+    <out>/checkpoints/<step>/run/      JSON: data position and identity
+"""
+
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from train.state import TrainState
+
+Identity = Mapping[str, Any]
+"""What a run must have in common with a checkpoint to go on from it: flat, JSON-able."""
+
+
+class Checkpoints:
+    """The checkpoints of one run's directory."""
+
+    def __init__(self, out: Path, *, keep: int):
+        """Looks at the directory, without changing or creating anything.
+
+        Args:
+            out: the run's directory.
+            keep: checkpoints to keep; older ones are removed after a newer is complete.
+
+        Raises:
+            OSError: if out is there but cannot be read.
+        """
+        self._dir = (out / "checkpoints").absolute()
+        self._keep = keep
+        self._manager: ocp.CheckpointManager | None = None
+        found = self._dir.iterdir() if self._dir.is_dir() else ()
+        self._steps = sorted(int(p.name) for p in found if p.name.isdigit())
+        # Orbax logs a failed save with a page of traceback, and raises it too.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+    @property
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint, or None."""
+        return self._steps[-1] if self._steps else None
+
+    def check(self, identity: Identity) -> None:
+        """Checks that the latest checkpoint is of this run.
+
+        Raises:
+            ValueError: naming every field that differs, with both values.
+        """
+        theirs = self._read_run()["identity"]
+        names = sorted(identity.keys() | theirs.keys())
+        differ = [n for n in names if identity.get(n) != theirs.get(n)]
+        if differ:
+            raise ValueError(
+                f"{self._dir.parent} holds a checkpoint of another run (step {self.latest}): "
+                + ", ".join(f"{n} is {theirs.get(n)} there, {identity.get(n)} here" for n in differ)
+                + "; choose another --out, or the same flags"
+            )
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """Reads the latest checkpoint.
+
+        Args:
+            like: shapes, dtypes and shardings to restore into; any mesh.
+
+        Returns:
+            (state, data position as `Loader.restore` takes it).
+
+        Raises:
+            ValueError: if the checkpoint cannot be read.
+        """
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
+        try:
+            state = self._open().restore(self.latest, args=args)["state"]
+        except Exception as error:
+            raise ValueError(
+                f"cannot read the checkpoint {self._dir / str(self.latest)}: {_first_line(error)}"
+            ) from error
+        return state, self._read_run()["data"]
+
+    def save(self, state: TrainState, *, data: Mapping[str, Any], identity: Identity) -> None:
+        """Begins to write a checkpoint; training may go on while it is written.
+
+        Args:
+            state: arrays; copied before this returns, so they may be donated.
+            data: `Loader.state()` from before the next batch was drawn.
+            identity: of this run.
+
+        Raises:
+            OSError: if this or the save before it failed; the last good checkpoint is untouched.
+        """
+        step = int(jax.device_get(state.step))
+        if step == self.latest:
+            return
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            run=ocp.args.JsonSave({"data": dict(data), "identity": dict(identity)}),
+        )
+        self._guard(lambda: self._open().save(step, args=args), step)
+        self._steps.append(step)
+
+    def wait(self) -> None:
+        """Returns when everything is on disk.
+
+        Raises:
+            OSError: if a save failed.
+        """
+        if self._manager is not None:
+            self._guard(self._manager.wait_until_finished, self.latest)
+
+    def close(self) -> None:
+        """Waits, and lets go of the directory."""
+        if self._manager is not None:
+            self.wait()
+            self._manager.close()
+            self._manager = None
+
+    def _open(self) -> ocp.CheckpointManager:
+        if self._manager is None:
+            self._dir.mkdir(parents=True, exist_ok=True)
+            options = ocp.CheckpointManagerOptions(max_to_keep=self._keep)
+            self._manager = ocp.CheckpointManager(self._dir, options=options)
+        return self._manager
+
+    def _read_run(self) -> dict[str, Any]:
+        args = ocp.args.Composite(run=ocp.args.JsonRestore())
+        try:
+            return self._open().restore(self.latest, args=args)["run"]
+        except Exception as error:
+            raise ValueError(
+                f"cannot read the checkpoint {self._dir / str(self.latest)}: {_first_line(error)}"
+            ) from error
+
+    def _guard(self, action, step: int | None) -> None:
+        """Runs action; a failure leaves no half-written files and is one line."""
+        try:
+            action()
+        except Exception as error:  # tensorstore reports a full disk as ValueError
+            self._manager = None
+            for half in self._dir.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(half, ignore_errors=True)
+            good = max((int(p.name) for p in self._dir.iterdir() if p.name.isdigit()), default=None)
+            left = "there is none before it" if good is None else f"step {good} is intact"
+            raise OSError(
+                f"cannot write the checkpoint of step {step} to {self._dir} ({left}): "
+                f"{_cause(error)}"
+            ) from error
+
+
+def _cause(error: Exception) -> str:
+    """The system's own words where they are inside: 'No space left on device'."""
+    text = _first_line(error)
+    for known in ("No space left on device", "Permission denied", "File too large", "quota"):
+        if known in text:
+            return known
+    return text
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,117 @@
+"""What a step changes: step number, float32 weights, optimizer moments. One pytree, donated.
+
+Weights are a nested dict of arrays and not the module, so that a checkpoint can be read without
+the module's class, and optax sees nothing but arrays.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from models.sharding import shardings
+
+Params = dict[str, Any]
+"""Nested dict of arrays, named as in the model."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """State of training between two steps."""
+
+    step: jax.Array
+    """int32 scalar: optimizer steps done."""
+
+    params: Params
+    """float32, sharded as `models.sharding` says."""
+
+    opt_state: optax.OptState
+    """float32 moments, sharded as their parameters."""
+
+
+def abstract_state(
+    make_model: Callable[[], nnx.Module], tx: optax.GradientTransformation, mesh: Mesh
+) -> tuple[nnx.GraphDef, TrainState]:
+    """The state without its numbers: what is compiled for, and what a checkpoint is restored into.
+
+    Args:
+        make_model: builds the model; traced, so nothing is allocated.
+        tx: the optimizer.
+        mesh: the devices.
+
+    Returns:
+        (the model without parameters, to `nnx.merge` with them; ShapeDtypeStructs with shardings).
+
+    Raises:
+        ValueError: if the mesh does not divide the model's weights.
+    """
+    graphdef, weights = nnx.split(jax.eval_shape(make_model))
+    params = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, jnp.float32, sharding=s),
+        nnx.to_pure_dict(weights),
+        nnx.to_pure_dict(shardings(weights, mesh)),
+    )
+
+    def begin(params: Params) -> TrainState:
+        return TrainState(step=jnp.int32(0), params=params, opt_state=tx.init(params))
+
+    def on_mesh(a) -> jax.ShapeDtypeStruct:
+        spec = a.sharding.spec if a.sharding is not None else PartitionSpec()
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec))
+
+    with jax.set_mesh(mesh):
+        return graphdef, jax.tree.map(on_mesh, jax.eval_shape(begin, params))
+
+
+def new_state(params: Params, tx: optax.GradientTransformation, like: TrainState) -> TrainState:
+    """The state before the first step.
+
+    Args:
+        params: float32 and sharded; consumed.
+        tx: the optimizer.
+        like: from `abstract_state`.
+    """
+
+    def begin(params: Params) -> TrainState:
+        return TrainState(step=jnp.int32(0), params=params, opt_state=tx.init(params))
+
+    where = jax.tree.map(lambda a: a.sharding, like)
+    with jax.set_mesh(like.step.sharding.mesh):
+        return jax.jit(begin, donate_argnums=0, out_shardings=where)(params)
+
+
+def random_params(make_model: Callable[[], nnx.Module], like: TrainState) -> Params:
+    """Initial weights, every device making only the part that it holds.
+
+    Args:
+        make_model: builds the model from its seed.
+        like: from `abstract_state`.
+
+    Returns:
+        Sharded float32 parameters; the same numbers on every mesh.
+    """
+
+    def make() -> Params:
+        return nnx.to_pure_dict(nnx.state(make_model()))
+
+    where = jax.tree.map(lambda a: a.sharding, like.params)
+    with jax.set_mesh(like.step.sharding.mesh):
+        return jax.jit(make, out_shardings=where)()
+
+
+def loaded_params(model: nnx.Module, like: TrainState) -> Params:
+    """The weights of a loaded model, as float32 where `like` wants them; its own are freed."""
+    params = nnx.to_pure_dict(nnx.state(model))
+
+    def to_float32(params: Params) -> Params:
+        return jax.tree.map(lambda a: a.astype(jnp.float32), params)
+
+    where = jax.tree.map(lambda a: a.sharding, like.params)
+    with jax.set_mesh(like.step.sharding.mesh):
+        return jax.jit(to_float32, out_shardings=where)(params)
