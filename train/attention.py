@@ -2,11 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-import jaxattn
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import DTypeLike, Int
 
+import jaxattn
 from models.config import ModelConfig
 from models.sharding import spec
 

@@ -7,6 +7,7 @@ is on disk; older ones go only after that. So a killed run or a full disk leaves
     <out>/checkpoints/<step>/run/      JSON: data position and identity
 """
 
+import functools
 import logging
 import shutil
 from collections.abc import Mapping
@@ -20,6 +21,8 @@ from train.state import TrainState
 
 Identity = Mapping[str, Any]
 """What a run must have in common with a checkpoint to go on from it: flat, JSON-able."""
+
+_SYSTEM_WORDS = ("No space left on device", "Disk quota exceeded", "Permission denied")
 
 
 class Checkpoints:
@@ -54,7 +57,7 @@ class Checkpoints:
         Raises:
             ValueError: naming every field that differs, with both values.
         """
-        theirs = self._read_run()["identity"]
+        theirs = self._run["identity"]
         names = sorted(identity.keys() | theirs.keys())
         differ = [n for n in names if identity.get(n) != theirs.get(n)]
         if differ:
@@ -64,26 +67,24 @@ class Checkpoints:
                 + "; choose another --out, or the same flags"
             )
 
-    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Reads the latest checkpoint.
-
-        Args:
-            like: shapes, dtypes and shardings to restore into; any mesh.
-
-        Returns:
-            (state, data position as `Loader.restore` takes it).
+    def position(self) -> dict[str, Any]:
+        """Where in the data the latest checkpoint stands, as `Loader.restore` takes it.
 
         Raises:
             ValueError: if the checkpoint cannot be read.
         """
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
-        try:
-            state = self._open().restore(self.latest, args=args)["state"]
-        except Exception as error:
-            raise ValueError(
-                f"cannot read the checkpoint {self._dir / str(self.latest)}: {_first_line(error)}"
-            ) from error
-        return state, self._read_run()["data"]
+        return self._run["data"]
+
+    def restore(self, like: TrainState) -> TrainState:
+        """Reads the latest checkpoint's state.
+
+        Args:
+            like: shapes, dtypes and shardings to restore into, on any mesh.
+
+        Raises:
+            ValueError: if the checkpoint cannot be read.
+        """
+        return self._read("state", ocp.args.StandardRestore(like))
 
     def save(self, state: TrainState, *, data: Mapping[str, Any], identity: Identity) -> None:
         """Begins to write a checkpoint; training may go on while it is written.
@@ -129,14 +130,16 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(self._dir, options=options)
         return self._manager
 
-    def _read_run(self) -> dict[str, Any]:
-        args = ocp.args.Composite(run=ocp.args.JsonRestore())
+    @functools.cached_property
+    def _run(self) -> dict[str, Any]:
+        return self._read("run", ocp.args.JsonRestore())
+
+    def _read(self, item: str, how: ocp.args.CheckpointArgs) -> Any:
         try:
-            return self._open().restore(self.latest, args=args)["run"]
+            return self._open().restore(self.latest, args=ocp.args.Composite(**{item: how}))[item]
         except Exception as error:
-            raise ValueError(
-                f"cannot read the checkpoint {self._dir / str(self.latest)}: {_first_line(error)}"
-            ) from error
+            where = self._dir / str(self.latest)
+            raise ValueError(f"cannot read the checkpoint {where}: {_cause(error)}") from error
 
     def _guard(self, action, step: int | None) -> None:
         """Runs action; a failure leaves no half-written files and is one line."""
@@ -155,13 +158,6 @@ class Checkpoints:
 
 
 def _cause(error: Exception) -> str:
-    """The system's own words where they are inside: 'No space left on device'."""
-    text = _first_line(error)
-    for known in ("No space left on device", "Permission denied", "File too large", "quota"):
-        if known in text:
-            return known
-    return text
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+    """The system's own words where they are inside, else the first line."""
+    text = (str(error).splitlines() or [type(error).__name__])[0]
+    return next((words for words in _SYSTEM_WORDS if words in text), text[:300])

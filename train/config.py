@@ -105,12 +105,12 @@ class Config:
     """Tokens in a packed row."""
 
     batch_size: Annotated[int | None, _chosen("INT")] = None
-    """Rows in a step. By default as many as make 4,096 tokens, or 32,768 per GPU."""
+    """Rows in a step. By default as many as make 2,048 tokens, or 32,768 per GPU."""
 
     accum: int = 1
     """Parts that a step's rows are worked through in; more parts take less memory."""
 
-    steps: int = 150
+    steps: int = 120
     """Optimizer steps of the whole run, those before a resume included."""
 
     seed: int = 0
@@ -131,8 +131,9 @@ class Config:
     log_every: int = 1
     """Steps between lines of metrics.jsonl."""
 
-    remat: str = "full"
-    """What the backward pass computes again: full (each block), or what models/ names."""
+    remat: str = "attention"
+    """What the backward pass finds in memory: none of a block recomputed ("none"), q, k, v and the
+    output of attention kept ("qkv"), only the output ("attention"), nothing kept ("full")."""
 
     dtype: Annotated[Literal["bfloat16", "float32"] | None, _chosen("bfloat16|float32")] = None
     """Compute type; weights and optimizer stay float32. By default bfloat16 on a GPU, float32

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import DTypeLike
+from models.tokenizer import load_tokenizer
 
 from models.config import PRESETS, ModelConfig
 from models.internlm2 import REMAT
-from models.tokenizer import load_tokenizer
 from train import memory
 from train.attention import resolve_attention
 from train.config import Config
@@ -21,7 +21,7 @@ from train.mesh import check_rows, make_mesh, row_shards
 GPU_MODEL, CPU_MODEL = "internlm2-1.8b", "nano"
 GPU_TOKENS = 32_768
 """Tokens of a step on each GPU that holds rows of its own: one row of the longest case."""
-CPU_TOKENS = 4_096
+CPU_TOKENS = 2_048
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ PEAK_FLOPS = {
     "NVIDIA H200": 989e12,
     "NVIDIA H100 80GB HBM3": 989e12,
 }
-"""Dense bf16 FLOP/s by `device_kind`, from NVIDIA's datasheets (1,979e12 there is with sparsity)."""
+"""Dense bf16 FLOP/s by `device_kind`; the datasheets' 1,979e12 is with sparsity."""
 
 
 def peak_flops(device: jax.Device) -> float | None:

@@ -18,7 +18,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 
 CHUNK_TOKENS = 2048
 """Positions per device whose logits exist at once: 0.76 GB of float32 at V = 92,544."""

@@ -10,8 +10,8 @@ import os
 
 import jax
 from jax.sharding import Mesh
-from jaxattn import eager
 
+from jaxattn import eager
 from models.config import ModelConfig
 from train.loss import CHUNK_TOKENS
 from train.mesh import row_shards
@@ -24,16 +24,19 @@ class Plan:
     """Bytes per device, by what they are for."""
 
     weights: int
-    """float32 parameters."""
+    """float32 parameters, and their copy in the compute type."""
 
     optimizer: int
     """Two float32 moments per parameter."""
 
     gradients: int
-    """float32; twice under accumulation: the sum, and the microbatch's."""
+    """In the compute type; under accumulation their float32 sum too."""
+
+    gathered: int
+    """Over fsdp: the embedding table, and one block's weights and gradients."""
 
     activations: int
-    """Block inputs of every layer, and one block's intermediates with their gradients."""
+    """What remat keeps of every block, and everything of one block, with gradients."""
 
     logits: int
     """One chunk of logits and its gradient, the output matrix and its float32 gradient."""
@@ -75,28 +78,26 @@ def plan(
         rows: of one microbatch, over all devices.
         seq_len: tokens of a row.
         accum: microbatches of a step.
-        remat: "none" keeps every intermediate of every block; all else one block's at a time.
+        remat: key of `models.internlm2.REMAT`.
         itemsize: bytes of the compute dtype.
         attn: implementation in `jaxattn.IMPLEMENTATIONS`.
     """
-    tensor = mesh.shape["tensor"]
-    shards = mesh.shape["fsdp"] * tensor
-    local_rows = max(1, rows // row_shards(mesh))
-    tokens = local_rows * seq_len
-    parameters = model.num_params() // shards
-    block = tokens * itemsize * _intermediates(model, tensor)
-    blocks = model.num_layers if remat == "none" else 1
-    inputs = model.num_layers * tokens * model.hidden_size * itemsize
+    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    tokens = max(1, rows // row_shards(mesh)) * seq_len
+    table = model.hidden_size * model.vocab_size
+    of_block = (model.num_params() - 2 * table) // model.num_layers // tensor
+    parameters = model.num_params() // (fsdp * tensor)
+    kept, everything = _per_token(model, tensor, remat, attn)
     chunk = min(tokens, CHUNK_TOKENS) * model.vocab_size // tensor
-    output = model.hidden_size * model.vocab_size // tensor
-    heads = model.num_heads // tensor
+    local = tokens // seq_len, seq_len, seq_len, model.num_heads // tensor
     return Plan(
-        weights=4 * parameters,
-        optimizer=8 * parameters,
-        gradients=4 * parameters * (2 if accum > 1 else 1),
-        activations=inputs + block * (blocks + 1),
-        logits=chunk * (8 + itemsize) + output * (4 + itemsize),
-        scores=eager.score_bytes(local_rows, seq_len, seq_len, heads) if attn == "eager" else 0,
+        weights=parameters * (4 + (itemsize if itemsize < 4 else 0)),
+        optimizer=parameters * 8,
+        gradients=parameters * (itemsize + (4 if accum > 1 else 0)),
+        gathered=(2 * of_block * itemsize + 4 * table // tensor) if fsdp > 1 else 0,
+        activations=tokens * itemsize * (model.num_layers * kept + 2 * everything),
+        logits=chunk * (8 + itemsize) + table // tensor * (4 + itemsize),
+        scores=eager.score_bytes(*local) if attn == "eager" else 0,
     )
 
 
@@ -132,12 +133,14 @@ def check_fits(needed: Plan, device: jax.Device, *, rows: int, accum: int) -> No
         remedy = f"take a smaller --batch_size, or more parts: --accum={2 * accum}"
     else:
         remedy = "take a shorter --seq_len, or split rows with --mesh.tensor"
-    raise ValueError(
-        f"the run needs about {needed}; the device has {have / GiB:.2f} GiB: {remedy}"
-    )
+    raise ValueError(f"the run needs about {needed}; the device has {have / GiB:.2f} GiB: {remedy}")
 
 
-def _intermediates(model: ModelConfig, tensor: int) -> int:
-    """Numbers per token that one block makes and its backward pass reads."""
-    heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim  # q, k, v, out
-    return 4 * model.hidden_size + (heads + 4 * model.intermediate_size) // tensor
+def _per_token(model: ModelConfig, tensor: int, remat: str, attn: str) -> tuple[int, int]:
+    """Numbers per token and block that remat keeps, and that the block makes in all."""
+    out = model.num_heads * model.head_dim // tensor
+    qkv = out + 2 * model.num_kv_heads * model.head_dim // tensor
+    everything = 4 * model.hidden_size + out + qkv + 4 * model.intermediate_size // tensor
+    named = out if attn == "pallas" else 0  # only the kernel names its output
+    kept = {"none": everything, "qkv": qkv + named, "attention": named, "full": 0}[remat]
+    return model.hidden_size + kept, everything

@@ -48,28 +48,20 @@ def row_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
 
 
-def check_divides(mesh: Mesh, *, rows: int, num_heads: int, num_kv_heads: int, ffn: int) -> None:
-    """Checks that the mesh splits rows and weights evenly, before anything is allocated.
+def check_rows(mesh: Mesh, *, rows: int, accum: int) -> None:
+    """Checks that a step's rows divide over microbatches and devices.
 
     Args:
         mesh: the devices.
-        rows: rows of one microbatch.
-        num_heads: query heads.
-        num_kv_heads: key and value heads.
-        ffn: feed-forward columns.
+        rows: of a step.
+        accum: its microbatches.
 
     Raises:
-        ValueError: naming the flag, the two numbers and what would fit.
+        ValueError: naming the flags and the numbers that would do.
     """
-    shards, tensor = row_shards(mesh), mesh.shape["tensor"]
-    if rows % shards:
+    shards = row_shards(mesh)
+    if rows % (accum * shards):
         raise ValueError(
-            f"{rows} rows in a microbatch (--batch_size / --accum) do not divide over "
-            f"{shards} devices (mesh.data x mesh.fsdp): take a multiple of {shards}"
+            f"--batch_size={rows} must be a multiple of {accum * shards}: --accum={accum} parts, "
+            f"each split over {shards} devices (mesh.data x mesh.fsdp)"
         )
-    for name, size in (("query heads", num_heads), ("kv heads", num_kv_heads), ("ffn", ffn)):
-        if size % tensor:
-            raise ValueError(
-                f"--mesh.tensor={tensor} must divide the model's {size} {name}: "
-                f"take a divisor of {math.gcd(num_heads, num_kv_heads, ffn)}"
-            )

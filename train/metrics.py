@@ -6,6 +6,7 @@ one during which a checkpoint was begun, carry what was waited for.
 
 import json
 import resource
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,7 @@ from train.flops import peak_flops, training_flops
 class Metrics:
     """Turns what a step returns into numbers for people, and writes them down."""
 
-    def __init__(
-        self, path: Path, *, model: ModelConfig, start: int, steps: int, log_every: int, shown=None
-    ):
+    def __init__(self, path: Path, *, model: ModelConfig, start: int, steps: int, log_every: int):
         """Opens metrics.jsonl to append; lines after `start`, of a run that died, are dropped.
 
         Args:
@@ -31,7 +30,6 @@ class Metrics:
             start: step the run goes on from.
             steps: of the whole run.
             log_every: steps between lines; the last step always has one.
-            shown: stream of the progress bar; by default stderr, and only on a terminal.
 
         Raises:
             OSError: if the file cannot be written.
@@ -44,7 +42,11 @@ class Metrics:
         path.write_text("".join(kept))
         self._file = path.open("a")
         self._bar = tqdm(
-            total=steps, initial=start, unit="step", file=shown, dynamic_ncols=True, smoothing=0.1
+            total=steps,
+            initial=start,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.2 if sys.stderr.isatty() else 10,  # a log file wants fewer lines
         )
         self._then = time.perf_counter()
 
@@ -76,10 +78,6 @@ class Metrics:
         self._bar.set_postfix_str(_postfix(line), refresh=False)
         self._bar.update()
         return line
-
-    def restart_clock(self) -> None:
-        """Leaves what happened since the last step (compiling) out of the next step's time."""
-        self._then = time.perf_counter()
 
     def close(self) -> None:
         """Ends the bar and the file."""

@@ -86,32 +86,14 @@ def new_state(params: Params, tx: optax.GradientTransformation, like: TrainState
         return jax.jit(begin, donate_argnums=0, out_shardings=where)(params)
 
 
-def random_params(make_model: Callable[[], nnx.Module], like: TrainState) -> Params:
-    """Initial weights, every device making only the part that it holds.
+def params_of(model: nnx.Module, like: TrainState) -> Params:
+    """The weights of a model as `new_state` takes them: float32, where `like` wants them.
 
-    Args:
-        make_model: builds the model from its seed.
-        like: from `abstract_state`.
-
-    Returns:
-        Sharded float32 parameters; the same numbers on every mesh.
+    Weights that are so already are not copied.
     """
-
-    def make() -> Params:
-        return nnx.to_pure_dict(nnx.state(make_model()))
-
-    where = jax.tree.map(lambda a: a.sharding, like.params)
     with jax.set_mesh(like.step.sharding.mesh):
-        return jax.jit(make, out_shardings=where)()
-
-
-def loaded_params(model: nnx.Module, like: TrainState) -> Params:
-    """The weights of a loaded model, as float32 where `like` wants them; its own are freed."""
-    params = nnx.to_pure_dict(nnx.state(model))
-
-    def to_float32(params: Params) -> Params:
-        return jax.tree.map(lambda a: a.astype(jnp.float32), params)
-
-    where = jax.tree.map(lambda a: a.sharding, like.params)
-    with jax.set_mesh(like.step.sharding.mesh):
-        return jax.jit(to_float32, out_shardings=where)(params)
+        return jax.tree.map(
+            lambda a, to: jax.device_put(a.astype(to.dtype), to.sharding),
+            nnx.to_pure_dict(nnx.state(model)),
+            like.params,
+        )
