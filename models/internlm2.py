@@ -223,7 +223,7 @@ class InternLM2(nnx.Module):
             x_BTD, _ = self.run_blocks(self.embed(tokens_BT), rope, attend)
             return x_BTD
 
-    def prepare_mask(self, shape: tuple[int, int], segment_ids: Int[Array, "B T"] | None) -> Mask:
+    def prepare_mask(self, shape: tuple[int, ...], segment_ids: Int[Array, "B T"] | None) -> Mask:
         """The causal mask of a batch [B, T], with the metadata that all layers share."""
         c = self.config
         q_BTNH, k_BTKH = (

@@ -25,7 +25,7 @@ class Dataset:
     Attributes:
         tokens: int32 ids.
         trained: bool, whether predicting this token counts (template.Encoded).
-        offsets: int64; document d is `tokens[offsets[d]:offsets[d + 1]]`.
+        offsets: int64, E = D + 1; document d is `tokens[offsets[d]:offsets[d + 1]]`.
         splittable: bool, true for raw text, false for a chat.
         file: int32, index of the document's file in `files`.
         line: int64, line of the file on which it begins.
@@ -35,7 +35,7 @@ class Dataset:
 
     tokens: Int32[np.ndarray, " N"]
     trained: Bool[np.ndarray, " N"]
-    offsets: Int64[np.ndarray, " D+1"]
+    offsets: Int64[np.ndarray, " E"]
     splittable: Bool[np.ndarray, " D"]
     file: Int32[np.ndarray, " D"]
     line: Int64[np.ndarray, " D"]

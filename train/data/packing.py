@@ -72,10 +72,10 @@ class Pieces:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rows:
-    """R rows of P pieces; row r holds `pieces[offsets[r]:offsets[r + 1]]`, in this order."""
+    """R = E - 1 rows of P pieces; row r holds `pieces[offsets[r]:offsets[r + 1]]`, in order."""
 
     pieces: Int64[np.ndarray, " P"]
-    offsets: Int64[np.ndarray, " R+1"]
+    offsets: Int64[np.ndarray, " E"]
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

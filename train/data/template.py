@@ -24,7 +24,7 @@ References:
 """
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int32
@@ -35,6 +35,7 @@ IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
 
 
+@runtime_checkable  # beartype checks it in the tests
 class Tokenizer(Protocol):
     """What the data needs of a tokenizer (models.tokenizer makes them)."""
 
