@@ -12,9 +12,16 @@ from models.sharding import spec
 
 
 def resolve_attention(
-    attn: str, model: ModelConfig, mesh: Mesh, *, rows: int, seq_len: int, dtype: DTypeLike
+    attn: str,
+    model: ModelConfig,
+    mesh: Mesh,
+    *,
+    rows: int,
+    seq_len: int,
+    dtype: DTypeLike,
+    documents: bool = True,
 ) -> str:
-    """The implementation that will run packed rows of this shape.
+    """The implementation that will run rows of this shape.
 
     Args:
         attn: what was asked for.
@@ -23,15 +30,16 @@ def resolve_attention(
         rows: of a microbatch.
         seq_len: tokens of a row.
         dtype: compute type.
+        documents: whether rows are packed with several documents.
 
     Raises:
         ValueError: unknown implementation.
         NotImplementedError: it cannot run here, and what to use instead.
     """
     q, k = _structs(model, mesh, rows, seq_len, dtype)
-    mask = jaxattn.Mask(segment_ids=jnp.ones((rows, seq_len), jnp.int32))
+    ids_BT = jnp.ones((rows, seq_len), jnp.int32) if documents else None
     with jax.set_mesh(mesh):
-        return jaxattn.resolve(attn, q, k, mask)[0]
+        return jaxattn.resolve(attn, q, k, jaxattn.Mask(segment_ids=ids_BT))[0]
 
 
 def dispatch_line(

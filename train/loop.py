@@ -13,7 +13,7 @@ from flax import nnx
 from models.generate import generate
 from tqdm import tqdm
 
-from models import load_hf
+from models import load
 from models.internlm2 import InternLM2, init
 from train.attention import dispatch_line
 from train.checkpoint import Checkpoints
@@ -49,13 +49,13 @@ def run(config: Config) -> None:
         say(loader.report)
         tx = optimizer(config.optim, settled.lr, config.steps)
         graphdef, like = abstract_state(_maker(config, settled), tx, settled.mesh)
-        step = _compile(config, settled, graphdef, tx, like) if start < config.steps else None
         if start:
             loader.restore(checkpoints.position())
             state = checkpoints.restore(like)
         else:
             state = new_state(_first_params(config, settled, like), tx, like)
-        if step is not None:
+        if start < config.steps:
+            step = _compile(config, settled, graphdef, tx, state)
             save = functools.partial(checkpoints.save, identity=identity)
             state = _train(config, settled, step, state, start, loader, save)
             checkpoints.close()
@@ -203,10 +203,10 @@ def _compile(
 
 def _first_params(config: Config, settled: Settled, like: TrainState) -> Params:
     if settled.weights is not None:
-        model = load_hf(settled.weights, dtype="float32", attn=settled.attn, mesh=settled.mesh)
+        model = load(settled.weights, param_dtype="float32", mesh=settled.mesh)
         say(f"loaded the weights of {settled.weights}")
     else:
-        model = init(settled.model, seed=config.seed, mesh=settled.mesh, attn=settled.attn)
+        model = init(settled.model, seed=config.seed, mesh=settled.mesh)
     return params_of(model, like)
 
 

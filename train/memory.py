@@ -36,7 +36,8 @@ class Plan:
     """Over fsdp: the embedding table, and one block's weights and gradients."""
 
     activations: int
-    """What remat keeps of every block, and everything of one block, with gradients."""
+    """What remat keeps of every block, and everything of one block: a value's gradient takes its
+    place."""
 
     logits: int
     """One chunk of logits and its gradient, the output matrix and its float32 gradient."""
@@ -95,7 +96,7 @@ def plan(
         optimizer=parameters * 8,
         gradients=parameters * (itemsize + (4 if accum > 1 else 0)),
         gathered=(2 * of_block * itemsize + 4 * table // tensor) if fsdp > 1 else 0,
-        activations=tokens * itemsize * (model.num_layers * kept + 2 * everything),
+        activations=tokens * itemsize * (model.num_layers * kept + everything),
         logits=chunk * (8 + itemsize) + table // tensor * (4 + itemsize),
         scores=eager.score_bytes(*local) if attn == "eager" else 0,
     )

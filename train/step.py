@@ -3,7 +3,8 @@
 Gradients are of the sum of losses divided by the number of loss tokens of the whole step, over
 microbatches, rows and devices, so that 1 x 8 rows, 8 x 1 and 2 x 4 are the same step.
 
-A microbatch, B row of a microbatch, T position, D embed. A `Batch` has arrays [A, B, T] here.
+A microbatch, B row of a microbatch, T position, D embed. A `Batch` has arrays [A, B, T] here; its
+segment_ids may be None: one document a row, without padding.
 """
 
 from collections.abc import Callable
@@ -67,7 +68,7 @@ def make_step(
             "grad_norm": optax.global_norm(grads),
             "lr": jnp.asarray(schedule(state.step), jnp.float32),
             "loss_tokens": loss_tokens,
-            "tokens": jnp.sum((batch.segment_ids > 0).astype(jnp.float32)),
+            "tokens": _count_tokens(batch),
         }
         params = optax.apply_updates(state.params, updates)
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
@@ -120,6 +121,13 @@ def batch_struct(*, rows: int, seq_len: int, accum: int, mesh: Mesh) -> Batch:
 
     dtypes = dict.fromkeys(Batch._fields, jnp.int32) | {"loss_mask": jnp.float32}
     return Batch(**{name: struct(dtype) for name, dtype in dtypes.items()})
+
+
+def _count_tokens(batch: Batch) -> jax.Array:
+    """How many are not padding, in float32."""
+    if batch.segment_ids is None:
+        return jnp.float32(batch.tokens.size)
+    return jnp.sum((batch.segment_ids > 0).astype(jnp.float32))
 
 
 def _rows_over(mesh: Mesh) -> NamedSharding:
