@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from models.tokenizer import Tokenizer
 from train.data.corpus import TINY_SHAKESPEARE
 from train.data.dataset import Dataset, tokenise
 from train.data.order import shuffled
 from train.data.packing import Batch, Overlong, Pieces, Rows, count_loss_tokens, cut, fill, pack
 from train.data.report import Report
-from train.data.template import Tokenizer
 
 PREFETCH = 2  # batches made ahead: one in the making while one waits
 

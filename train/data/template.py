@@ -16,7 +16,8 @@ Raw text is `<s>` + the text without white space at its ends, all of it trained 
 is no `</s>` at the end: XTuner's pretrain_map_fn has none, the end of a file or of a long line
 is seldom the end of what an author had to say, and a chat model ends with `<|im_end|>` anyway.
 
-A tokenizer without the two chat tokens (the byte tokenizer) spells them out as text.
+The names of special tokens in the template and in the data become those tokens, as in XTuner; a
+tokenizer without them spells them out.
 
 References:
     InternLM/xtuner v0.1.23: xtuner/utils/templates.py `internlm2_chat`, xtuner/dataset/utils.py
@@ -24,38 +25,24 @@ References:
 """
 
 import dataclasses
-from typing import Protocol, runtime_checkable
+import itertools
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from train.data.formats import Chat, RowError, Text
+from models.tokenizer import Tokenizer
+from train.data.formats import Chat, Text
 
-IM_START = "<|im_start|>"
-IM_END = "<|im_end|>"
-
-
-@runtime_checkable  # beartype checks it in the tests
-class Tokenizer(Protocol):
-    """What the data needs of a tokenizer (models.tokenizer makes them)."""
-
-    @property
-    def bos_id(self) -> int: ...  # noqa: D102
-    @property
-    def pad_id(self) -> int: ...  # noqa: D102
-    @property
-    def im_start_id(self) -> int | None: ...  # noqa: D102
-    @property
-    def im_end_id(self) -> int | None: ...  # noqa: D102
-
-    def encode(self, text: str) -> list[int]:
-        """Returns the ids of `text`, with no `<s>` before and no `</s>` after."""
-        ...
+SYSTEM = "<|im_start|>system\n{}<|im_end|>\n"
+PROMPT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+ANSWER = "{}<|im_end|>"
+SEPARATOR = "\n"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Encoded:
-    """A tokenised document of N tokens.
+    """A tokenised document of N tokens, the first of them `<s>`.
 
     Attributes:
         tokens: int32 ids.
@@ -67,41 +54,34 @@ class Encoded:
     trained: Bool[np.ndarray, " N"]
 
 
-def encode(sample: Text | Chat, tokenizer: Tokenizer) -> Encoded:
-    """Tokenises one sample.
-
-    Raises:
-        RowError: the text has no tokens.
-    """
-    pieces = _chat(sample, tokenizer) if isinstance(sample, Chat) else _text(sample, tokenizer)
-    tokens = [token for ids, _ in pieces for token in ids]
-    trained = np.repeat([flag for _, flag in pieces], [len(ids) for ids, _ in pieces])
-    return Encoded(np.asarray(tokens, np.int32), trained)
+def encode(samples: Sequence[Text | Chat], tokenizer: Tokenizer) -> list[Encoded]:
+    """Tokenises samples, all their pieces in one batch for the tokenizers that are parallel."""
+    rendered = [render(sample) for sample in samples]
+    ids = iter(tokenizer.encode_batch([text for pieces in rendered for text, _ in pieces]))
+    return [
+        _join(list(itertools.islice(ids, len(pieces))), [flag for _, flag in pieces], tokenizer)
+        for pieces in rendered
+    ]
 
 
-def _text(sample: Text, tokenizer: Tokenizer) -> list[tuple[list[int], bool]]:
-    ids = tokenizer.encode(sample.text.strip())
-    if not ids:
-        raise RowError("the text has no tokens")
-    return [([tokenizer.bos_id], False), (ids, True)]
-
-
-def _chat(sample: Chat, tokenizer: Tokenizer) -> list[tuple[list[int], bool]]:
-    start = _special(tokenizer.im_start_id, IM_START, tokenizer)
-    end = _special(tokenizer.im_end_id, IM_END, tokenizer)
-    newline = tokenizer.encode("\n")
-    assistant = tokenizer.encode("assistant\n")
-    pieces = [([tokenizer.bos_id], False)]
+def render(sample: Text | Chat) -> list[tuple[str, bool]]:
+    """Returns the pieces of a sample, each to be tokenised by itself, and whether trained on."""
+    if isinstance(sample, Text):
+        return [(sample.text.strip(), True)]
+    pieces = []
     for turn in sample.turns:
-        prompt = []
-        if turn.system:
-            prompt += start + tokenizer.encode(f"system\n{turn.system}") + end + newline
-        prompt += start + tokenizer.encode(f"user\n{turn.input}") + end + newline
-        prompt += start + assistant
-        answer = tokenizer.encode(turn.output) + end
-        pieces += [(prompt, False), (answer, turn.loss), (newline, False)]
+        system = SYSTEM.format(turn.system) if turn.system else ""
+        pieces += [
+            (system + PROMPT.format(turn.input), False),
+            (ANSWER.format(turn.output), turn.loss),
+            (SEPARATOR, False),
+        ]
     return pieces
 
 
-def _special(token_id: int | None, text: str, tokenizer: Tokenizer) -> list[int]:
-    return tokenizer.encode(text) if token_id is None else [token_id]
+def _join(ids: list[list[int]], trained: list[bool], tokenizer: Tokenizer) -> Encoded:
+    ids, trained = [[tokenizer.bos_id], *ids], [False, *trained]
+    return Encoded(
+        tokens=np.fromiter(itertools.chain.from_iterable(ids), np.int32),
+        trained=np.repeat(trained, [len(piece) for piece in ids]),
+    )

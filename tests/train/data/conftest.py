@@ -1,4 +1,4 @@
-"""A byte tokenizer with chat tokens, and a way to write data files."""
+"""The byte tokenizer, and a way to write data files."""
 
 import json
 from collections.abc import Callable
@@ -6,19 +6,13 @@ from pathlib import Path
 
 import pytest
 
-
-class Bytes:
-    """Bytes as ids 3..258 after <unk> 0, <s> 1, </s> 2; then <|im_end|> and <|im_start|>."""
-
-    bos_id, pad_id, im_end_id, im_start_id = 1, 2, 259, 260
-
-    def encode(self, text: str) -> list[int]:
-        return [byte + 3 for byte in text.encode()]
+from models.tokenizer import Tokenizer, load_tokenizer
 
 
 @pytest.fixture
-def tokenizer() -> Bytes:
-    return Bytes()
+def tokenizer() -> Tokenizer:
+    """Bytes as ids 3..258 after <unk> 0, <s> 1, </s> 2; 263 <|im_end|> and 264 <|im_start|>."""
+    return load_tokenizer("byte")
 
 
 @pytest.fixture

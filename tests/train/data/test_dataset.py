@@ -1,8 +1,11 @@
 """Files to tokens: everything that was read is a document or a named broken row."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from train.data import dataset as dataset_module
 from train.data.dataset import tokenise
 
 GOOD = {"question": "Q", "answer": "A"}
@@ -65,3 +68,30 @@ def test_a_file_of_broken_rows_is_an_error(write, tokenizer):
 def test_an_empty_array_is_an_error(write, tokenizer):
     with pytest.raises(ValueError, match="holds no rows"):
         tokenise([write("a.json", [])], tokenizer)
+
+
+def test_text_without_tokens_is_a_broken_row(write, tokenizer):
+    class Deaf:
+        def __init__(self):
+            vars(self).update(dataclasses.asdict(tokenizer), decode=tokenizer.decode)
+
+        def encode(self, text):
+            return [] if text == "unheard" else tokenizer.encode(text)
+
+        def encode_batch(self, texts):
+            return [self.encode(text) for text in texts]
+
+    path = write("a.jsonl", [{"text": "unheard"}, {"text": "heard"}])
+    dataset = tokenise([path], Deaf())
+    assert [str(problem) for problem in dataset.broken] == [f"{path}:1: the text has no tokens"]
+    assert dataset.lengths.tolist() == [6]
+
+
+def test_rows_beyond_one_chunk_are_all_there(write, tokenizer, monkeypatch):
+    path = write("a.jsonl", [{"text": f"text {i}"} for i in range(100)])
+    whole = tokenise([path], tokenizer)
+    monkeypatch.setattr(dataset_module, "_CHUNK", 50)
+    chunked = tokenise([path], tokenizer)
+    assert np.array_equal(whole.tokens, chunked.tokens)
+    assert whole.files == chunked.files
+    assert np.array_equal(whole.line, chunked.line)

@@ -167,3 +167,8 @@ def test_rows_are_full_but_the_last(window):
         rows = pack(lengths, seq_len, seed=0, window=window)
         held = np.add.reduceat(lengths[rows.pieces], rows.offsets[:-1])
         assert np.delete(held, held.argmin()).mean() / seq_len > least
+
+
+def test_an_exact_fit_is_taken():
+    rows = pack(np.array([60, 50, 50, 40]), 100, seed=0)
+    assert len(rows) == 2
