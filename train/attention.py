@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import DTypeLike, Int
+from jaxtyping import Array, DTypeLike, Int
 
 import jaxattn
 from models.config import ModelConfig
@@ -46,7 +46,7 @@ def dispatch_line(
     attn: str,
     model: ModelConfig,
     mesh: Mesh,
-    segment_ids_BT: Int[np.ndarray, "B T"],
+    segment_ids_BT: Int[np.ndarray | Array, "B T"],
     *,
     dtype: DTypeLike,
 ) -> str:
@@ -59,7 +59,8 @@ def dispatch_line(
         segment_ids_BT: documents of a microbatch.
         dtype: compute type.
     """
-    q, k = _structs(model, mesh, *segment_ids_BT.shape, dtype)
+    rows, seq_len = segment_ids_BT.shape
+    q, k = _structs(model, mesh, rows, seq_len, dtype)
     with jax.set_mesh(mesh):
         mask = jaxattn.Mask(segment_ids=jnp.asarray(segment_ids_BT))
         return f"dispatch internlm2 attn forward: {jaxattn.describe(attn, q, k, mask)}"

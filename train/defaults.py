@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import DTypeLike
-from models.tokenizer import load_tokenizer
 
 from models.config import PRESETS, ModelConfig
 from models.internlm2 import REMAT
+from models.tokenizer import Tokenizer, load_tokenizer
 from train import memory
 from train.attention import resolve_attention
 from train.config import Config
-from train.data.template import Tokenizer
 from train.mesh import check_rows, make_mesh, row_shards
 
 GPU_MODEL, CPU_MODEL = "internlm2-1.8b", "nano"

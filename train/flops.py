@@ -12,7 +12,7 @@ References:
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Int
 
 from models.config import ModelConfig
 
@@ -28,13 +28,13 @@ def peak_flops(device: jax.Device) -> float | None:
     return PEAK_FLOPS.get(device.device_kind)
 
 
-def causal_pairs(segment_ids_BT: Int[np.ndarray, "B T"]) -> int:
+def causal_pairs(segment_ids_BT: Int[np.ndarray | Array, "B T"]) -> int:
     """Counts (query, key) pairs with key <= query in the same document; padding (0) has none.
 
     A document of n tokens has n * (n + 1) / 2.
     """
     pairs = 0
-    for row_T in segment_ids_BT:
+    for row_T in np.asarray(segment_ids_BT):
         starts = np.flatnonzero(np.diff(row_T, prepend=row_T[0] - 1))
         lengths = np.diff(starts, append=len(row_T)).astype(np.int64)
         pairs += int(np.sum((lengths * (lengths + 1) // 2)[row_T[starts] != 0]))

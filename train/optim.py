@@ -53,11 +53,11 @@ def optimizer(config: OptimConfig, lr: float, steps: int) -> optax.GradientTrans
         ),
     )
 
-    def update(grads, state, params=None):
+    def update(updates, state, params=None):
         # optax raises a Python float to an int32 step count: legal jax, but not under the strict
         # promotion that the rest of this code keeps to.
         with jax.numpy_dtype_promotion("standard"):
-            return rule.update(grads, state, params)
+            return rule.update(updates, state, params)
 
     return optax.GradientTransformation(rule.init, update)
 

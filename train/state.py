@@ -34,6 +34,13 @@ class TrainState:
     opt_state: optax.OptState
     """float32 moments, sharded as their parameters."""
 
+    @property
+    def mesh(self) -> Mesh:
+        """The devices that hold it."""
+        sharding = self.step.sharding
+        assert isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
+        return sharding.mesh
+
 
 def abstract_state(
     make_model: Callable[[], nnx.Module], tx: optax.GradientTransformation, mesh: Mesh
@@ -82,7 +89,7 @@ def new_state(params: Params, tx: optax.GradientTransformation, like: TrainState
         return TrainState(step=jnp.int32(0), params=params, opt_state=tx.init(params))
 
     where = jax.tree.map(lambda a: a.sharding, like)
-    with jax.set_mesh(like.step.sharding.mesh):
+    with jax.set_mesh(like.mesh):
         return jax.jit(begin, donate_argnums=0, out_shardings=where)(params)
 
 
@@ -91,7 +98,7 @@ def params_of(model: nnx.Module, like: TrainState) -> Params:
 
     Weights that are so already are not copied.
     """
-    with jax.set_mesh(like.step.sharding.mesh):
+    with jax.set_mesh(like.mesh):
         return jax.tree.map(
             lambda a, to: jax.device_put(a.astype(to.dtype), to.sharding),
             nnx.to_pure_dict(nnx.state(model)),

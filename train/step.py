@@ -8,6 +8,7 @@ segment_ids may be None: one document a row, without padding.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,7 @@ def make_step(
         padding).
     """
 
-    def micro_loss(params: Params, micro: Batch, count: jax.Array) -> jax.Array:
+    def micro_loss(params: Params, micro, count: jax.Array) -> jax.Array:
         model = nnx.merge(graphdef, params)
         x_BTD = model.hidden(micro.tokens, positions=micro.positions, segment_ids=micro.segment_ids)
         total = cross_entropy(x_BTD, model.unembedding(), micro.targets, micro.loss_mask)
@@ -70,7 +71,7 @@ def make_step(
             "loss_tokens": loss_tokens,
             "tokens": _count_tokens(batch),
         }
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(state.params, updates)
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return step
@@ -91,7 +92,7 @@ def compile_step(step: Step, like: TrainState, batch: Batch) -> jax.stages.Compi
         ValueError, NotImplementedError: what attention or model cannot do, found in tracing.
     """
     where = jax.tree.map(lambda a: a.sharding, like)
-    with jax.set_mesh(like.step.sharding.mesh):
+    with jax.set_mesh(like.mesh):
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
         return jitted.lower(like, batch).compile()
 
@@ -115,7 +116,7 @@ def put_batch(batch: Batch, *, accum: int, mesh: Mesh) -> Batch:
 def batch_struct(*, rows: int, seq_len: int, accum: int, mesh: Mesh) -> Batch:
     """What `put_batch` returns, without numbers."""
 
-    def struct(dtype) -> jax.ShapeDtypeStruct:
+    def struct(dtype) -> Any:
         shape = (accum, rows // accum, seq_len)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=_rows_over(mesh))
 
