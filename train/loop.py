@@ -223,14 +223,13 @@ def _sample(
 ) -> None:
     """Lets the model go on from the beginning of a training row, and writes it down."""
     prompt = [int(t) for t in batch.tokens[0, :PROMPT_TOKENS]]
-    with jax.set_mesh(settled.mesh):
-        [tokens] = generate(
-            nnx.merge(graphdef, params),
-            [prompt],
-            max_new_tokens=SAMPLE_TOKENS,
-            temperature=SAMPLE_TEMPERATURE,
-            seed=config.seed,
-        )
+    [tokens] = generate(
+        nnx.merge(graphdef, params),
+        [prompt],
+        max_new_tokens=SAMPLE_TOKENS,
+        temperature=SAMPLE_TEMPERATURE,
+        seed=config.seed,
+    )
     decode = settled.tokenizer.decode
     text = f"{decode(prompt)}|{decode(tokens)}"
     (settled.out / "sample.txt").write_text(text + "\n")
