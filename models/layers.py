@@ -111,7 +111,7 @@ def document_lengths(
     starts_BT = _starts(segment_ids)
     # A maximum over each run, in two scans that begin anew at every run: from its start to the
     # token, and from the token to its end.
-    ends_BT = jnp.concatenate([starts_BT[:, 1:], jnp.ones_like(starts_BT[:, :1])], axis=1)
+    ends_BT = jnp.pad(starts_BT[:, 1:], [(0, 0), (0, 1)], constant_values=True)
     before_BT = _running_max(starts_BT, positions_BT, reverse=False)
     after_BT = _running_max(ends_BT, positions_BT, reverse=True)
     return jnp.maximum(before_BT, after_BT) + 1
@@ -158,7 +158,7 @@ def constant(value: float, shape: tuple[int, ...], axes: sharding.Axes, dtype) -
 def _starts(segment_ids):
     """True at the first token of each run of equal ids."""
     changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return jnp.concatenate([jnp.ones_like(changes, shape=(len(changes), 1)), changes], axis=1)
+    return jnp.pad(changes, [(0, 0), (1, 0)], constant_values=True)
 
 
 def _running_max(resets_BT, values_BT, *, reverse):

@@ -14,6 +14,7 @@ References:
 """
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -150,6 +151,12 @@ def mesh_of(weight: jax.Array) -> contextlib.AbstractContextManager:
     return jax.sharding.use_abstract_mesh(mesh)
 
 
+def batch_multiple(weight: jax.Array) -> int:
+    """What the batch size must be a multiple of, on the mesh of a weight."""
+    mesh = jax.typeof(weight).sharding.mesh
+    return math.prod(mesh.shape[m] for m in RULES["batch"] if m in mesh.axis_names)
+
+
 def _in_use(entry: Any) -> Any:
     """A PartitionSpec entry without the mesh axes that split weights only in storage."""
     names = entry if isinstance(entry, tuple) else (entry,)
@@ -164,9 +171,7 @@ def _indivisible(
     problems = []
     for dim, (size, axis) in enumerate(zip(shape, axes, strict=True)):
         used = [m for m in RULES.get(axis or "", ()) if m in mesh.axis_names]
-        parts = 1
-        for m in used:
-            parts *= mesh.shape[m]
+        parts = math.prod(mesh.shape[m] for m in used)
         if size % parts:
             problems.append(
                 f"{name} has size {size} in dimension {dim} ({axis}), which must be a multiple of "
