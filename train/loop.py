@@ -10,10 +10,10 @@ from typing import Any
 
 import jax
 from flax import nnx
-from models.generate import generate
 from tqdm import tqdm
 
 from models import load
+from models.generate import generate
 from models.internlm2 import InternLM2, init
 from train.attention import dispatch_line
 from train.checkpoint import Checkpoints

@@ -58,12 +58,6 @@ def cross_entropy(
         raise ValueError(f"{chunk_tokens=} must be at least 1")
     local = functools.partial(_sum_of_losses, chunk_tokens)
     batch = _axes_of_rows(x_BTD)
-    rows = P(batch or None)
-    if not jax.sharding.get_abstract_mesh().empty:
-        # Axes of size 1 shard nothing, yet count as sharding in the type: take them off.
-        x_BTD, targets_BT, weights_BT = (
-            jax.sharding.reshard(a, rows) for a in (x_BTD, targets_BT, weights_BT)
-        )
     if not batch:
         return local(x_BTD, w_DV, targets_BT, weights_BT)
 
@@ -75,7 +69,7 @@ def cross_entropy(
 
     return jax.shard_map(
         on_each_device,
-        in_specs=(rows, P(), rows, rows),
+        in_specs=(P(batch), P(), P(batch), P(batch)),
         out_specs=P(),
         axis_names=set(batch),  # the axis that shards V stays with the compiler
     )(x_BTD, w_DV, targets_BT, weights_BT)
@@ -165,8 +159,7 @@ def _zeros_like_sum(weights_BT):
 
 
 def _axes_of_rows(x_BTD) -> tuple[str, ...]:
-    """Mesh axes of more than one device that shard the first dimension."""
-    sharding = jax.typeof(x_BTD).sharding
-    axes = sharding.spec[0] or () if sharding.spec else ()
-    axes = (axes,) if isinstance(axes, str) else axes
-    return tuple(a for a in axes if sharding.mesh.shape[a] > 1)
+    """Mesh axes that shard the first dimension."""
+    spec = jax.typeof(x_BTD).sharding.spec
+    axes = spec[0] or () if spec else ()
+    return (axes,) if isinstance(axes, str) else tuple(axes)
