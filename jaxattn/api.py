@@ -1,0 +1,261 @@
+"""The one door to attention: checks the arguments, chooses an implementation, runs it.
+
+B batch, T query pos, S key pos, N query heads, K kv heads, H head dim.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from jaxattn import cudnn, eager, xla
+from jaxattn.mask import Mask
+
+IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
+    "cudnn": cudnn.attention,
+    "xla": xla.attention,
+    "eager": eager.attention,
+}
+# The names that PyTorch users know.
+ALIASES = {"flash_attention_2": "pallas", "sdpa": "xla"}
+
+Shaped = Array | jax.ShapeDtypeStruct
+
+
+def attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    mask: Mask | None = None,
+    *,
+    impl: str = "auto",
+    scale: float | None = None,
+) -> Float[Array, "B T N H"]:
+    """softmax(scale * q k^T + mask) v, differentiable in q, k and v.
+
+    What is asked for runs, or an error says why not; no implementation stands in for another.
+    Query head n attends with kv head n // (N / K); K and V are never repeated in memory.
+    Under an explicit mesh (`jax.set_mesh`, AxisType.Explicit) B and the heads may be sharded:
+    every device then works on its own part, without communication.
+
+    Args:
+      q_BTNH: queries, any float dtype that the implementation takes (pallas: bf16, fp16).
+      k_BSKH: keys, same dtype; N must be a multiple of K.
+      v_BSKH: values, same shape and dtype as the keys.
+      mask: what each query sees; None: causal, one document a row. A mask from `prepare` saves
+        the kernel's tile metadata from being computed again in every layer.
+      impl: "auto", "pallas" (or "flash_attention_2"), "cudnn", "xla" (or "sdpa"), "eager".
+      scale: factor on the scores; None: H ** -0.5.
+
+    Returns:
+      [B, T, N, H] in the dtype of q; exactly 0 for queries that see nothing.
+
+    Raises:
+      ValueError: the arguments contradict each other.
+      NotImplementedError: the chosen implementation cannot run them, on this device or at all.
+
+    Memory beyond inputs and output: pallas O(T) forward and backward, cudnn the same; xla
+    `jaxattn.xla.SLICE_BYTES`; eager O(N T S), refused where it cannot fit.
+    """
+    mask = Mask() if mask is None else mask
+    _check_shapes(q_BTNH, k_BSKH, v_BSKH, mask)
+    name, _ = resolve(impl, q_BTNH, k_BSKH, mask)
+    scale = q_BTNH.shape[-1] ** -0.5 if scale is None else float(scale)
+
+    def run(q, k, v, mask):
+        return IMPLEMENTATIONS[name](q, k, v, mask, scale=scale)
+
+    return _over_devices(run, q_BTNH, k_BSKH, v_BSKH, mask)
+
+
+def prepare(mask: Mask, q: Shaped, k: Shaped, *, impl: str = "auto") -> Mask:
+    """Computes once what every layer's `attention` with this mask needs.
+
+    Args:
+      mask: the mask of a batch.
+      q: queries [B, T, N, H], or a ShapeDtypeStruct (with its sharding under a mesh).
+      k: keys [B, S, K, H], or a ShapeDtypeStruct.
+      impl: as for `attention`.
+
+    Returns:
+      The mask, for pallas with its tile metadata in `plan` (int32, O(T) bytes).
+
+    Raises:
+      ValueError, NotImplementedError: as `attention`.
+    """
+    _check_shapes(q, k, k, mask)
+    resolve(impl, q, k, mask)
+    return mask
+
+
+def resolve(impl: str, q: Shaped, k: Shaped, mask: Mask | None = None) -> tuple[str, str]:
+    """The implementation that `impl` means here, and why.
+
+    Args:
+      impl: a name, an alias or "auto".
+      q: queries [B, T, N, H] or a ShapeDtypeStruct.
+      k: keys [B, S, K, H] or a ShapeDtypeStruct.
+      mask: what will be asked of it; None: nothing beyond shapes is checked.
+
+    Returns:
+      (name in IMPLEMENTATIONS, reason in words).
+
+    Raises:
+      ValueError: no such implementation.
+      NotImplementedError: it cannot run on this device, or not these shapes or masks.
+    """
+    device = target_device()
+    if impl == "auto":
+        if device.platform != "gpu":
+            return "xla", f"auto: a {device.platform} device, where the kernels cannot run"
+        return "xla", "auto: runs everywhere"
+    name = ALIASES.get(impl, impl)
+    if name not in IMPLEMENTATIONS:
+        known = ", ".join(["auto", *IMPLEMENTATIONS, *ALIASES])
+        raise ValueError(f"unknown attention implementation {impl!r}; choose one of {known}")
+    why_not = _why_not(name, device, q, k, mask)
+    if why_not:
+        raise NotImplementedError(f"attention {name!r} cannot run: {why_not}")
+    return name, "asked for" if name == impl else f"asked for as {impl}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Dispatch:
+    """Which attention runs, for a log line."""
+
+    impl: str
+    reason: str
+    device: str
+    tiles: str
+    mask: str
+    skipped: float | None
+
+    def __str__(self) -> str:
+        """One line, without the name of the model."""
+        skipped = "" if self.skipped is None else f"; {self.skipped:.1%} of tiles skipped"
+        return (
+            f"{self.impl} ({self.reason}) on {self.device}; tiles {self.tiles}; "
+            f"mask {self.mask}{skipped}"
+        )
+
+
+def describe(impl: str, q: Shaped, k: Shaped, mask: Mask) -> Dispatch:
+    """What `attention` with these arguments runs; for one concrete batch, outside jit.
+
+    `skipped` is the share of the score matrix's tiles that the forward kernel does not visit;
+    for the other implementations it is 0, since they compute hidden pairs too, and for cudnn
+    None: it skips, but does not say how much.
+
+    Raises:
+      ValueError, NotImplementedError: as `attention`.
+    """
+    _check_shapes(q, k, k, mask)
+    name, reason = resolve(impl, q, k, mask)
+    device = target_device()
+    batch, t, num_heads = q.shape[:3]
+    s = k.shape[1]
+    skipped: float | None = 0.0
+    if name == "xla":
+        size, count = xla.slices(batch, t, num_heads, s)
+        tiles = f"{count} slices of {size} queries x {s} keys"
+    elif name == "eager":
+        tiles = f"none, the whole {t} x {s} matrix"
+    else:
+        tiles, skipped = "chosen by cuDNN", None
+    return Dispatch(
+        impl=name,
+        reason=reason,
+        device=getattr(device, "device_kind", device.platform),
+        tiles=tiles,
+        mask=mask.kind,
+        skipped=skipped,
+    )
+
+
+def target_device() -> jax.Device:
+    """The device that traced code will run on: jax's default."""
+    default = jax.config.jax_default_device
+    return default if isinstance(default, jax.Device) else jax.devices()[0]
+
+
+def _check_shapes(q: Shaped, k: Shaped, v: Shaped, mask: Mask) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if len(x.shape) != 4:
+            raise ValueError(f"{name} has shape {x.shape}, must have 4 axes: batch, pos, head, dim")
+    (batch, t, num_heads, head_dim), (_, s, num_kv_heads, _) = q.shape, k.shape
+    if v.shape != k.shape:
+        raise ValueError(f"v has shape {v.shape}, must be k's {k.shape}")
+    if k.shape[0] != batch or k.shape[3] != head_dim:
+        raise ValueError(f"q {q.shape} and k {k.shape} must agree in batch and head dim")
+    if num_heads % num_kv_heads:
+        raise ValueError(f"{num_heads} query heads must be a multiple of {num_kv_heads} kv heads")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; must be one")
+    mask.validate(batch, t, s)
+
+
+def _why_not(name: str, device: jax.Device, q: Shaped, k: Shaped, mask: Mask | None) -> str | None:
+    """The reason why an implementation cannot run, or None."""
+    batch, t, num_heads = q.shape[:3]
+    if name == "cudnn":
+        if device.platform != "gpu":
+            return f"cuDNN needs an NVIDIA GPU, this is a {device.platform} device; use impl='xla'"
+        if mask is not None and mask.segment_ids is not None:
+            return "it has no document mask (segment_ids given); use impl='pallas' or impl='xla'"
+        if q.dtype not in (jnp.bfloat16, jnp.float16):
+            return f"it takes bfloat16 and float16, not {q.dtype}; use impl='xla'"
+    if name == "eager":
+        shards = _heads_and_batch_shards(q)
+        need = eager.score_bytes(batch, t, k.shape[1], num_heads) // shards
+        have = _memory_bytes(device)
+        if need > have:
+            return (
+                f"the score matrix of {t} x {k.shape[1]} tokens would need {need / 2**30:.0f} GiB "
+                f"a layer, this device has {have / 2**30:.0f} GiB; use impl='pallas' or impl='xla'"
+            )
+    return None
+
+
+def _memory_bytes(device: jax.Device) -> int:
+    """Memory of the device in bytes: what its allocator may use, or the machine's for a CPU."""
+    stats = device.memory_stats() if device.platform == "gpu" else None
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _spec(x: Shaped) -> PartitionSpec:
+    """How x is split over the explicit mesh."""
+    sharding = jax.typeof(x).sharding if isinstance(x, jax.Array) else getattr(x, "sharding", None)
+    spec = getattr(sharding, "spec", None) or PartitionSpec()
+    return PartitionSpec(*spec, *[None] * (len(x.shape) - len(spec)))
+
+
+def _heads_and_batch_shards(q: Shaped) -> int:
+    mesh = jax.sharding.get_abstract_mesh()
+    count = 1
+    for axes in (_spec(q)[0], _spec(q)[2]) if not mesh.empty else ():
+        for axis in (axes,) if isinstance(axes, str) else axes or ():
+            count *= mesh.shape[axis]
+    return count
+
+
+def _over_devices(run: Callable[..., Array], q: Array, k: Array, v: Array, mask: Mask) -> Array:
+    """Runs `run` on every device's own rows and heads; directly where nothing is sharded."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not mesh.explicit_axes:
+        return run(q, k, v, mask)
+    spec = _spec(q)
+    if spec[1] is not None or spec[3] is not None:
+        raise ValueError(f"q is sharded {spec}; only batch and heads may be sharded")
+    for name, x in (("k", k), ("v", v)):
+        if _spec(x) != spec:
+            raise ValueError(f"{name} is sharded {_spec(x)}, must be as q: {spec}")
+    rows = PartitionSpec(spec[0])
+    return jax.shard_map(run, in_specs=(spec, spec, spec, rows), out_specs=spec, check_vma=False)(
+        q, k, v, mask
+    )

@@ -1,0 +1,113 @@
+"""Which query may see which key: the one definition that every implementation follows.
+
+B batch, T query position, S key position. The mask is the truth; `block_map.py` derives the
+kernel's work from it.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mask:
+    """Query i of row b sees key j of row b if all that is given holds.
+
+    * causal: j <= i. Both count from the start of the row, also when T and S differ.
+    * window: i - j < window and, without `causal`, also j - i < window. A token sees itself
+      and the window - 1 tokens before it.
+    * segment ids: equal and not 0. Id 0 is padding: it sees nothing and nothing sees it, its
+      output is exactly 0 and so are the gradients that leave it.
+
+    T = S = 4, rows are queries, `x` is visible:
+
+        causal          window=2        segment_ids=[1, 1, 2, 0]
+        x . . .         x . . .         x . . .
+        x x . .         x x . .         x x . .
+        x x x .         . x x .         . . x .
+        x x x x         . . x x         . . . .
+
+    Attributes:
+      segment_ids: document of each query, int32 [B, T]; None: one document a row.
+      kv_segment_ids: document of each key, int32 [B, S]; None: the same as segment_ids.
+      causal: hide the keys after the query.
+      window: sliding window in tokens, at least 1; None: unlimited.
+      plan: filled in by `jaxattn.prepare`, never by hand: tile metadata of one implementation.
+    """
+
+    segment_ids: Int[Array, "B T"] | None = None
+    kv_segment_ids: Int[Array, "B S"] | None = None
+    causal: bool = dataclasses.field(default=True, metadata={"static": True})
+    window: int | None = dataclasses.field(default=None, metadata={"static": True})
+    plan: Any = None
+
+    @property
+    def key_ids(self) -> Int[Array, "B S"] | None:
+        """Segment ids of the keys, or None where the rows hold one document each."""
+        return self.segment_ids if self.kv_segment_ids is None else self.kv_segment_ids
+
+    @property
+    def kind(self) -> str:
+        """What restricts the queries, in words, for log lines."""
+        parts = ["causal"] if self.causal else []
+        parts += ["documents"] if self.segment_ids is not None else []
+        parts += [f"window {self.window}"] if self.window is not None else []
+        return " + ".join(parts) or "full"
+
+    def validate(self, batch: int, t: int, s: int) -> None:
+        """Checks the mask against the shapes it is to be used with.
+
+        Raises:
+          ValueError: a shape, a dtype or the window does not fit; nothing was compiled yet.
+        """
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window={self.window} must be at least 1 (1: a token sees itself)")
+        if self.segment_ids is None:
+            if self.kv_segment_ids is not None:
+                raise ValueError("kv_segment_ids without segment_ids: give both, or segment_ids")
+            return
+        if self.kv_segment_ids is None and t != s:
+            raise ValueError(f"kv_segment_ids must be given because T={t} and S={s} differ")
+        for name, ids, length in (
+            ("segment_ids", self.segment_ids, t),
+            ("kv_segment_ids", self.key_ids, s),
+        ):
+            if ids.shape != (batch, length):
+                raise ValueError(f"{name} has shape {ids.shape}, must be {(batch, length)}")
+            if not jnp.issubdtype(ids.dtype, jnp.integer):
+                raise ValueError(f"{name} has dtype {ids.dtype}, must be an integer (int32)")
+
+    def visible(
+        self, t: int, s: int, *, start: int | Int[Array, ""] = 0, size: int | None = None
+    ) -> Bool[Array, "#B size s"]:
+        """Which keys the queries start .. start + size - 1 see; the whole [t, s] by default.
+
+        Args:
+          t: queries in a row.
+          s: keys in a row.
+          start: first query of the slice; may be traced. start + size may exceed t only where
+            the caller throws the rows beyond t away.
+          size: queries in the slice (static); None: all t.
+
+        Returns:
+          bool [B or 1, size, s]; memory is that array: ask for slices where T is large.
+        """
+        size = t if size is None else size
+        i = (start + jax.lax.iota(jnp.int32, size))[None, :, None]
+        j = jax.lax.iota(jnp.int32, s)[None, None, :]
+        allowed = jnp.ones((1, size, s), bool)
+        if self.causal:
+            allowed &= j <= i
+        if self.window is not None:
+            allowed &= i - j < self.window
+            if not self.causal:
+                allowed &= j - i < self.window
+        if self.segment_ids is not None:
+            ids = jax.lax.dynamic_slice_in_dim(self.segment_ids, start, size, axis=1)
+            allowed = allowed & (ids[:, :, None] == self.key_ids[:, None, :])
+            allowed &= ids[:, :, None] != 0
+        return allowed

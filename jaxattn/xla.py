@@ -1,0 +1,66 @@
+"""XLA's dot-product attention, a slice of queries at a time: bounded memory on every device.
+
+B batch, T query pos, S key pos, N query heads, K kv heads, H head dim, C queries in a slice.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxattn.mask import Mask
+
+# fp32 scores of one slice, [B, N, C, S], stay within this: enough to fill a GPU, small beside
+# the weights.
+SLICE_BYTES = 512 << 20
+
+
+def attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    mask: Mask,
+    *,
+    scale: float,
+) -> Float[Array, "B T N H"]:
+    """`jax.nn.dot_product_attention` over slices of queries, with the mask of each slice.
+
+    Memory: one slice's scores, at most about `SLICE_BYTES`, also in the backward pass, which
+    recomputes a slice's scores instead of keeping them. Work: every key for every query; hidden
+    pairs are computed and thrown away.
+
+    References:
+      jax.nn.dot_product_attention; Rabe and Staats 2021, arXiv:2112.05682 (slicing).
+    """
+    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+    size, count = slices(*q_BTNH.shape[:3], S)
+    rest = size * count - T  # queries added to fill the last slice; their output is dropped
+    q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, rest), (0, 0), (0, 0)))
+    if mask.segment_ids is not None:
+        ids_BT = jnp.pad(mask.segment_ids, ((0, 0), (0, rest)))
+        mask = Mask(
+            segment_ids=ids_BT,
+            kv_segment_ids=mask.key_ids,
+            causal=mask.causal,
+            window=mask.window,
+        )
+
+    @jax.checkpoint  # keep the slices' inputs only: their scores are the memory we came to save
+    def attend(start, q_BCNH):
+        visible_BCS = mask.visible(T + rest, S, start=start, size=size)
+        o_BCNH = jax.nn.dot_product_attention(
+            q_BCNH, k_BSKH, v_BSKH, mask=visible_BCS[:, None], scale=scale, implementation="xla"
+        )
+        # A row that sees nothing averages over all keys there; here it is defined to be 0.
+        sees_any_BC = visible_BCS.any(axis=-1)[:, :, None, None]
+        return jnp.where(sees_any_BC, o_BCNH, jnp.zeros_like(o_BCNH))
+
+    q_slices = jnp.moveaxis(q_BTNH.reshape(q_BTNH.shape[0], count, size, *q_BTNH.shape[2:]), 1, 0)
+    o_slices = jax.lax.map(lambda x: attend(*x), (size * jnp.arange(count), q_slices))
+    return jnp.moveaxis(o_slices, 0, 1).reshape(q_BTNH.shape)[:, :T]
+
+
+def slices(batch: int, t: int, num_heads: int, s: int) -> tuple[int, int]:
+    """(queries in a slice, number of slices): the fewest equal slices within `SLICE_BYTES`."""
+    most = max(1, SLICE_BYTES // (4 * batch * num_heads * s))
+    count = -(-t // most)
+    return -(-t // count), count
