@@ -174,7 +174,8 @@ def _skip_space(text: str, position: int) -> int:
 
 def _json_reason(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"not JSON: {error.msg} (line {error.lineno} column {error.colno})"
+        line = "" if error.lineno == 1 else f"line {error.lineno} "  # 1 where rows are lines
+        return f"not JSON: {error.msg} ({line}column {error.colno})"
     if isinstance(error, RecursionError):
         return "not JSON that can be read: nested too deeply"
     return f"not JSON: {error}"
