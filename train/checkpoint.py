@@ -10,6 +10,7 @@ is on disk; older ones go only after that. So a killed run or a full disk leaves
 import functools
 import logging
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,12 @@ from train.state import TrainState
 Identity = Mapping[str, Any]
 """What a run must have in common with a checkpoint to go on from it: flat, JSON-able."""
 
-_SYSTEM_WORDS = ("No space left on device", "Disk quota exceeded", "Permission denied")
+_SYSTEM_WORDS = (
+    "No space left on device",
+    "File too large",
+    "Disk quota exceeded",
+    "Permission denied",
+)
 
 
 class Checkpoints:
@@ -43,8 +49,6 @@ class Checkpoints:
         self._manager: ocp.CheckpointManager | None = None
         found = self._dir.iterdir() if self._dir.is_dir() else ()
         self._steps = sorted(int(p.name) for p in found if p.name.isdigit())
-        # Orbax logs a failed save with a page of traceback, and raises it too.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
 
     @property
     def latest(self) -> int | None:
@@ -86,6 +90,23 @@ class Checkpoints:
         """
         return self._read("state", ocp.args.StandardRestore(like))
 
+    def check_space(self, state: TrainState) -> None:
+        """Finds a full disk before a byte is written; what fills it later, the writing finds.
+
+        Args:
+            state: arrays or ShapeDtypeStructs.
+
+        Raises:
+            OSError: if one more checkpoint has no room; says the bytes needed and free.
+        """
+        need = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
+        there = next(p for p in (self._dir, *self._dir.parents) if p.exists())
+        free = shutil.disk_usage(there).free
+        if free < need:
+            raise OSError(
+                f"No space left on device: a checkpoint needs {need:,} bytes, {there} has {free:,}"
+            )
+
     def save(self, state: TrainState, *, data: Mapping[str, Any], identity: Identity) -> None:
         """Begins to write a checkpoint; training may go on while it is written.
 
@@ -104,6 +125,8 @@ class Checkpoints:
             state=ocp.args.StandardSave(state),
             run=ocp.args.JsonSave({"data": dict(data), "identity": dict(identity)}),
         )
+        self.wait()
+        self._guard(lambda: self.check_space(state), step)
         self._guard(lambda: self._open().save(step, args=args), step)
         self._steps.append(step)
 
@@ -126,6 +149,7 @@ class Checkpoints:
     def _open(self) -> ocp.CheckpointManager:
         if self._manager is None:
             self._dir.mkdir(parents=True, exist_ok=True)
+            _quiet_orbax()
             options = ocp.CheckpointManagerOptions(max_to_keep=self._keep)
             self._manager = ocp.CheckpointManager(self._dir, options=options)
         return self._manager
@@ -147,9 +171,10 @@ class Checkpoints:
             action()
         except Exception as error:  # tensorstore reports a full disk as ValueError
             self._manager = None
+            self._steps = [s for s in self._steps if s != step]
             for half in self._dir.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(half, ignore_errors=True)
-            good = max((int(p.name) for p in self._dir.iterdir() if p.name.isdigit()), default=None)
+            good = max((int(p.name) for p in self._dir.glob("*") if p.name.isdigit()), default=None)
             left = "there is none before it" if good is None else f"step {good} is intact"
             raise OSError(
                 f"cannot write the checkpoint of step {step} to {self._dir} ({left}): "
@@ -157,7 +182,23 @@ class Checkpoints:
             ) from error
 
 
+def _quiet_orbax() -> None:
+    """Keeps pages of traceback off the screen for what is raised as an exception anyway."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    usual = sys.unraisablehook
+
+    def hook(unraisable) -> None:
+        # Writes that end after the save they belong to has failed find its event loop closed.
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            usual(unraisable)
+
+    if usual.__module__ != __name__:
+        sys.unraisablehook = hook
+
+
 def _cause(error: Exception) -> str:
     """The system's own words where they are inside, else the first line."""
     text = (str(error).splitlines() or [type(error).__name__])[0]
+    if isinstance(error, OSError):
+        return text
     return next((words for words in _SYSTEM_WORDS if words in text), text[:300])

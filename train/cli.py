@@ -44,9 +44,12 @@ def flags(config: type, prefix: str = "--") -> list[str]:
     """Every flag of a dataclass and of its sections."""
     names = []
     for field in dataclasses.fields(config):
-        names.append(prefix + field.name)
         if isinstance(field.default_factory, type):
             names += flags(field.default_factory, f"{prefix}{field.name}.")
+        else:  # tyro's own name for it, if it has one; an empty one is its section's
+            given = [getattr(m, "name", None) for m in getattr(field.type, "__metadata__", ())]
+            name = next((n for n in given if n is not None), field.name)
+            names.append(f"{prefix}{name}".rstrip("."))
     return names
 
 

@@ -103,7 +103,7 @@ def settle(config: Config) -> Settled:
         config.attn, model, mesh, rows=rows // config.accum, seq_len=config.seq_len, dtype=dtype
     )
     plan = needed(model, attn)
-    memory.check_fits(plan, device, rows=rows // config.accum, accum=config.accum)
+    memory.check_fits(plan, memory.available(device), rows=rows // config.accum, accum=config.accum)
     tokenizer = _read_tokenizer(config.tokenizer, weights)
     if tokenizer.vocab_size > model.vocab_size:
         raise ValueError(

@@ -49,6 +49,8 @@ def run(config: Config) -> None:
         say(loader.report)
         tx = optimizer(config.optim, settled.lr, config.steps)
         graphdef, like = abstract_state(_maker(config, settled), tx, settled.mesh)
+        if start < config.steps:
+            checkpoints.check_space(like)
         if start:
             loader.restore(checkpoints.position())
             state = checkpoints.restore(like)

@@ -110,19 +110,18 @@ def available(device: jax.Device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def check_fits(needed: Plan, device: jax.Device, *, rows: int, accum: int) -> None:
+def check_fits(needed: Plan, have: int, *, rows: int, accum: int) -> None:
     """Refuses a plan that exceeds the device, and says what to change.
 
     Args:
         needed: the plan.
-        device: one of the mesh.
+        have: bytes of the device.
         rows: of a microbatch, for the advice.
         accum: microbatches, for the advice.
 
     Raises:
         ValueError: with what is needed, what there is, and the cheapest remedy.
     """
-    have = available(device)
     if needed.total <= have:
         return
     if needed.total - needed.scores <= have:

@@ -4,9 +4,8 @@ Weights are a nested dict of arrays and not the module, so that a checkpoint can
 the module's class, and optax sees nothing but arrays.
 """
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,19 +19,18 @@ Params = dict[str, Any]
 """Nested dict of arrays, named as in the model."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainState:
-    """State of training between two steps."""
+class TrainState(NamedTuple):
+    """State of training between two steps, or the same tree of structs or shardings.
+
+    Attributes:
+        step: int32 scalar, optimizer steps done.
+        params: float32, sharded as `models.sharding` says.
+        opt_state: float32 moments, sharded as their parameters.
+    """
 
     step: jax.Array
-    """int32 scalar: optimizer steps done."""
-
     params: Params
-    """float32, sharded as `models.sharding` says."""
-
     opt_state: optax.OptState
-    """float32 moments, sharded as their parameters."""
 
     @property
     def mesh(self) -> Mesh:

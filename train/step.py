@@ -66,7 +66,7 @@ def make_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "lr": jnp.asarray(schedule(state.step), jnp.float32),
             "loss_tokens": loss_tokens,
             "tokens": _count_tokens(batch),

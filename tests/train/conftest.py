@@ -1,10 +1,15 @@
 """A model small enough to compile in seconds, on any mesh of 8 devices."""
 
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from models.config import PRESETS, ModelConfig
+from train.config import Config
 from train.data import Batch
+from train.loop import run
 
 TINY = ModelConfig(
     vocab_size=320,
@@ -16,14 +21,15 @@ TINY = ModelConfig(
 )
 
 
-@pytest.fixture
-def tiny(monkeypatch) -> ModelConfig:
+@pytest.fixture(scope="session")
+def tiny() -> Iterator[ModelConfig]:
     """The tiny model, also by name: `--model=tiny`."""
-    monkeypatch.setitem(PRESETS, "tiny", TINY)
-    return TINY
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "tiny", TINY)
+        yield TINY
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def packed_rows() -> Batch:
     """8 rows of 24: two documents and padding in each, with as many targets as rows differ."""
     rng = np.random.default_rng(0)
@@ -40,3 +46,22 @@ def packed_rows() -> Batch:
         segment_ids=ids,
         positions=positions,
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny) -> Callable[..., Config]:
+    """Makes the config of one and the same run of 8 steps, in a directory of its own."""
+
+    def config(out: Path, **changes) -> Config:
+        same = {"model": "tiny", "seq_len": 64, "batch_size": 8, "steps": 8, "save_every": 3}
+        return Config(**(same | {"out": str(out)} | changes))
+
+    return config
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_run, tmp_path_factory) -> Path:
+    """The directory of that run, trained to its end without interruption."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    run(tiny_run(out))
+    return out

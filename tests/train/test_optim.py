@@ -36,7 +36,10 @@ def test_update_is_adamw_by_hand():
     m = {k: np.zeros_like(v) for k, v in want.items()}
     v = {k: np.zeros_like(x) for k, x in want.items()}
     for t, scale in enumerate([0.1, 5.0, 2.0], 1):
-        g = {k: scale * np.asarray(x, np.float64) for k, x in zip(p, ([[0.5, 1.0]], [1.0, -1.0]), strict=True)}
+        g = {
+            k: scale * np.asarray(x, np.float64)
+            for k, x in zip(p, ([[0.5, 1.0]], [1.0, -1.0]), strict=True)
+        }
         norm = np.sqrt(sum((x**2).sum() for x in g.values()))
         updates, state = tx.update({k: jnp.asarray(x, jnp.float32) for k, x in g.items()}, state, p)
         p = {k: p[k] + updates[k] for k in p}
