@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import jax
@@ -46,7 +47,8 @@ def losses(out: Path) -> list[float]:
 
 def params(out: Path, step: int):
     """The parameters in a checkpoint, as numpy, without the code under test."""
-    with ocp.PyTreeCheckpointer() as reader:
+    with ocp.PyTreeCheckpointer() as reader, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sharding info not provided")
         state = reader.restore(out / "checkpoints" / str(step) / "state")
     return jax.tree.map(np.asarray, state["params"])
 
@@ -79,7 +81,7 @@ def test_leaves_checkpoints_metrics_and_a_sample(finished):
 def test_says_what_attention_runs(tiny_run, tmp_path, capsys, monkeypatch):
     """One line, before the first step; the data's report and the plan are there too."""
 
-    def no_steps(*_):
+    def no_steps(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(loop, "put_batch", no_steps)
