@@ -54,7 +54,8 @@ def scratch(head_dim: int, dtype: jnp.dtype, tiles: ForwardTiles) -> dict:
     item_barrier = functools.partial(plgpu.Barrier, num_barriers=ITEM_SLOTS * CONSUMERS)
     return {
         "q_smem": plgpu.SMEM((*items, rows, head_dim), dtype, transforms=swizzled(dtype)),
-        "work_smem": plgpu.SMEM((*items, 8), jnp.int32),
+        # 8 values of each row are used: the copy engine writes to multiples of 128 bytes.
+        "work_smem": plgpu.SMEM((*items, 32), jnp.int32),
         "ends_smem": plgpu.SMEM((*items, 2, rows), jnp.int32),
         "k_smem": plgpu.SMEM(kv, dtype, transforms=swizzled(dtype)),
         "v_smem": plgpu.SMEM(kv, dtype, transforms=swizzled(dtype)),
@@ -148,10 +149,14 @@ def forward(
                     slot = item_slot(i, consumer)
                     full, parity = q_full.at[slot], lax.rem(i, jnp.int32(ITEM_SLOTS))
                     plgpu.barrier_wait(q_free.at[slot])
-                    for source, target in ((work_gmem, work_smem), (ends_gmem, ends_smem)):
-                        plgpu.copy_gmem_to_smem(
-                            source.at[row, consumer], target.at[parity, consumer], full
-                        )
+                    plgpu.copy_gmem_to_smem(
+                        work_gmem.at[row, consumer],
+                        work_smem.at[parity, consumer, pl.ds(0, 8)],
+                        full,
+                    )
+                    plgpu.copy_gmem_to_smem(
+                        ends_gmem.at[row, consumer], ends_smem.at[parity, consumer], full
+                    )
                     token = pl.multiple_of(
                         row_tile * queries + consumer * tiles.group, block_map.ALIGN
                     )
