@@ -143,7 +143,10 @@ def _flash_forward(q_RNH, k_CKH, v_CKH, plan: Plan, scale: float):
 def _flash_backward(scale: float, residuals, do_RNH):
     q_RNH, k_CKH, v_CKH, o_RNH, lse_NR, plan = residuals
     # d(softmax) needs sum over keys of p * dp, which is sum over H of o * do.
-    delta_NR = jnp.einsum("RNH,RNH->NR", o_RNH, do_RNH, preferred_element_type=jnp.float32)
+    # A product and a sum, not an einsum: XLA fuses them into one pass over both, where it would
+    # run N * R small matrix products (measured: 0.6 to 3 ms more on 32k tokens of 32 to 48 heads).
+    delta_RN = (o_RNH.astype(jnp.float32) * do_RNH.astype(jnp.float32)).sum(axis=2)
+    delta_NR = delta_RN.T
     delta_NR = jnp.pad(delta_NR, ((0, 0), (0, lse_NR.shape[1] - delta_NR.shape[1])))
     gradients = backward(
         q_RNH,
