@@ -6,7 +6,7 @@ released sizes and one that trains on a laptop.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any
 
 # What the original's configuration class assumes when config.json has no such key. No released
 # checkpoint relies on them (all of them differ from the released values), but a key left out
@@ -41,7 +41,7 @@ class RopeScaling:
       factor: at least 1.
     """
 
-    type: Literal["linear", "dynamic"]
+    type: str
     factor: float
 
     def __post_init__(self):
@@ -136,7 +136,7 @@ class ModelConfig:
         return tables * self.vocab_size * D + L * layer + D
 
     @classmethod
-    def from_hf(cls, hf: Mapping[str, Any]) -> Self:
+    def from_hf(cls, hf: Mapping[str, Any]) -> "ModelConfig":
         """Reads the contents of a HF config.json.
 
         Both spellings are known: rope_scaling beside rope_theta (transformers 4) and
@@ -170,7 +170,7 @@ class ModelConfig:
             num_heads=heads,
             num_kv_heads=heads if kv_heads is None else kv_heads,
             intermediate_size=value["intermediate_size"],
-            rms_norm_eps=value["rms_norm_eps"],
+            rms_norm_eps=float(value["rms_norm_eps"]),
             rope_theta=theta,
             rope_scaling=scaling,
             max_position_embeddings=value["max_position_embeddings"],
@@ -179,7 +179,7 @@ class ModelConfig:
             pad_token_id=value["pad_token_id"],
             bos_token_id=value["bos_token_id"],
             eos_token_id=eos[0] if isinstance(eos, list) else eos,
-            initializer_range=value["initializer_range"],
+            initializer_range=float(value["initializer_range"]),
         )
 
     def to_hf(self, *, dtype: str = "bfloat16") -> dict[str, Any]:
@@ -231,7 +231,7 @@ def _rope_from_hf(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
         for name in ("rope_scaling", "rope_parameters")
         if hf.get(name) is not None
     }
-    thetas = {float(theta) for theta, _ in spellings.values() if theta is not None}
+    thetas = {theta for theta, _ in spellings.values() if theta is not None}
     if hf.get("rope_theta") is not None:
         thetas.add(float(hf["rope_theta"]))
     if len(thetas) > 1 or len({scaling for _, scaling in spellings.values()}) > 1:
@@ -250,6 +250,7 @@ def _parse_rope(name: str, rope: Any) -> tuple[float | None, RopeScaling | None]
     if unknown := rope.keys() - {"type", "rope_type", "factor", "rope_theta"}:
         raise ValueError(f"{name} in config.json has unknown keys {sorted(unknown)}")
     theta = rope.get("rope_theta")
+    theta = None if theta is None else float(theta)
     kind = rope.get("type", rope.get("rope_type"))
     if rope.get("rope_type", kind) != kind:
         raise ValueError(f"{name}={dict(rope)} in config.json: type and rope_type differ")
@@ -258,7 +259,7 @@ def _parse_rope(name: str, rope: Any) -> tuple[float | None, RopeScaling | None]
     factor = rope.get("factor")
     if isinstance(factor, bool) or not isinstance(factor, int | float):
         raise ValueError(f"{name} factor={factor!r} in config.json must be a number, at least 1")
-    return theta, RopeScaling(type=kind, factor=float(factor))  # type: ignore[arg-type]  # checked there
+    return theta, RopeScaling(type=kind, factor=float(factor))
 
 
 def _dynamic(factor: float) -> RopeScaling:

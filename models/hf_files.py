@@ -3,7 +3,7 @@
 import contextlib
 import json
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import ml_dtypes  # noqa: F401  (registers bfloat16, which safetensors then returns)
 import numpy as np
@@ -40,7 +40,7 @@ class HFDirectory(contextlib.ExitStack):
         self.dtypes: dict[str, str] = {}
         self._files: dict[str, Any] = {}
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "HFDirectory":
         super().__enter__()
         try:
             for name in self._shards():

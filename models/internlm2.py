@@ -65,8 +65,8 @@ class Attention(nnx.Module):
         self.wo_NHD = normal(rngs, (N, H, D), ("heads", None, "embed"), std, param_dtype)
         self.bias = config.bias
         if config.bias:
-            self.wqkv_bias_KgH = constant(0, (K, g, H), ("heads", None, None), param_dtype)
-            self.wo_bias_D = constant(0, (D,), (None,), param_dtype)
+            self.wqkv_bias_KgH = constant(0.0, (K, g, H), ("heads", None, None), param_dtype)
+            self.wo_bias_D = constant(0.0, (D,), (None,), param_dtype)
 
     def __call__(
         self, x_BTD: Float[Array, "B T D"], rope: Rope, attend: Attend, carried: Any = None
@@ -109,9 +109,9 @@ class Block(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
         D = config.hidden_size
         self.eps = config.rms_norm_eps
-        self.attention_norm_D = constant(1, (D,), (None,), param_dtype)
+        self.attention_norm_D = constant(1.0, (D,), (None,), param_dtype)
         self.attention = Attention(config, rngs=rngs, param_dtype=param_dtype)
-        self.ffn_norm_D = constant(1, (D,), (None,), param_dtype)
+        self.ffn_norm_D = constant(1.0, (D,), (None,), param_dtype)
         self.ffn = SwiGLU(config, rngs=rngs, param_dtype=param_dtype)
 
     def __call__(
@@ -174,7 +174,7 @@ class InternLM2(nnx.Module):
         self.blocks = jax.vmap(lambda r: Block(config, rngs=r, param_dtype=param_dtype))(
             rngs.split(config.num_layers)
         )
-        self.norm_D = constant(1, (D,), (None,), param_dtype)
+        self.norm_D = constant(1.0, (D,), (None,), param_dtype)
         if not config.tie_word_embeddings:
             self.output_DV = normal(rngs, (D, V), ("embed", "vocab"), std, param_dtype)
 
