@@ -1,1 +1,7 @@
-"""Placeholder."""
+"""InternLM2 in Flax: architecture, weights, tokenizer, generation."""
+
+from models.config import PRESETS, ModelConfig
+from models.internlm2 import InternLM2, init
+from models.load import load, load_hf
+
+__all__ = ["PRESETS", "InternLM2", "ModelConfig", "init", "load", "load_hf"]

@@ -1,0 +1,332 @@
+"""InternLM2: a decoder with grouped-query attention, RMSNorm and SwiGLU.
+
+The modules are plain pytrees: use them under jax.jit, jax.grad, jax.vmap and lax.scan.
+
+B batch, T query pos, N query heads, K kv heads, G = N / K, g = G + 2, H head dim, D embed,
+F ffn, V vocab, L layers. A stacked parameter has a leading layer axis L before those it names.
+
+References:
+  Cai et al. 2024, arXiv:2403.17297; the original modeling_internlm2.py.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from jaxattn import Mask, attention, prepare
+from models import sharding
+from models.config import ModelConfig
+from models.layers import (
+    SwiGLU,
+    constant,
+    document_positions,
+    normal,
+    rms_norm,
+    rope_table,
+    rotate,
+)
+
+# What the backward pass finds in memory; the rest of a block it recomputes.
+# "attn_out" and "attn_lse" are named by jaxattn's kernel, "qkv" here.
+_POLICIES = jax.checkpoint_policies
+REMAT: dict[str, Callable | None] = {
+    "none": _POLICIES.everything_saveable,
+    # As "attention", and the rotated q, k, v: their projection is not recomputed either.
+    "qkv": _POLICIES.save_only_these_names("attn_out", "attn_lse", "qkv"),
+    # The attention kernel does not run again in the backward pass.
+    "attention": _POLICIES.save_only_these_names("attn_out", "attn_lse"),
+    # Only the input of each block.
+    "full": _POLICIES.nothing_saveable,
+}
+
+# (q_BTNH, k_BTKH, v_BTKH, carried) -> (o_BTNH, result): how a block attends. `carried` is this
+# layer's slice of what the caller scans beside the blocks (a cache), or None.
+Attend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
+Rope = tuple[Array, Array]
+
+
+class Attention(nnx.Module):
+    """Projections around attention; the attention itself is handed in.
+
+    wqkv is fused as in HF: for each kv head its G query heads, then k, then v.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
+        D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
+        g, std = config.group_size + 2, config.initializer_range
+        self.wqkv_DKgH = normal(
+            rngs, (D, K, g, H), ("embed", "heads", None, None), std, param_dtype
+        )
+        self.wo_NHD = normal(rngs, (N, H, D), ("heads", None, "embed"), std, param_dtype)
+        self.bias = config.bias
+        if config.bias:
+            self.wqkv_bias_KgH = constant(0.0, (K, g, H), ("heads", None, None), param_dtype)
+            self.wo_bias_D = constant(0.0, (D,), (None,), param_dtype)
+
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], rope: Rope, attend: Attend, carried: Any = None
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Projects, rotates, attends, projects back.
+
+        Args:
+          x_BTD: normed input; the weights must have its type.
+          rope: cos, sin of `rope_table`.
+          attend: see `Attend`.
+          carried: handed to attend.
+
+        Returns:
+          The output [B, T, D] and whatever attend returned beside its own.
+        """
+        wqkv_DKgH = sharding.gathered(self.wqkv_DKgH[...], "embed", "heads", None, None)
+        qkv_BTKgH = sharding.einsum(
+            "BTD,DKgH->BTKgH", x_BTD, wqkv_DKgH, out=("batch", None, "heads", None, None)
+        )
+        if self.bias:
+            qkv_BTKgH += self.wqkv_bias_KgH[...][None, None]
+        B, T, K, g, H = qkv_BTKgH.shape
+        q_BTNH = rotate(qkv_BTKgH[:, :, :, :-2].reshape(B, T, K * (g - 2), H), *rope)
+        k_BTKH = rotate(qkv_BTKgH[:, :, :, -2], *rope)
+        v_BTKH = qkv_BTKgH[:, :, :, -1]
+        q_BTNH, k_BTKH, v_BTKH = checkpoint_name((q_BTNH, k_BTKH, v_BTKH), "qkv")
+
+        o_BTNH, result = attend(q_BTNH, k_BTKH, v_BTKH, carried)
+
+        wo_NHD = sharding.gathered(self.wo_NHD[...], "heads", None, "embed")
+        y_BTD = sharding.einsum("BTNH,NHD->BTD", o_BTNH, wo_NHD, out=("batch", None, None))
+        if self.bias:
+            y_BTD += self.wo_bias_D[...][None, None]
+        return y_BTD, result
+
+
+class Block(nnx.Module):
+    """x += attention(norm(x)); x += ffn(norm(x))."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
+        D = config.hidden_size
+        self.eps = config.rms_norm_eps
+        self.attention_norm_D = constant(1.0, (D,), (None,), param_dtype)
+        self.attention = Attention(config, rngs=rngs, param_dtype=param_dtype)
+        self.ffn_norm_D = constant(1.0, (D,), (None,), param_dtype)
+        self.ffn = SwiGLU(config, rngs=rngs, param_dtype=param_dtype)
+
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], rope: Rope, attend: Attend, carried: Any = None
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """One layer; arguments and results as `Attention`."""
+        with jax.named_scope("attention"):
+            normed_BTD = rms_norm(x_BTD, self.attention_norm_D[...], eps=self.eps)
+            y_BTD, result = self.attention(normed_BTD, rope, attend, carried)
+            x_BTD += y_BTD
+        with jax.named_scope("ffn"):
+            x_BTD += self.ffn(rms_norm(x_BTD, self.ffn_norm_D[...], eps=self.eps))
+        return x_BTD, result
+
+
+class InternLM2(nnx.Module):
+    """The model: embedding, L blocks under one scan, final norm, output matrix.
+
+    Parameters are stored in param_dtype and cast to dtype once a call. The embedding is looked up
+    before it is cast, so that the gradients of a frequent token add up in param_dtype.
+
+    The embedding row of pad_token_id gets no gradient as an input, and starts at zero, exactly as
+    padding_idx does in the original. In InternLM2 pad is also eos, so fine-tuning never changes
+    what eos looks like as an input; it does train eos as a target (the output matrix, which a
+    tied model shares with the embedding). Packed training loses nothing by it: a document ends
+    with eos and no later token sees it.
+
+    Args:
+      config: the architecture.
+      rngs: its `params` stream draws the weights: normal(0, initializer_range), norms 1, biases 0.
+      attn: attention implementation, a name that `jaxattn.attention` knows.
+      dtype: type of activations and of the weights in use.
+      param_dtype: type of the stored weights.
+      remat: what the backward pass recomputes, a key of `REMAT`.
+
+    Raises:
+      ValueError: remat is unknown.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        attn: str = "auto",
+        dtype=jnp.bfloat16,
+        param_dtype=jnp.float32,
+        remat: str = "full",
+    ):
+        if remat not in REMAT:
+            raise ValueError(f"remat={remat!r} must be one of {', '.join(REMAT)}")
+        V, D, std = config.vocab_size, config.hidden_size, config.initializer_range
+        self.config = config
+        self.attn = attn
+        self.dtype = jnp.dtype(dtype)
+        self.remat = remat
+        self.embed_VD = normal(rngs, (V, D), (None, "table"), std, param_dtype)
+        if 0 <= config.pad_token_id < V:
+            self.embed_VD[...] = self.embed_VD[...].at[config.pad_token_id].set(0)
+        self.blocks = jax.vmap(lambda r: Block(config, rngs=r, param_dtype=param_dtype))(
+            rngs.split(config.num_layers)
+        )
+        self.norm_D = constant(1.0, (D,), (None,), param_dtype)
+        if not config.tie_word_embeddings:
+            self.output_DV = normal(rngs, (D, V), ("embed", "vocab"), std, param_dtype)
+
+    def __call__(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits of the next token, fp32; arguments as `hidden`.
+
+        Memory: B * T * V floats, 12 GB at 32k tokens of the real vocabulary: training uses
+        `hidden` and `unembedding` in chunks instead.
+        """
+        with sharding.mesh_of(self.norm_D[...]):
+            x_BTD = self.hidden(tokens_BT, positions=positions, segment_ids=segment_ids)
+            return logits(x_BTD, self.unembedding())
+
+    def hidden(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """What the output matrix multiplies: the residual stream after the final norm.
+
+        Args:
+          tokens_BT: ids in 0 .. V - 1; B a multiple of the mesh's data and fsdp axes.
+          positions: position of each token in its document; None: counted from the start of each
+            run of equal segment ids, or of the row.
+          segment_ids: document of each token, 0 for padding; None: one document a row.
+
+        Returns:
+          [B, T, D] in the compute type.
+        """
+        with sharding.mesh_of(self.norm_D[...]):
+            tokens_BT, positions, segment_ids = self._laid_out(tokens_BT, positions, segment_ids)
+            mask = self.prepare_mask(tokens_BT.shape, segment_ids)
+
+            def attend(q_BTNH, k_BTKH, v_BTKH, _):
+                return attention(q_BTNH, k_BTKH, v_BTKH, mask, impl=self.attn), None
+
+            rope = rope_table(positions, self.config, segment_ids=segment_ids)
+            x_BTD, _ = self.run_blocks(self.embed(tokens_BT), rope, attend)
+            return x_BTD
+
+    def prepare_mask(self, shape: tuple[int, ...], segment_ids: Int[Array, "B T"] | None) -> Mask:
+        """The causal mask of a batch [B, T], with the metadata that all layers share."""
+        c = self.config
+        q_BTNH, k_BTKH = (
+            sharding.struct((*shape, heads, c.head_dim), self.dtype, "batch", None, "heads", None)
+            for heads in (c.num_heads, c.num_kv_heads)
+        )
+        return prepare(Mask(segment_ids=segment_ids), q_BTNH, k_BTKH, impl=self.attn)
+
+    def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Rows of the embedding in the compute type; that of padding is a constant."""
+        table_VD = sharding.gathered(self.embed_VD[...], None, "table")
+        x_BTD = sharding.take_rows(table_VD, tokens_BT, "batch", None, "table_in_use")
+        x_BTD = sharding.constrain(x_BTD.astype(self.dtype), "batch", None, None)
+        is_pad_BT1 = (tokens_BT == self.config.pad_token_id)[..., None]
+        return jnp.where(is_pad_BT1, jax.lax.stop_gradient(x_BTD), x_BTD)
+
+    def run_blocks(
+        self, x_BTD: Float[Array, "B T D"], rope: Rope, attend: Attend, carried: Any = None
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """All layers and the final norm: the one scan behind training, prefill and decoding.
+
+        Args:
+          x_BTD: embedded tokens in the compute type.
+          rope: cos, sin of `rope_table`.
+          attend: how each block attends.
+          carried: None, or a tree of arrays [L, ...] of which each layer gets its slice.
+
+        Returns:
+          The normed residual stream, and the layers' second results stacked [L, ...].
+        """
+
+        def layer(x_BTD, block_and_carried):
+            block, carried = block_and_carried
+            return block(x_BTD, rope, attend, carried)
+
+        layer = jax.checkpoint(layer, policy=REMAT[self.remat])
+        blocks = jax.tree.map(lambda w: w.astype(self.dtype), self.blocks)
+        x_BTD, results = jax.lax.scan(layer, x_BTD, (blocks, carried))
+        return rms_norm(x_BTD, self.norm_D[...], eps=self.config.rms_norm_eps), results
+
+    def unembedding(self) -> Float[Array, "D V"]:
+        """The output matrix in the compute type, gathered over fsdp, columns over tensor."""
+        with sharding.mesh_of(self.norm_D[...]):
+            if self.config.tie_word_embeddings:
+                table_VD = sharding.gathered(self.embed_VD[...].astype(self.dtype), None, "table")
+                return sharding.constrain(table_VD.T, None, "vocab")
+            return sharding.gathered(self.output_DV[...].astype(self.dtype), "embed", "vocab")
+
+    def _laid_out(self, tokens_BT, positions, segment_ids):
+        """The inputs split over the mesh, with the default positions filled in."""
+        tokens_BT = sharding.constrain(tokens_BT, "batch", None)
+        if segment_ids is not None:
+            segment_ids = sharding.constrain(segment_ids, "batch", None)
+        if positions is not None:
+            positions = sharding.constrain(positions, "batch", None)
+        elif segment_ids is not None:
+            positions = document_positions(segment_ids)
+        else:
+            positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
+            positions = sharding.constrain(positions, "batch", None)
+        return tokens_BT, positions, segment_ids
+
+
+def logits(x_BTD: Float[Array, "B T D"], w_DV: Float[Array, "D V"]) -> Float[Array, "B T V"]:
+    """The product x w, accumulated and returned in fp32."""
+    return sharding.einsum(
+        "BTD,DV->BTV",
+        x_BTD,
+        w_DV,
+        out=("batch", None, "vocab"),
+        preferred_element_type=jnp.float32,
+    )
+
+
+def init(
+    config: ModelConfig,
+    *,
+    seed: int | Int[Array, ""] = 0,
+    mesh: jax.sharding.Mesh | None = None,
+    **kwargs: Any,
+) -> InternLM2:
+    """A model with random weights, each created where it is to live.
+
+    No device ever holds more than its own shards: the weights are drawn inside one jit whose
+    outputs are sharded. They do not depend on the mesh.
+
+    Args:
+      config: the architecture.
+      seed: of the weights.
+      mesh: None: the default device.
+      **kwargs: attn, dtype, param_dtype, remat of `InternLM2`.
+
+    Raises:
+      ValueError: the mesh does not divide the model.
+    """
+
+    def create():
+        return InternLM2(config, rngs=nnx.Rngs(params=seed), **kwargs)
+
+    if mesh is None:
+        return jax.jit(create)()
+    placed = sharding.shardings(jax.eval_shape(create), mesh)
+    # Without a current mesh the compiler spreads the drawing itself by the outputs' shardings;
+    # under an explicit mesh every intermediate would be whole on every device.
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        return jax.jit(create, out_shardings=placed)()

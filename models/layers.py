@@ -1,0 +1,171 @@
+"""The parts of a block that are not attention: RMSNorm, rotary embedding, SwiGLU.
+
+B batch, T query pos, N heads, H head dim, D embed, F ffn.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from models import sharding
+from models.config import ModelConfig
+
+
+def rms_norm(
+    x_BTD: Float[Array, "B T D"], weight_D: Float[Array, " D"], *, eps: float
+) -> Float[Array, "B T D"]:
+    """Computes x / rms(x) * weight.
+
+    Statistics and the division are fp32; the quotient is rounded to the type of x before the
+    weight multiplies it, in that type: the order of the original.
+
+    References:
+      Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4; InternLM2 modeling_internlm2.py,
+      InternLM2RMSNorm.forward.
+    """
+    x32_BTD = x_BTD.astype(jnp.float32)
+    mean_square_BT1 = jnp.mean(jnp.square(x32_BTD), axis=-1, keepdims=True)
+    normed_BTD = (x32_BTD * jax.lax.rsqrt(mean_square_BT1 + eps)).astype(x_BTD.dtype)
+    return normed_BTD * weight_D.astype(x_BTD.dtype)[None, None]
+
+
+def rope_table(
+    positions_BT: Int[Array, "B T"],
+    config: ModelConfig,
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]:
+    """Cosines and sines of the rotary angles, fp32, for all layers at once.
+
+    none:    angle = position * theta^(-2j/H), j = 0 .. H/2 - 1.
+    linear:  the position is divided by factor, at every length.
+    dynamic: for a document of length n > M = max_position_embeddings, theta becomes
+             theta * (factor * n / M - (factor - 1))^(H / (H - 2)); up to M it is plain.
+
+    n is a matter of each document: 1 + the largest position among the neighbours in its row with
+    the same segment id, or in the whole row without segment ids. The original takes one n for the
+    whole batch (the padded length, or the largest position, by generation of its code): there a
+    long row changes what its neighbours compute. Here a document's result does not depend on what
+    it is packed or batched with; both agree wherever no document exceeds M. In cached decoding n
+    counts the tokens so far, and keys keep the base they were written with, as in the original.
+
+    Args:
+      positions_BT: position of each token in its document, from 0.
+      config: head_dim, rope_theta, rope_scaling, max_position_embeddings.
+      segment_ids: documents; runs of equal ids.
+
+    Returns:
+      (cos, sin), each [B, T, 1, H/2].
+
+    References:
+      Su et al. 2021, arXiv:2104.09864, eq. 34; dynamic NTK: InternLM2 modeling_internlm2.py,
+      InternLM2DynamicNTKScalingRotaryEmbedding.
+    """
+    H, M, scaling = config.head_dim, config.max_position_embeddings, config.rope_scaling
+    exponents = np.arange(0, H, 2, dtype=np.float32) / np.float32(H)
+    # The operations of the original in its order and precision: one ulp here is a visible angle
+    # at position 32,768.
+    frequencies = 1 / np.float32(config.rope_theta) ** exponents
+    positions = positions_BT.astype(jnp.float32)[..., None]
+    if scaling is not None and scaling.type == "linear":
+        positions = positions / scaling.factor
+    angles = positions * frequencies[None, None]
+    if scaling is not None and scaling.type == "dynamic":
+        n = document_lengths(positions_BT, segment_ids)[..., None]
+        growth = scaling.factor * jnp.maximum(n, M).astype(jnp.float32) / M - (scaling.factor - 1)
+        base = config.rope_theta * growth ** (H / (H - 2))
+        angles = jnp.where(n > M, positions / base ** exponents[None, None], angles)
+    return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+
+
+def rotate(
+    x_BTNH: Float[Array, "B T N H"],
+    cos: Float[Array, "B T 1 half"],
+    sin: Float[Array, "B T 1 half"],
+) -> Float[Array, "B T N H"]:
+    """Turns the pairs (x_j, x_{j + H/2}) by their angles (the half-split layout of HF).
+
+    The rotation is fp32 and its result is rounded once. (The original rounds cos and sin to the
+    model's type first, which in bf16 leaves 8 bits of the angle's cosine.)
+    """
+    low, high = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+    return turned.astype(x_BTNH.dtype)
+
+
+def document_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Position of each token in its document, from 0: a document is a run of equal ids."""
+    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1])[None], segment_ids.shape)
+    return index - jax.lax.cummax(jnp.where(_starts(segment_ids), index, 0), axis=1)
+
+
+def document_lengths(
+    positions_BT: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None
+) -> Int[Array, "B T"]:
+    """1 + the largest position of the token's document (of its row without segment ids)."""
+    if segment_ids is None:
+        longest = positions_BT.max(axis=1, keepdims=True)
+        return jnp.broadcast_to(longest + 1, positions_BT.shape)
+    starts_BT = _starts(segment_ids)
+    # A maximum over each run, in two scans that begin anew at every run: from its start to the
+    # token, and from the token to its end.
+    ends_BT = jnp.pad(starts_BT[:, 1:], [(0, 0), (0, 1)], constant_values=True)
+    before_BT = _running_max(starts_BT, positions_BT, reverse=False)
+    after_BT = _running_max(ends_BT, positions_BT, reverse=True)
+    return jnp.maximum(before_BT, after_BT) + 1
+
+
+class SwiGLU(nnx.Module):
+    """w2(silu(w1 x) * w3 x), without biases.
+
+    References:
+      Shazeer 2020, arXiv:2002.05202, eq. 6.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
+        D, F, std = config.hidden_size, config.intermediate_size, config.initializer_range
+        self.w1_DF = normal(rngs, (D, F), ("embed", "ffn"), std, param_dtype)
+        self.w3_DF = normal(rngs, (D, F), ("embed", "ffn"), std, param_dtype)
+        self.w2_FD = normal(rngs, (F, D), ("ffn", "embed"), std, param_dtype)
+
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """[B, T, D] -> [B, T, D], in the type of x (the weights must have it too)."""
+        w1_DF = sharding.gathered(self.w1_DF[...], "embed", "ffn")
+        w3_DF = sharding.gathered(self.w3_DF[...], "embed", "ffn")
+        w2_FD = sharding.gathered(self.w2_FD[...], "ffn", "embed")
+        hidden = ("batch", None, "ffn")
+        gate_BTF = sharding.einsum("BTD,DF->BTF", x_BTD, w1_DF, out=hidden)
+        up_BTF = sharding.einsum("BTD,DF->BTF", x_BTD, w3_DF, out=hidden)
+        return sharding.einsum(
+            "BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, w2_FD, out=("batch", None, None)
+        )
+
+
+def normal(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: sharding.Axes, std: float, dtype
+) -> nnx.Param:
+    """A parameter drawn from a normal distribution, with the logical axes it is sharded by."""
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, dtype), axes=axes)
+
+
+def constant(value: float, shape: tuple[int, ...], axes: sharding.Axes, dtype) -> nnx.Param:
+    """A parameter that starts as one value: norms at 1, biases at 0."""
+    return nnx.Param(jnp.full(shape, value, dtype), axes=axes)
+
+
+def _starts(segment_ids):
+    """True at the first token of each run of equal ids."""
+    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return jnp.pad(changes, [(0, 0), (1, 0)], constant_values=True)
+
+
+def _running_max(resets_BT, values_BT, *, reverse):
+    """Running maximum along the row that starts anew where resets is true."""
+
+    def combine(left, right):
+        (reset_l, value_l), (reset_r, value_r) = left, right
+        return reset_l | reset_r, jnp.where(reset_r, value_r, jnp.maximum(value_l, value_r))
+
+    return jax.lax.associative_scan(combine, (resets_BT, values_BT), reverse=reverse, axis=1)[1]

@@ -1,0 +1,203 @@
+"""Weights from disk straight into sharded device arrays.
+
+`load_hf` reads a HF checkpoint tensor by tensor; `save_orbax` and `load_orbax` keep the same
+parameters as an orbax checkpoint, which loads without any rearrangement.
+"""
+
+import functools
+import json
+import operator
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from models import sharding
+from models.config import ModelConfig
+from models.hf_files import HFDirectory, read_json
+from models.internlm2 import InternLM2
+from models.weights import Weight, hf_tensors, is_known_extra, table
+
+PARAMS = "params"  # the orbax checkpoint inside a converted directory, beside config.json
+
+
+def load(directory: str | Path, **kwargs: Any) -> InternLM2:
+    """The model of a HF directory (`load_hf`) or of a converted one (`load_orbax`)."""
+    directory = Path(directory)
+    return (load_orbax if (directory / PARAMS).is_dir() else load_hf)(directory, **kwargs)
+
+
+def load_hf(
+    directory: str | Path,
+    *,
+    dtype: Any = "bfloat16",
+    param_dtype: Any = None,
+    attn: str = "auto",
+    mesh: Mesh | None = None,
+    remat: str = "full",
+) -> InternLM2:
+    """Reads a local HF InternLM2 checkpoint: config.json and safetensors, one file or sharded.
+
+    Args:
+      directory: where it lies.
+      dtype: type of compute.
+      param_dtype: type of the stored weights; None: dtype. Training wants "float32".
+      attn: attention implementation, a name that `jaxattn.attention` knows.
+      mesh: the devices to spread the weights over; None: the default device.
+      remat: as for `InternLM2`.
+
+    Returns:
+      The model.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: the config is not InternLM2's, or tensors are missing, unknown or misshapen (all
+        of them named at once), or the mesh does not divide the model.
+
+    Memory: on the host one tensor at a time; on devices the model and one tensor.
+    """
+    with HFDirectory(directory) as files:
+        config = ModelConfig.from_hf(files.config)
+        _check_tensors(files, config)
+        model = _abstract(config, mesh, dtype, param_dtype, attn, remat)
+        for weight in table(config):
+            owner, name = _resolve(model, weight.path)
+            param = getattr(owner, name)
+            value = jax.jit(
+                functools.partial(jnp.zeros, param.shape, param.dtype),
+                out_shardings=param.get_value().sharding,
+            )()
+            axes = sharding.weight_axes(param)[int(weight.stacked) :]
+            place = _placer(weight, axes, config)
+            layers = range(config.num_layers) if weight.stacked else (None,)
+            for i in layers:
+                x = _put(files.tensor(weight.hf.format(i=i)), weight, axes, mesh)
+                value = place(value, x, jnp.int32(0 if i is None else i))
+            setattr(owner, name, param.replace(value))
+        return model
+
+
+def save_orbax(model: InternLM2, directory: Path) -> None:
+    """Writes config.json and the parameters into an existing, empty directory."""
+    (directory / "config.json").write_text(
+        json.dumps(model.config.to_hf(dtype=str(model.embed_VD.dtype)), indent=2) + "\n",
+        encoding="utf-8",
+    )
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save((directory / PARAMS).resolve(), _named_params(model))
+
+
+def load_orbax(
+    directory: str | Path,
+    *,
+    dtype: Any = "bfloat16",
+    param_dtype: Any = None,
+    attn: str = "auto",
+    mesh: Mesh | None = None,
+    remat: str = "full",
+) -> InternLM2:
+    """Reads what `python -m models.convert` wrote; arguments as `load_hf`.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: the checkpoint does not fit its config, or the mesh not the model.
+    """
+    directory = Path(directory)
+    config = ModelConfig.from_hf(read_json(directory / "config.json"))
+    model = _abstract(config, mesh, dtype, param_dtype, attn, remat)
+    with ocp.StandardCheckpointer() as checkpointer:
+        values = checkpointer.restore((directory / PARAMS).resolve(), _named_params(model))
+    for path, value in values.items():
+        owner, name = _resolve(model, path)
+        setattr(owner, name, getattr(owner, name).replace(value))
+    return model
+
+
+def _check_tensors(files: HFDirectory, config: ModelConfig) -> None:
+    """Every tensor is there, is known, and has its shape; or one error names all that are not."""
+    expected = {name: weight.hf_shape(config) for name, weight, _ in hf_tensors(config)}
+    found = {n: s for n, s in files.shapes.items() if not is_known_extra(n, config)}
+    problems = {
+        "missing": [f"{n} {list(s)}" for n, s in expected.items() if n not in found],
+        "unknown": [f"{n} {list(s)}" for n, s in found.items() if n not in expected],
+        "of another shape than config.json says": [
+            f"{n} {list(found[n])} instead of {list(s)}"
+            for n, s in expected.items()
+            if n in found and found[n] != s
+        ],
+    }
+    if any(problems.values()):
+        told = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
+        raise ValueError(f"tensors of {files.path} do not fit its config.json; {told}")
+
+
+def _abstract(config, mesh, dtype, param_dtype, attn, remat) -> InternLM2:
+    """The model with a ShapeDtypeStruct that knows its sharding in place of every array."""
+    param_dtype = jnp.dtype(dtype if param_dtype is None else param_dtype)
+    model = jax.eval_shape(
+        lambda: InternLM2(
+            config, rngs=nnx.Rngs(0), attn=attn, dtype=dtype, param_dtype=param_dtype, remat=remat
+        )
+    )
+    if mesh is None:
+        places = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(_default_device()), model)
+    else:
+        places = sharding.shardings(model, mesh)
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), model, places
+    )
+
+
+def _default_device() -> jax.Device:
+    chosen = jax.config.jax_default_device
+    return chosen if isinstance(chosen, jax.Device) else jax.devices()[0]
+
+
+def _resolve(model: InternLM2, path: str) -> tuple[Any, str]:
+    """(module, attribute) of a dotted path."""
+    owner, _, name = path.rpartition(".")
+    return (operator.attrgetter(owner)(model) if owner else model), name
+
+
+def _named_params(model: InternLM2) -> Mapping[str, Any]:
+    """Every parameter's array (or ShapeDtypeStruct) by its path."""
+    named = {}
+    for weight in table(model.config):
+        owner, name = _resolve(model, weight.path)
+        named[weight.path] = getattr(owner, name).get_value()
+    return named
+
+
+def _put(x: np.ndarray, weight: Weight, axes: sharding.Axes, mesh: Mesh | None) -> jax.Array:
+    """A HF tensor on the device(s), as it is, already split the way its parameter will be."""
+    if mesh is None:
+        return jax.device_put(x, _default_device())
+    # Merged axes are split by the first of them, the outermost: only that is ever sharded.
+    logical = dict(zip(weight.axes, axes, strict=True))
+    spec = sharding.spec([logical[dim[0]] for dim in weight.hf_axes.split(",")], mesh)
+    return jax.device_put(x, NamedSharding(mesh, spec))
+
+
+def _placer(weight: Weight, axes: sharding.Axes, config: ModelConfig):
+    """Jitted (parameter, HF tensor, layer) -> parameter with that layer written, in place."""
+    logical = dict(zip(weight.axes, axes, strict=True))
+
+    def place(value, x, layer):
+        with sharding.mesh_of(value):
+            mesh = jax.sharding.get_abstract_mesh()
+            kwargs = {}
+            if not mesh.empty:
+                flat = weight.hf_axes.replace(",", "")
+                kwargs = {"out_sharding": sharding.spec([logical[a] for a in flat], mesh)}
+            x = weight.from_hf(x, config, **kwargs).astype(value.dtype)
+            if not weight.stacked:
+                return x
+            return jax.lax.dynamic_update_index_in_dim(value, x, layer, 0)
+
+    return jax.jit(place, donate_argnums=0)

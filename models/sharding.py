@@ -1,0 +1,180 @@
+"""Where arrays live: the one place that knows mesh axis names.
+
+Weights and activations name logical axes; `RULES` maps these to the axes of a mesh made of
+"data", "fsdp" and "tensor" (any of them may be missing). Everything here is a no-op where there
+is no mesh: the same model code runs on one device and on many.
+
+Layout: the batch is split over data and fsdp together. Weights are split over fsdp where they
+are stored and gathered right before use (`gathered`); heads, feed-forward and vocabulary columns
+stay split over tensor while they are used.
+
+References:
+  Zhao et al. 2023, arXiv:2304.11277 (FSDP); Shoeybi et al. 2019, arXiv:1909.08053 (tensor
+  parallel blocks); jax explicit sharding: docs.jax.dev/en/latest/notebooks/explicit-sharding.html
+"""
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+Axes = tuple[str | None, ...]
+
+RULES: Mapping[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "embed": ("fsdp",),  # weights' model width: split where stored, gathered for use
+    "heads": ("tensor",),  # query heads, or kv heads with the query heads of their groups
+    "ffn": ("tensor",),
+    "vocab": ("tensor",),  # columns of the output matrix, logits
+    # Columns of the embedding table. Not its rows: looking up a column slice is local, and any
+    # vocabulary size fits.
+    "table": ("tensor", "fsdp"),
+    "table_in_use": ("tensor",),  # what is looked up has these columns
+}
+STORAGE_ONLY = ("fsdp",)  # mesh axes that `gathered` removes from a weight
+
+
+def spec(axes: Sequence[str | None], mesh: Mesh | AbstractMesh) -> P:
+    """The PartitionSpec of an array whose dimensions have these logical names.
+
+    Args:
+      axes: a name from `RULES` or None (not split) for every dimension.
+      mesh: axes it lacks split nothing.
+
+    Raises:
+      ValueError: an unknown name, or two dimensions on one mesh axis.
+    """
+    if unknown := {a for a in axes if a is not None} - RULES.keys():
+        raise ValueError(f"unknown logical axes {sorted(unknown)}: RULES has {sorted(RULES)}")
+    entries = [tuple(m for m in RULES.get(a or "", ()) if m in mesh.axis_names) for a in axes]
+    used = [m for entry in entries for m in entry]
+    if len(used) != len(set(used)):
+        raise ValueError(f"axes {tuple(axes)} put two dimensions on one mesh axis: {entries}")
+    return P(*[e[0] if len(e) == 1 else (e or None) for e in entries])
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for every array of a tree that holds parameters.
+
+    Args:
+      tree: a model, its gradients, an optimizer state over it, or `jax.eval_shape` of those.
+        Parameters carry their logical axes; any other leaf is replicated.
+      mesh: where they are to live.
+
+    Returns:
+      The same tree with a NamedSharding for each array: for `jit(out_shardings=...)`,
+      `jax.device_put`, or a checkpoint restore.
+
+    Raises:
+      ValueError: a dimension does not divide by its mesh axes; all such are named at once.
+    """
+    problems: list[str] = []
+
+    def one(path, leaf):
+        if not isinstance(leaf, nnx.Variable):
+            return NamedSharding(mesh, P())
+        axes = weight_axes(leaf)
+        problems.extend(_indivisible(jax.tree_util.keystr(path), leaf.shape, axes, mesh))
+        return leaf.replace(NamedSharding(mesh, spec(axes, mesh)))
+
+    placed = jax.tree_util.tree_map_with_path(
+        one, tree, is_leaf=lambda x: isinstance(x, nnx.Variable)
+    )
+    if problems:
+        raise ValueError("the mesh does not fit the model: " + "; ".join(problems))
+    return placed
+
+
+def weight_axes(weight: nnx.Variable) -> Axes:
+    """Logical axes of a parameter; a leading layer axis added by stacking is never split."""
+    axes = weight.get_metadata().get("axes", ())
+    return (None,) * (len(weight.shape) - len(axes)) + axes
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Moves an array (or states that it lies) where its logical axes say.
+
+    Raises:
+      ValueError: the batch does not divide by the mesh.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    if problems := _indivisible("array", x.shape, axes, mesh):
+        raise ValueError("; ".join(problems))
+    return jax.sharding.reshard(x, spec(axes, mesh))
+
+
+def gathered(w: jax.Array, *axes: str | None) -> jax.Array:
+    """All-gathers a stored weight over fsdp; its transpose reduce-scatters the gradient."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return w
+    return jax.sharding.reshard(w, P(*[_in_use(entry) for entry in spec(axes, mesh)]))
+
+
+def einsum(subscripts: str, *operands: jax.Array, out: Axes, **kwargs) -> jax.Array:
+    """`jnp.einsum` whose result lies where `out` says: needed where it contracts a split axis."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jnp.einsum(subscripts, *operands, **kwargs)
+    return jnp.einsum(subscripts, *operands, out_sharding=spec(out, mesh), **kwargs)
+
+
+def take_rows(table: jax.Array, ids: jax.Array, *axes: str | None) -> jax.Array:
+    """table[ids], the result laid out by its logical axes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return table.at[ids].get(mode="clip")
+    return table.at[ids].get(mode="clip", out_sharding=spec(axes, mesh))
+
+
+def struct(shape: Sequence[int], dtype: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
+    """An array's shape, type and place, without the array."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.ShapeDtypeStruct(shape, dtype)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec(axes, mesh)))
+
+
+def mesh_of(weight: jax.Array) -> contextlib.AbstractContextManager:
+    """A context in which the mesh of a weight is current, where the caller has set none."""
+    mesh = jax.typeof(weight).sharding.mesh
+    if mesh.empty or not jax.sharding.get_abstract_mesh().empty:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+def batch_multiple(weight: jax.Array) -> int:
+    """What the batch size must be a multiple of, on the mesh of a weight."""
+    mesh = jax.typeof(weight).sharding.mesh
+    return math.prod(mesh.shape[m] for m in RULES["batch"] if m in mesh.axis_names)
+
+
+def _in_use(entry: Any) -> Any:
+    """A PartitionSpec entry without the mesh axes that split weights only in storage."""
+    names = entry if isinstance(entry, tuple) else (entry,)
+    kept = tuple(n for n in names if n is not None and n not in STORAGE_ONLY)
+    return kept[0] if len(kept) == 1 else (kept or None)
+
+
+def _indivisible(
+    name: str, shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh | AbstractMesh
+) -> list[str]:
+    """One sentence per dimension that the mesh cannot split evenly."""
+    problems = []
+    for dim, (size, axis) in enumerate(zip(shape, axes, strict=True)):
+        used = [m for m in RULES.get(axis or "", ()) if m in mesh.axis_names]
+        parts = math.prod(mesh.shape[m] for m in used)
+        if size % parts:
+            problems.append(
+                f"{name} has size {size} in dimension {dim} ({axis}), which must be a multiple of "
+                f"{parts} = mesh axes {'*'.join(used)}: use a smaller {used[0]!r} axis"
+            )
+    return problems

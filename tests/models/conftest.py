@@ -1,0 +1,43 @@
+"""What the tests of the models floor share: the golden checkpoint and meshes."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+DATA = Path(__file__).parents[1] / "data"
+
+
+@pytest.fixture(scope="session")
+def tiny_dir() -> Path:
+    """HF directory of the golden checkpoint; tests/data/internlm2_tiny/README.md describes it."""
+    return DATA / "internlm2_tiny"
+
+
+@pytest.fixture(scope="session")
+def golden(tiny_dir) -> dict[str, np.ndarray]:
+    """Outputs of the original PyTorch model."""
+    with np.load(tiny_dir / "golden.npz") as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture(scope="session")
+def make_mesh():
+    """(data, fsdp, tensor) -> an explicit mesh over the fake devices."""
+
+    def make(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
+        devices = jax.devices()[: data * fsdp * tensor]
+        axes = ("data", "fsdp", "tensor")
+        types = (AxisType.Explicit,) * 3
+        return jax.make_mesh((data, fsdp, tensor), axes, axis_types=types, devices=devices)
+
+    return make
+
+
+@pytest.fixture
+def exact():
+    """Highest matmul precision: what the fp32 tolerances of the goldens presume."""
+    with jax.default_matmul_precision("highest"):
+        yield
