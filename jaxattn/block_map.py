@@ -22,9 +22,8 @@ NEVER = 1 << 30
 # Tiles start at multiples of this: the copy engine wants 16-byte aligned, 8-row aligned boxes.
 ALIGN = 8
 
-# Fields of a row of `BlockMap.work`, then four for every group of rows (see `BlockMap`).
-TILE, START, COUNT, BY_ID, GROUP_FIELDS = range(5)
-LIVE_FROM, LIVE_TO, FULL_FROM, FULL_TO = range(4)
+# Fields of `BlockMap.work`.
+TILE, START, COUNT, BY_ID, LIVE_FROM, LIVE_TO, FULL_FROM, FULL_TO = range(8)
 
 
 @jax.tree_util.register_dataclass
@@ -33,21 +32,20 @@ class BlockMap:
     """Work list of one kernel, longest row tile first.
 
     Attributes:
-      work: int32 [tiles, 4 + 4 * groups]. TILE: which row tile. START: its first column, a
-        multiple of ALIGN. COUNT: how many column tiles follow from there. BY_ID: 1 if ids decide
-        inside. For each group of rows, in column tiles after START: live tiles are
-        LIVE_FROM .. LIVE_TO - 1; a tile below FULL_FROM may hold columns before some row's range,
-        a tile at or above FULL_TO may hold columns behind it; the others need no masking.
-      first: first visible column of each row, int32 [tiles, groups, rows], in work order; NEVER
-        for a row that sees nothing.
-      last: last visible column of each row, likewise; -1 for a row that sees nothing.
-      row_ids: segment id of each row, likewise; None if the mask has no documents.
+      work: int32 [tiles, groups, 8]. The same for all groups: TILE, which row tile; START, its
+        first column, a multiple of ALIGN; COUNT, how many column tiles follow from there; BY_ID,
+        1 if ids decide inside. For each group of rows, in column tiles after START: live tiles
+        are LIVE_FROM .. LIVE_TO - 1; a tile below FULL_FROM may hold columns before some row's
+        range, a tile at or above FULL_TO may hold columns behind it; the others need no masking.
+      ends: int32 [tiles, groups, 2, rows], in the same order: first and last visible column of
+        each row; (NEVER, -1) for a row that sees nothing.
+      row_ids: segment id of each row, int32 [tiles, groups, rows]; None if the mask has no
+        documents.
       col_ids: segment id of each column, int32 [columns + padding]; None likewise.
     """
 
-    work: Int[Array, "tiles fields"]
-    first: Int[Array, "tiles groups rows"]
-    last: Int[Array, "tiles groups rows"]
+    work: Int[Array, "tiles groups 8"]
+    ends: Int[Array, "tiles groups 2 rows"]
     row_ids: Int[Array, "tiles groups rows"] | None
     col_ids: Int[Array, " columns"] | None
 
@@ -109,26 +107,22 @@ def _block_map(
     full_from = jnp.clip(_tiles_up_to(first.max(axis=2) - begin, tile), live_from, live_to)
     full_from = jnp.where(by_id[:, None], live_to, full_from)  # ids are compared where not full
     full_to = jnp.clip((last.min(axis=2) + 1 - begin) // tile, live_from, live_to)
-    fields = jnp.stack([live_from, live_to, full_from, full_to], axis=2).reshape(tiles, -1)
-    work = [jnp.arange(tiles), start, count, by_id.astype(jnp.int32)]
-    work = jnp.concatenate([jnp.stack(work, axis=1), fields], axis=1).astype(jnp.int32)
+    shared = [jnp.arange(tiles), start, count, by_id.astype(jnp.int32)]
+    fields = [jnp.broadcast_to(x[:, None], (tiles, groups)) for x in shared]
+    fields += [live_from, live_to, full_from, full_to]
+    work = jnp.stack(fields, axis=2).astype(jnp.int32)
+    ends = jnp.stack([first, last], axis=2)
 
     order = jnp.argsort(-count, stable=True)
 
-    def ordered(x: Array) -> Array:
-        return jnp.tile(x[order], (1, 1, repeat))
+    def repeated(x: Array) -> Array:
+        return jnp.concatenate([x[order]] * repeat, axis=-1)
 
     if row_ids is not None:
-        row_ids = ordered(tiled(row_ids.reshape(-1).astype(jnp.int32), 0))
+        row_ids = repeated(tiled(row_ids.reshape(-1).astype(jnp.int32), 0))
         # Padded so that the last column tile, wherever it starts, reads inside the array.
         col_ids = jnp.pad(col_ids.reshape(-1).astype(jnp.int32), (0, tile))
-    return BlockMap(
-        work=work[order],
-        first=ordered(first),
-        last=ordered(last),
-        row_ids=row_ids,
-        col_ids=col_ids,
-    )
+    return BlockMap(work=work[order], ends=repeated(ends), row_ids=row_ids, col_ids=col_ids)
 
 
 def _visible_ranges(

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
@@ -48,6 +49,7 @@ REMAT: dict[str, Callable | None] = {
 # layer's slice of what the caller scans beside the blocks (a cache), or None.
 Attend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
 Rope = tuple[Array, Array]
+Ids = Int[Array, "B T"] | Int[np.ndarray, "B T"]
 
 
 class Attention(nnx.Module):
@@ -180,10 +182,10 @@ class InternLM2(nnx.Module):
 
     def __call__(
         self,
-        tokens_BT: Int[Array, "B T"],
+        tokens_BT: Ids,
         *,
-        positions: Int[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Ids | None = None,
+        segment_ids: Ids | None = None,
     ) -> Float[Array, "B T V"]:
         """Logits of the next token, fp32; arguments as `hidden`.
 
@@ -196,10 +198,10 @@ class InternLM2(nnx.Module):
 
     def hidden(
         self,
-        tokens_BT: Int[Array, "B T"],
+        tokens_BT: Ids,
         *,
-        positions: Int[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Ids | None = None,
+        segment_ids: Ids | None = None,
     ) -> Float[Array, "B T D"]:
         """What the output matrix multiplies: the residual stream after the final norm.
 
@@ -273,17 +275,17 @@ class InternLM2(nnx.Module):
             return sharding.gathered(self.output_DV[...].astype(self.dtype), "embed", "vocab")
 
     def _laid_out(self, tokens_BT, positions, segment_ids):
-        """The inputs split over the mesh, with the default positions filled in."""
-        tokens_BT = sharding.constrain(tokens_BT, "batch", None)
-        if segment_ids is not None:
-            segment_ids = sharding.constrain(segment_ids, "batch", None)
-        if positions is not None:
-            positions = sharding.constrain(positions, "batch", None)
-        elif segment_ids is not None:
+        """The inputs as jax arrays split over the mesh, with the default positions filled in."""
+
+        def place(ids):
+            return None if ids is None else sharding.constrain(jnp.asarray(ids), "batch", None)
+
+        tokens_BT, positions, segment_ids = map(place, (tokens_BT, positions, segment_ids))
+        if positions is None and segment_ids is not None:
             positions = document_positions(segment_ids)
-        else:
-            positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
-            positions = sharding.constrain(positions, "batch", None)
+        elif positions is None:
+            index_T = jnp.arange(tokens_BT.shape[1])
+            positions = place(jnp.broadcast_to(index_T[None], tokens_BT.shape))
         return tokens_BT, positions, segment_ids
 
 

@@ -136,9 +136,8 @@ def backward(
     by_id = work.row_ids is not None
 
     def kernel(q_gmem, k_gmem, v_gmem, do_gmem, lse_gmem, delta_gmem, dq_gmem, *refs, **smem):
-        work_gmem, first_gmem, last_gmem = refs[:3]
-        ids_gmem = refs[3:5]  # of keys and queries; empty if the mask has no documents
-        dk_gmem, dv_gmem = refs[-2:]
+        # The ids, of keys and queries, are there if the mask has documents.
+        work_gmem, ends_gmem, *ids_gmem, dk_gmem, dv_gmem = refs
         k_smem, v_smem, q_smem, do_smem = (smem[f"{x}_smem"] for x in ("k", "v", "q", "do"))
         ds_smem, dq_smem, ends_smem = (smem[f"{x}_smem"] for x in ("ds", "dq", "ends"))
         lse_smem, delta_smem = smem["lse_smem"], smem["delta_smem"]
@@ -153,7 +152,7 @@ def backward(
         # head stay in the L2 cache while all its key tiles pass over them.
         row, kv_head = lax.rem(program, col_tiles), lax.div(program, col_tiles)
         key_tile, start, count = (
-            work_gmem[row, i] for i in (block_map.TILE, block_map.START, block_map.COUNT)
+            work_gmem[row, 0, i] for i in (block_map.TILE, block_map.START, block_map.COUNT)
         )
         key = key_tile * tiles.block_kv
 
@@ -178,8 +177,8 @@ def backward(
             keys = pl.ds(key, tiles.block_kv), head_cols(kv_head)
             plgpu.copy_gmem_to_smem(k_gmem.at[keys], k_smem, kv_full)
             plgpu.copy_gmem_to_smem(v_gmem.at[keys], v_smem, kv_full)
-            plgpu.copy_gmem_to_smem(first_gmem.at[row, 0], ends_smem.at[0], ends_full)
-            plgpu.copy_gmem_to_smem(last_gmem.at[row, 0], ends_smem.at[1], ends_full)
+            for i in range(2):
+                plgpu.copy_gmem_to_smem(ends_gmem.at[row, 0, i], ends_smem.at[i], ends_full)
 
             def load(head, t, i):
                 slot = ring_slot(i, tiles.stages)
@@ -204,8 +203,10 @@ def backward(
             plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
             own = pl.ds(wg * WARPGROUP_ROWS, WARPGROUP_ROWS)
             k_own, v_own, dq_own = k_smem.at[own], v_smem.at[own], dq_smem.at[wg]
-            fields = (block_map.BY_ID, *(block_map.GROUP_FIELDS + i for i in range(4)))
-            ids_decide, _, _, full_from, full_to = (work_gmem[row, i] for i in fields)
+            ids_decide, full_from, full_to = (
+                work_gmem[row, 0, i]
+                for i in (block_map.BY_ID, block_map.FULL_FROM, block_map.FULL_TO)
+            )
             plgpu.barrier_wait(kv_full)
             plgpu.barrier_wait(ends_full)
 
@@ -351,8 +352,7 @@ def backward(
         delta_NR.reshape(-1),
         dq_sum,
         work.work,
-        work.first,
-        work.last,
+        work.ends,
         *ids,
     )
     dq = (dq_sum[...] * scale).astype(dtype).reshape(R, N, H)

@@ -6,8 +6,8 @@ another, and walks over the live tiles of keys. See README.md beside jaxattn for
 
 | barrier | arrives                           | waits         | asserts                           |
 | ------- | --------------------------------- | ------------- | --------------------------------- |
-| q_full  | copies of Q, one a head           | its consumer  | Q of this item is in q_smem       |
-| q_free  | the consumer after its last Q K^T | producer      | q_smem may be overwritten         |
+| q_full  | copies of the item, Q by heads    | its consumer  | the slot holds the item           |
+| q_free  | the consumer, one item later      | producer      | the slot may be overwritten       |
 | k_full  | copy of K                         | all consumers | the stage holds K                 |
 | k_free  | every consumer after its Q K^T    | producer      | the stage of K may be overwritten |
 | v_full  | copy of V                         | all consumers | the stage holds V                 |
@@ -29,6 +29,7 @@ from jaxtyping import Array, Float
 from jaxattn import block_map
 from jaxattn.block_map import BlockMap
 from jaxattn.pallas import softmax
+from jaxattn.pallas.schedule import persistent_schedule
 from jaxattn.pallas.softmax import ROW, TILE, by_row
 from jaxattn.pallas.sync import ring_slot, swizzled
 from jaxattn.pallas.tiles import CONSUMERS, WARPGROUP_ROWS, ForwardTiles
@@ -40,19 +41,27 @@ PRODUCER = CONSUMERS
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240
 
 
+# Slots for what belongs to an item: its Q, its row of the work list, its rows' visible ranges. With
+# two, the producer fetches an item while the one before is still worked on.
+ITEM_SLOTS = 2
+
+
 def scratch(head_dim: int, dtype: jnp.dtype, tiles: ForwardTiles) -> dict:
     """Shared memory and barriers of one program."""
-    rows, tile = WARPGROUP_ROWS, (tiles.block_kv, head_dim)
+    rows, items = WARPGROUP_ROWS, (ITEM_SLOTS, CONSUMERS)
+    kv = (tiles.stages, tiles.block_kv, head_dim)
     barrier = functools.partial(plgpu.Barrier, num_barriers=tiles.stages)
+    item_barrier = functools.partial(plgpu.Barrier, num_barriers=ITEM_SLOTS * CONSUMERS)
     return {
-        "q_smem": plgpu.SMEM((CONSUMERS, rows, head_dim), dtype, transforms=swizzled(dtype)),
-        "k_smem": plgpu.SMEM((tiles.stages, *tile), dtype, transforms=swizzled(dtype)),
-        "v_smem": plgpu.SMEM((tiles.stages, *tile), dtype, transforms=swizzled(dtype)),
-        # Not Q's memory: storing the output of one item overlaps loading the next one's Q.
-        "o_smem": plgpu.SMEM((CONSUMERS, rows, head_dim), dtype, transforms=swizzled(dtype)),
+        "q_smem": plgpu.SMEM((*items, rows, head_dim), dtype, transforms=swizzled(dtype)),
+        # 8 values of each row are used: the copy engine writes to multiples of 128 bytes.
+        "work_smem": plgpu.SMEM((*items, 32), jnp.int32),
+        "ends_smem": plgpu.SMEM((*items, 2, rows), jnp.int32),
+        "k_smem": plgpu.SMEM(kv, dtype, transforms=swizzled(dtype)),
+        "v_smem": plgpu.SMEM(kv, dtype, transforms=swizzled(dtype)),
         "lse_smem": plgpu.SMEM((CONSUMERS, rows), jnp.float32),
-        "q_full": plgpu.Barrier(num_barriers=CONSUMERS, num_arrivals=tiles.heads),
-        "q_free": plgpu.Barrier(num_barriers=CONSUMERS),
+        "q_full": item_barrier(num_arrivals=tiles.heads + 2),  # and the two of its metadata
+        "q_free": item_barrier(),
         "k_full": barrier(),
         "k_free": barrier(num_arrivals=CONSUMERS),
         "v_full": barrier(),
@@ -89,63 +98,73 @@ def forward(
     queries = CONSUMERS * tiles.group  # of a row tile
     row_tiles = -(-R // queries)
     tile_heads = N // tiles.heads  # work items along the head axis
-    items = row_tiles * tile_heads
-    programs = min(PROGRAMS, items)
+    programs = min(PROGRAMS, row_tiles * tile_heads)
+    schedule = persistent_schedule(row_tiles, tile_heads, programs)
     by_id = work.row_ids is not None
 
-    def kernel(q_gmem, k_gmem, v_gmem, work_gmem, first_gmem, last_gmem, *refs, **smem):
+    def kernel(q_gmem, k_gmem, v_gmem, schedule_gmem, work_gmem, ends_gmem, *refs, **smem):
         *ids_gmem, o_gmem, lse_gmem = refs  # ids of rows and columns, if there are documents
         q_smem, k_smem, v_smem = smem["q_smem"], smem["k_smem"], smem["v_smem"]
-        o_smem, lse_smem = smem["o_smem"], smem["lse_smem"]
+        work_smem, ends_smem = smem["work_smem"], smem["ends_smem"]
+        lse_smem = smem["lse_smem"]
         q_full, k_full, v_full = smem["q_full"], smem["k_full"], smem["v_full"]
         q_free, k_free, v_free = smem["q_free"], smem["k_free"], smem["v_free"]
         wg = lax.axis_index("wg")
         program = lax.axis_index("program")
 
+        def item_slot(i, consumer):
+            return lax.rem(i, jnp.int32(ITEM_SLOTS)) * CONSUMERS + consumer
+
         def each_item(body, load):
-            """Runs body(item of this program, what `load` read for it, columns tiles before)."""
-            # Items are ordered by falling work within a head, heads outermost so that the K and V
-            # of a head stay in the L2 cache. Every second round goes backwards: whoever got the
-            # longest item of one round gets the shortest of the next.
-            rounds, rest = divmod(items, programs)
-            backwards = programs - 1 - program
-            last = backwards if rounds % 2 else program
-            count = rounds + (last < rest).astype(jnp.int32)
+            """Runs body(i, head, place in the work list, loaded, column tiles before)."""
 
             def item(i):
-                i = jnp.minimum(i, count - 1)  # the load ahead of the last item reads it again
-                at = i * programs + jnp.where(i % 2 == 1, backwards, program)
-                return lax.rem(at, row_tiles), lax.div(at, row_tiles)
+                # The load ahead of the last item is the filling of the schedule's row.
+                at = schedule_gmem[program, 1 + jnp.minimum(i, schedule.shape[1] - 2)]
+                row, head = lax.rem(at, row_tiles), lax.div(at, row_tiles)
+                return row, head, load(row)
 
             def step(i, carry):
-                loaded, done = carry
-                ahead = load(*item(i + 1))  # read now, so that the next item need not wait for it
-                return ahead, done + body(loaded, done)
+                (row, head, loaded), done = carry
+                ahead = item(i + 1)  # read now, so that the next item need not wait for it
+                return ahead, done + body(i, head, row, loaded, done)
 
-            lax.fori_loop(0, count, step, (load(*item(0)), jnp.int32(0)))
+            count = schedule_gmem[program, 0]
+            lax.fori_loop(0, count, step, (item(jnp.int32(0)), jnp.int32(0)))
 
         @pl.when(wg == PRODUCER)
         def producer():
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
-            def load(row, head):
+            def load(row):
                 fields = (block_map.TILE, block_map.START, block_map.COUNT)
-                return head, *(work_gmem[row, i] for i in fields)
+                return [work_gmem[row, 0, i] for i in fields]
 
-            def body(loaded, done):
-                head, row_tile, start, count = loaded
+            def body(i, head, row, loaded, done):
+                row_tile, start, count = loaded
                 kv_head = lax.div(head * tiles.heads, N // K)
-                # 1. Q, one copy a head: rows of a warpgroup are head-major.
+                # 1. The item: metadata, and Q by one copy a head (a warpgroup's rows are
+                # head-major).
                 for consumer in range(CONSUMERS):
-                    plgpu.barrier_wait(q_free.at[consumer])
+                    slot = item_slot(i, consumer)
+                    full, parity = q_full.at[slot], lax.rem(i, jnp.int32(ITEM_SLOTS))
+                    plgpu.barrier_wait(q_free.at[slot])
+                    plgpu.copy_gmem_to_smem(
+                        work_gmem.at[row, consumer],
+                        work_smem.at[parity, consumer, pl.ds(0, 8)],
+                        full,
+                    )
+                    plgpu.copy_gmem_to_smem(
+                        ends_gmem.at[row, consumer], ends_smem.at[parity, consumer], full
+                    )
                     token = pl.multiple_of(
                         row_tile * queries + consumer * tiles.group, block_map.ALIGN
                     )
                     for h in range(tiles.heads):
                         plgpu.copy_gmem_to_smem(
                             q_gmem.at[pl.ds(token, tiles.group), head * tiles.heads + h],
-                            q_smem.at[consumer, pl.ds(h * tiles.group, tiles.group)],
-                            q_full.at[consumer],
+                            q_smem.at[parity, consumer, pl.ds(h * tiles.group, tiles.group)],
+                            full,
                         )
 
                 # 2. K and V of every column tile that some row of the tile sees.
@@ -166,23 +185,17 @@ def forward(
         @pl.when(wg < CONSUMERS)
         def consumer():
             plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
-            plgpu.barrier_arrive(q_free.at[wg])
+            for slot in range(ITEM_SLOTS):
+                plgpu.barrier_arrive(q_free.at[item_slot(jnp.int32(slot), wg)])
             for slot in range(tiles.stages):
                 plgpu.barrier_arrive(k_free.at[slot])
                 plgpu.barrier_arrive(v_free.at[slot])
 
-            def load(row, head):
-                fields = [work_gmem[row, i] for i in range(block_map.GROUP_FIELDS)]
-                own = block_map.GROUP_FIELDS + 4 * wg
-                fields += [work_gmem[row, own + i] for i in range(4)]
-                bounds = [
-                    plgpu.load(ref.at[row, wg], layout=ROW, optimized=False)
-                    for ref in (first_gmem, last_gmem)
-                ]
-                return row, head, fields, bounds
-
-            def body(loaded, done):
-                row, head, fields, bounds = loaded
+            def body(i, head, row, _, done):
+                slot = lax.rem(i, jnp.int32(ITEM_SLOTS))
+                q, ends = q_smem.at[slot, wg], ends_smem.at[slot, wg]
+                plgpu.barrier_wait(q_full.at[item_slot(i, wg)])
+                fields = [work_smem[slot, wg, field] for field in range(8)]
                 row_tile, start, count, ids_decide, live_from, live_to, full_from, full_to = fields
 
                 def slot_of(j):
@@ -199,6 +212,9 @@ def forward(
                 def masked(s, j):
                     col = start + j * tiles.block_kv
 
+                    def bounds():
+                        return [plgpu.load(ends.at[i], layout=ROW) for i in range(2)]
+
                     def ids():
                         return (
                             plgpu.load(ids_gmem[0].at[row, wg], layout=ROW, optimized=False),
@@ -212,7 +228,7 @@ def forward(
                     return softmax.mask_scores(
                         s,
                         col,
-                        lambda: bounds,
+                        bounds,
                         below=j < full_from,
                         above=j >= full_to,
                         ids=(ids_decide == 1, ids) if by_id else None,
@@ -224,7 +240,7 @@ def forward(
                         plgpu.barrier_wait(k_full.at[slot_of(j)])
 
                 def first_scores(s_acc):
-                    plgpu.wgmma(s_acc, q_smem.at[wg], k_smem.at[slot_of(live_from)].T)
+                    plgpu.wgmma(s_acc, q, k_smem.at[slot_of(live_from)].T)
                     return s_acc[...]
 
                 def step(j, carry):
@@ -236,7 +252,7 @@ def forward(
                         o_acc, p_ref, m_ref, l_ref, alpha_ref = refs
 
                         def scores(s_acc):
-                            plgpu.wgmma(s_acc, q_smem.at[wg], k_smem.at[now].T)
+                            plgpu.wgmma(s_acc, q, k_smem.at[now].T)
                             plgpu.barrier_wait(v_full.at[before])
                             plgpu.wgmma(o_acc, p, v_smem.at[before])
                             return plgpu.wgmma_accumulator_load(s_acc, wait_n=1)  # P V still runs
@@ -256,15 +272,13 @@ def forward(
                         (plgpu.ACC.init(o), no_p, m, l, zeros)
                     )
                     plgpu.barrier_arrive(v_free.at[before])
-                    o = by_row(alpha, o_shape) * o
-                    return o, m, l, p.astype(dtype)
+                    return jnp.multiply(o, by_row(alpha, o_shape)), m, l, p.astype(dtype)
 
                 def epilogue(o, m, l):
                     sees_any = l > 0.0
                     o = o * by_row(jnp.where(sees_any, 1.0 / l, 0.0), o.shape)
-                    # The copies of the item before may still read the staging memory.
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    o_smem[wg] = o.astype(dtype)
+                    # Staged where Q was: nobody else reads this consumer's part of the slot.
+                    q[...] = o.astype(dtype)
                     lse_smem[wg] = jnp.where(sees_any, m + jnp.log2(l), jnp.inf)
                     plgpu.commit_smem()
                     token = pl.multiple_of(row_tile * queries + wg * tiles.group, block_map.ALIGN)
@@ -272,7 +286,7 @@ def forward(
                         rows = pl.ds(h * tiles.group, tiles.group)
                         tokens, q_head = pl.ds(token, tiles.group), head * tiles.heads + h
                         plgpu.copy_smem_to_gmem(
-                            o_smem.at[wg, rows], o_gmem.at[tokens, q_head], commit_group=False
+                            q.at[rows], o_gmem.at[tokens, q_head], commit_group=False
                         )
                         plgpu.copy_smem_to_gmem(
                             lse_smem.at[wg, rows], lse_gmem.at[q_head, tokens], commit_group=False
@@ -288,15 +302,21 @@ def forward(
 
                 # 1. The first live tile: scores and softmax, nothing to overlap with yet.
                 lax.fori_loop(0, live_from, skip, ())
-                plgpu.barrier_wait(q_full.at[wg])
                 plgpu.barrier_wait(k_full.at[slot_of(live_from)])
                 s = pl.run_scoped(first_scores, plgpu.ACC(s_shape, jnp.float32))
                 plgpu.barrier_arrive(k_free.at[slot_of(live_from)])
                 p, m, l, _ = softmax.online_softmax(masked(s, live_from), m, zeros, scale)
                 wait_for_k(live_from + 1)
+
+                # The output of the item before, staged in its slot, has left by now.
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+                @pl.when(i > 0)
+                def _():
+                    plgpu.barrier_arrive(q_free.at[item_slot(i - 1, wg)])
+
                 # 2. The other live tiles.
                 o, m, l, p = lax.fori_loop(live_from + 1, live_to, step, (o, m, l, p.astype(dtype)))
-                plgpu.barrier_arrive(q_free.at[wg])
                 # 3. The last P V.
                 last = slot_of(live_to - 1)
                 plgpu.barrier_wait(v_full.at[last])
@@ -308,7 +328,7 @@ def forward(
                 epilogue(o, m, l)
                 return count
 
-            each_item(body, load)
+            each_item(body, load=lambda row: [])
             plgpu.wait_smem_to_gmem(0)
 
     run = plgpu.kernel(
@@ -333,4 +353,4 @@ def forward(
         kernel_name="flash_forward",
     )
     ids = (work.row_ids, work.col_ids) if by_id else ()
-    return run(q_RNH, k_CKH, v_CKH, work.work, work.first, work.last, *ids)
+    return run(q_RNH, k_CKH, v_CKH, jnp.asarray(schedule), work.work, work.ends, *ids)

@@ -68,8 +68,9 @@ def attention(
     plan = mask.plan
     if plan is None:
         plan = prepare(mask, q_BTNH, k_BSKH).plan
-    merged = [x.reshape(-1, *x.shape[2:]) for x in (q_BTNH, k_BSKH, v_BSKH)]
-    return _flash(*merged, plan, scale).reshape(q_BTNH.shape)
+    merged = [_merge_rows(x) for x in (q_BTNH, k_BSKH, v_BSKH)]
+    o_RNH = _flash(*merged, plan, scale)
+    return o_RNH[: q_BTNH.shape[0] * q_BTNH.shape[1]].reshape(q_BTNH.shape)
 
 
 def prepare(mask: Mask, q: Shaped, k: Shaped) -> Mask:
@@ -99,8 +100,8 @@ def describe(mask: Mask, q: Shaped, k: Shaped) -> tuple[str, float]:
     """The tiles in words, and the share of the score matrix that the forward never visits."""
     batch, t, num_heads = q.shape[:3]
     plan = prepare(mask, q, k).plan
-    fields = plan.queries.work[:, block_map.GROUP_FIELDS :].reshape(-1, CONSUMERS, 4)
-    visited = (fields[..., block_map.LIVE_TO] - fields[..., block_map.LIVE_FROM]).sum()
+    work = plan.queries.work
+    visited = (work[..., block_map.LIVE_TO] - work[..., block_map.LIVE_FROM]).sum()
     fwd = plan.tiles.forward
     total = (batch * t / fwd.group) * (k.shape[1] / fwd.block_kv)
     return str(plan.tiles), max(0.0, 1.0 - float(visited) / total)
@@ -117,6 +118,12 @@ def why_not(device: jax.Device, q: Shaped, k: Shaped) -> str | None:
     if q.shape[-1] not in HEAD_DIMS:
         return f"it takes head_dim {' or '.join(map(str, HEAD_DIMS))}, not {q.shape[-1]}"
     return None
+
+
+def _merge_rows(x: Array) -> Array:
+    """[B, T, heads, H] as [B * T, heads, H], padded to the copy engine's 8 rows."""
+    x = x.reshape(-1, *x.shape[2:])
+    return jnp.pad(x, ((0, -x.shape[0] % block_map.ALIGN), (0, 0), (0, 0)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -136,7 +143,10 @@ def _flash_forward(q_RNH, k_CKH, v_CKH, plan: Plan, scale: float):
 def _flash_backward(scale: float, residuals, do_RNH):
     q_RNH, k_CKH, v_CKH, o_RNH, lse_NR, plan = residuals
     # d(softmax) needs sum over keys of p * dp, which is sum over H of o * do.
-    delta_NR = jnp.einsum("RNH,RNH->NR", o_RNH, do_RNH, preferred_element_type=jnp.float32)
+    # A product and a sum, not an einsum: XLA fuses them into one pass over both, where it would
+    # run N * R small matrix products (measured: 0.6 to 3 ms more on 32k tokens of 32 to 48 heads).
+    delta_RN = (o_RNH.astype(jnp.float32) * do_RNH.astype(jnp.float32)).sum(axis=2)
+    delta_NR = delta_RN.T
     delta_NR = jnp.pad(delta_NR, ((0, 0), (0, lse_NR.shape[1] - delta_NR.shape[1])))
     gradients = backward(
         q_RNH,
