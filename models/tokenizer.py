@@ -12,7 +12,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from sentencepiece import sentencepiece_model_pb2
@@ -30,6 +30,7 @@ CHAT_TOKENS = (
 )
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What the rest of the project asks of a tokenizer.
 
@@ -63,7 +64,7 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
-        """The text of ids; bytes that are not UTF-8 become U+FFFD."""
+        """The text of ids; bytes that are not UTF-8 become U+FFFD (with byte pieces beside them)."""
         ...
 
 
