@@ -14,8 +14,10 @@ from jaxtyping import Array, Float
 
 from jaxattn import cudnn, eager, xla
 from jaxattn.mask import Mask
+from jaxattn.pallas import op as pallas
 
 IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
+    "pallas": pallas.attention,
     "cudnn": cudnn.attention,
     "xla": xla.attention,
     "eager": eager.attention,
@@ -88,8 +90,20 @@ def prepare(mask: Mask, q: Shaped, k: Shaped, *, impl: str = "auto") -> Mask:
       ValueError, NotImplementedError: as `attention`.
     """
     _check_shapes(q, k, k, mask)
-    resolve(impl, q, k, mask)
-    return mask
+    name, _ = resolve(impl, q, k, mask)
+    if name != "pallas":
+        return mask
+
+    def run(mask):
+        return pallas.prepare(mask, q_local, k_local)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    q_local, k_local = _local(q), _local(k)
+    if mesh.empty or not mesh.explicit_axes:
+        return run(mask)
+    # Every device plans its own rows; the plans of all lie end to end, split as the rows are.
+    rows = PartitionSpec(_spec(q)[0])
+    return jax.shard_map(run, in_specs=(rows,), out_specs=rows, check_vma=False)(mask)
 
 
 def resolve(impl: str, q: Shaped, k: Shaped, mask: Mask | None = None) -> tuple[str, str]:
@@ -112,7 +126,10 @@ def resolve(impl: str, q: Shaped, k: Shaped, mask: Mask | None = None) -> tuple[
     if impl == "auto":
         if device.platform != "gpu":
             return "xla", f"auto: a {device.platform} device, where the kernels cannot run"
-        return "xla", "auto: runs everywhere"
+        why_not = pallas.why_not(device, q, k)
+        if why_not:
+            return "xla", f"auto: pallas cannot: {why_not}"
+        return "pallas", "auto: a Hopper GPU"
     name = ALIASES.get(impl, impl)
     if name not in IMPLEMENTATIONS:
         known = ", ".join(["auto", *IMPLEMENTATIONS, *ALIASES])
@@ -159,7 +176,9 @@ def describe(impl: str, q: Shaped, k: Shaped, mask: Mask) -> Dispatch:
     batch, t, num_heads = q.shape[:3]
     s = k.shape[1]
     skipped: float | None = 0.0
-    if name == "xla":
+    if name == "pallas":
+        tiles, skipped = pallas.describe(mask, q, k)
+    elif name == "xla":
         size, count = xla.slices(batch, t, num_heads, s)
         tiles = f"{count} slices of {size} queries x {s} keys"
     elif name == "eager":
@@ -200,7 +219,9 @@ def _check_shapes(q: Shaped, k: Shaped, v: Shaped, mask: Mask) -> None:
 
 def _why_not(name: str, device: jax.Device, q: Shaped, k: Shaped, mask: Mask | None) -> str | None:
     """The reason why an implementation cannot run, or None."""
-    batch, t, num_heads = q.shape[:3]
+    if name == "pallas":
+        why = pallas.why_not(device, q, k)
+        return why and f"{why}; use impl='xla', which runs everywhere"
     if name == "cudnn":
         if device.platform != "gpu":
             return f"cuDNN needs an NVIDIA GPU, this is a {device.platform} device; use impl='xla'"
@@ -209,8 +230,8 @@ def _why_not(name: str, device: jax.Device, q: Shaped, k: Shaped, mask: Mask | N
         if q.dtype not in (jnp.bfloat16, jnp.float16):
             return f"it takes bfloat16 and float16, not {q.dtype}; use impl='xla'"
     if name == "eager":
-        shards = _heads_and_batch_shards(q)
-        need = eager.score_bytes(batch, t, k.shape[1], num_heads) // shards
+        batch, t, num_heads = _local(q).shape[:3]
+        need = eager.score_bytes(batch, t, k.shape[1], num_heads)
         have = _memory_bytes(device)
         if need > have:
             return (
@@ -235,13 +256,14 @@ def _spec(x: Shaped) -> PartitionSpec:
     return PartitionSpec(*spec, *[None] * (len(x.shape) - len(spec)))
 
 
-def _heads_and_batch_shards(q: Shaped) -> int:
+def _local(x: Shaped) -> jax.ShapeDtypeStruct:
+    """The part of x that one device of the explicit mesh works on."""
     mesh = jax.sharding.get_abstract_mesh()
-    count = 1
-    for axes in (_spec(q)[0], _spec(q)[2]) if not mesh.empty else ():
+    shape = list(x.shape)
+    for i, axes in enumerate(_spec(x) if not mesh.empty else ()):
         for axis in (axes,) if isinstance(axes, str) else axes or ():
-            count *= mesh.shape[axis]
-    return count
+            shape[i] //= mesh.shape[axis]
+    return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
 
 
 def _over_devices(run: Callable[..., Array], q: Array, k: Array, v: Array, mask: Mask) -> Array:

@@ -66,16 +66,15 @@ class Mask:
         """
         if self.window is not None and self.window < 1:
             raise ValueError(f"window={self.window} must be at least 1 (1: a token sees itself)")
-        if self.segment_ids is None:
-            if self.kv_segment_ids is not None:
+        query_ids, key_ids = self.segment_ids, self.key_ids
+        if query_ids is None or key_ids is None:
+            if key_ids is not None:
                 raise ValueError("kv_segment_ids without segment_ids: give both, or segment_ids")
             return
         if self.kv_segment_ids is None and t != s:
             raise ValueError(f"kv_segment_ids must be given because T={t} and S={s} differ")
-        for name, ids, length in (
-            ("segment_ids", self.segment_ids, t),
-            ("kv_segment_ids", self.key_ids, s),
-        ):
+        named = (("segment_ids", query_ids, t), ("kv_segment_ids", key_ids, s))
+        for name, ids, length in named:
             if ids.shape != (batch, length):
                 raise ValueError(f"{name} has shape {ids.shape}, must be {(batch, length)}")
             if not jnp.issubdtype(ids.dtype, jnp.integer):
@@ -106,8 +105,8 @@ class Mask:
             allowed &= i - j < self.window
             if not self.causal:
                 allowed &= j - i < self.window
-        if self.segment_ids is not None:
-            ids = jax.lax.dynamic_slice_in_dim(self.segment_ids, start, size, axis=1)
-            allowed = allowed & (ids[:, :, None] == self.key_ids[:, None, :])
-            allowed &= ids[:, :, None] != 0
+        query_ids, key_ids = self.segment_ids, self.key_ids
+        if query_ids is not None and key_ids is not None:
+            ids = jax.lax.dynamic_slice_in_dim(query_ids, start, size, axis=1)[:, :, None]
+            allowed = allowed & (ids == key_ids[:, None, :]) & (ids != 0)
         return allowed

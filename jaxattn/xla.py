@@ -32,7 +32,7 @@ def attention(
       jax.nn.dot_product_attention; Rabe and Staats 2021, arXiv:2112.05682 (slicing).
     """
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
-    size, count = slices(*q_BTNH.shape[:3], S)
+    size, count = slices(q_BTNH.shape[0], T, q_BTNH.shape[2], S)
     rest = size * count - T  # queries added to fill the last slice; their output is dropped
     q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, rest), (0, 0), (0, 0)))
     if mask.segment_ids is not None:

@@ -45,14 +45,17 @@ def spec(axes: Sequence[str | None], mesh: Mesh | AbstractMesh) -> P:
 
     Args:
       axes: a name from `RULES` or None (not split) for every dimension.
-      mesh: axes it lacks split nothing.
+      mesh: axes that it lacks, or that have one device, split nothing.
 
     Raises:
       ValueError: an unknown name, or two dimensions on one mesh axis.
     """
     if unknown := {a for a in axes if a is not None} - RULES.keys():
         raise ValueError(f"unknown logical axes {sorted(unknown)}: RULES has {sorted(RULES)}")
-    entries = [tuple(m for m in RULES.get(a or "", ()) if m in mesh.axis_names) for a in axes]
+    # A mesh axis of size 1 splits nothing. Left in the type, it makes slices of a batch of one row
+    # lose it (jax 0.11, 0.12), and the next concatenation fails.
+    sizes = mesh.shape
+    entries = [tuple(m for m in RULES.get(a or "", ()) if sizes.get(m, 1) > 1) for a in axes]
     used = [m for entry in entries for m in entry]
     if len(used) != len(set(used)):
         raise ValueError(f"axes {tuple(axes)} put two dimensions on one mesh axis: {entries}")

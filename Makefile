@@ -1,0 +1,49 @@
+# make train          set up .venv and train on the built-in text; pass flags on with ARGS="..."
+# make test           set up .venv and run the tests
+# make check          lint, types and import floors
+#
+# Needs Python >= 3.12 and nothing else. With an NVIDIA driver the environment gets the CUDA 12
+# build of jax; CUDA=13 asks for the CUDA 13 build.
+
+PYTHON ?= $(shell command -v python3.12 || command -v python3.13 || command -v python3)
+VENV ?= .venv
+CUDA ?= 12
+ARGS ?=
+
+HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
+CUDA_EXTRA := $(if $(HAS_GPU),cuda$(CUDA))
+comma := ,
+
+# One stamp for each set of extras: setting up again happens when pyproject.toml changes.
+RUN_STAMP := $(VENV)/.installed-$(or $(CUDA_EXTRA),cpu)
+DEV_STAMP := $(RUN_STAMP)-dev
+
+.PHONY: train test check clean
+
+train: $(RUN_STAMP)
+	$(VENV)/bin/python -m train.main $(ARGS)
+
+test: $(DEV_STAMP)
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+check: $(DEV_STAMP)
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+	$(VENV)/bin/lint-imports
+
+$(VENV)/bin/python:
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
+	  { echo "error: Python >= 3.12 is needed, $(PYTHON) is older; say PYTHON=/path/to/python3.12" >&2; exit 1; }
+	"$(PYTHON)" -m venv $(VENV)
+
+$(RUN_STAMP): pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$(CUDA_EXTRA)]"
+	@touch $@
+
+$(DEV_STAMP): pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev$(addprefix $(comma),$(CUDA_EXTRA))]"
+	@touch $@ $(RUN_STAMP)
+
+clean:
+	rm -rf $(VENV)

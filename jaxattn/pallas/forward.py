@@ -1,0 +1,356 @@
+"""The forward kernel: block-sparse flash attention for Hopper, persistent and warp-specialised.
+
+R rows = B * T queries end to end, C columns = B * S keys, N query heads, K kv heads, H head dim.
+A program owns tiles of `CONSUMERS * group` queries x `heads` query heads of one kv head, one after
+another, and walks over the live tiles of keys. See README.md beside jaxattn for the dataflow.
+
+| barrier | arrives                           | waits         | asserts                           |
+| ------- | --------------------------------- | ------------- | --------------------------------- |
+| q_full  | copies of the item, Q by heads    | its consumer  | the slot holds the item           |
+| q_free  | the consumer, one item later      | producer      | the slot may be overwritten       |
+| k_full  | copy of K                         | all consumers | the stage holds K                 |
+| k_free  | every consumer after its Q K^T    | producer      | the stage of K may be overwritten |
+| v_full  | copy of V                         | all consumers | the stage holds V                 |
+| v_free  | every consumer after its P V      | producer      | the stage of V may be overwritten |
+
+The consumers arrive once on every "free" barrier at their start, so that the producer always waits
+before it copies and the first round needs no special case.
+"""
+
+import functools
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from jaxattn import block_map
+from jaxattn.block_map import BlockMap
+from jaxattn.pallas import softmax
+from jaxattn.pallas.schedule import persistent_schedule
+from jaxattn.pallas.softmax import ROW, TILE, by_row
+from jaxattn.pallas.sync import ring_slot, swizzled
+from jaxattn.pallas.tiles import CONSUMERS, WARPGROUP_ROWS, ForwardTiles
+
+# Programs of the persistent grid: one on each multiprocessor of an H100 or H200.
+PROGRAMS = 132
+PRODUCER = CONSUMERS
+# Registers a thread: the producer needs few, 24 + 2 * 240 = 3 * 168 is all there is.
+PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240
+
+
+# Slots for what belongs to an item: its Q, its row of the work list, its rows' visible ranges. With
+# two, the producer fetches an item while the one before is still worked on.
+ITEM_SLOTS = 2
+
+
+def scratch(head_dim: int, dtype: jnp.dtype, tiles: ForwardTiles) -> dict:
+    """Shared memory and barriers of one program."""
+    rows, items = WARPGROUP_ROWS, (ITEM_SLOTS, CONSUMERS)
+    kv = (tiles.stages, tiles.block_kv, head_dim)
+    barrier = functools.partial(plgpu.Barrier, num_barriers=tiles.stages)
+    item_barrier = functools.partial(plgpu.Barrier, num_barriers=ITEM_SLOTS * CONSUMERS)
+    return {
+        "q_smem": plgpu.SMEM((*items, rows, head_dim), dtype, transforms=swizzled(dtype)),
+        # 8 values of each row are used: the copy engine writes to multiples of 128 bytes.
+        "work_smem": plgpu.SMEM((*items, 32), jnp.int32),
+        "ends_smem": plgpu.SMEM((*items, 2, rows), jnp.int32),
+        "k_smem": plgpu.SMEM(kv, dtype, transforms=swizzled(dtype)),
+        "v_smem": plgpu.SMEM(kv, dtype, transforms=swizzled(dtype)),
+        "lse_smem": plgpu.SMEM((CONSUMERS, rows), jnp.float32),
+        "q_full": item_barrier(num_arrivals=tiles.heads + 2),  # and the two of its metadata
+        "q_free": item_barrier(),
+        "k_full": barrier(),
+        "k_free": barrier(num_arrivals=CONSUMERS),
+        "v_full": barrier(),
+        "v_free": barrier(num_arrivals=CONSUMERS),
+    }
+
+
+def forward(
+    q_RNH: Float[Array, "R N H"],
+    k_CKH: Float[Array, "C K H"],
+    v_CKH: Float[Array, "C K H"],
+    work: BlockMap,
+    *,
+    scale: float,
+    tiles: ForwardTiles,
+) -> tuple[Float[Array, "R N H"], Float[Array, "N rows"]]:
+    """Runs the kernel.
+
+    Args:
+      q_RNH: queries, bf16 or fp16; H is 64 or 128.
+      k_CKH: keys, same dtype.
+      v_CKH: values, same dtype.
+      work: `query_map` for these tiles.
+      scale: above 0.
+      tiles: the tile sizes that `work` was made for.
+
+    Returns:
+      o_RNH in the dtype of q, and the log-sum-exp of the scaled scores in units of log 2, fp32
+      [N, R rounded up to a row tile]; +inf for rows that see nothing, whose o is 0.
+    """
+    R, N, H = q_RNH.shape
+    K = k_CKH.shape[1]
+    dtype = q_RNH.dtype
+    queries = CONSUMERS * tiles.group  # of a row tile
+    row_tiles = -(-R // queries)
+    tile_heads = N // tiles.heads  # work items along the head axis
+    programs = min(PROGRAMS, row_tiles * tile_heads)
+    schedule = persistent_schedule(row_tiles, tile_heads, programs)
+    by_id = work.row_ids is not None
+
+    def kernel(q_gmem, k_gmem, v_gmem, schedule_gmem, work_gmem, ends_gmem, *refs, **smem):
+        *ids_gmem, o_gmem, lse_gmem = refs  # ids of rows and columns, if there are documents
+        q_smem, k_smem, v_smem = smem["q_smem"], smem["k_smem"], smem["v_smem"]
+        work_smem, ends_smem = smem["work_smem"], smem["ends_smem"]
+        lse_smem = smem["lse_smem"]
+        q_full, k_full, v_full = smem["q_full"], smem["k_full"], smem["v_full"]
+        q_free, k_free, v_free = smem["q_free"], smem["k_free"], smem["v_free"]
+        wg = lax.axis_index("wg")
+        program = lax.axis_index("program")
+
+        def item_slot(i, consumer):
+            return lax.rem(i, jnp.int32(ITEM_SLOTS)) * CONSUMERS + consumer
+
+        def each_item(body, load):
+            """Runs body(i, head, place in the work list, loaded, column tiles before)."""
+
+            def item(i):
+                # The load ahead of the last item is the filling of the schedule's row.
+                at = schedule_gmem[program, 1 + jnp.minimum(i, schedule.shape[1] - 2)]
+                row, head = lax.rem(at, row_tiles), lax.div(at, row_tiles)
+                return row, head, load(row)
+
+            def step(i, carry):
+                (row, head, loaded), done = carry
+                ahead = item(i + 1)  # read now, so that the next item need not wait for it
+                return ahead, done + body(i, head, row, loaded, done)
+
+            count = schedule_gmem[program, 0]
+            lax.fori_loop(0, count, step, (item(jnp.int32(0)), jnp.int32(0)))
+
+        @pl.when(wg == PRODUCER)
+        def producer():
+            plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+
+            def load(row):
+                fields = (block_map.TILE, block_map.START, block_map.COUNT)
+                return [work_gmem[row, 0, i] for i in fields]
+
+            def body(i, head, row, loaded, done):
+                row_tile, start, count = loaded
+                kv_head = lax.div(head * tiles.heads, N // K)
+                # 1. The item: metadata, and Q by one copy a head (a warpgroup's rows are
+                # head-major).
+                for consumer in range(CONSUMERS):
+                    slot = item_slot(i, consumer)
+                    full, parity = q_full.at[slot], lax.rem(i, jnp.int32(ITEM_SLOTS))
+                    plgpu.barrier_wait(q_free.at[slot])
+                    plgpu.copy_gmem_to_smem(
+                        work_gmem.at[row, consumer],
+                        work_smem.at[parity, consumer, pl.ds(0, 8)],
+                        full,
+                    )
+                    plgpu.copy_gmem_to_smem(
+                        ends_gmem.at[row, consumer], ends_smem.at[parity, consumer], full
+                    )
+                    token = pl.multiple_of(
+                        row_tile * queries + consumer * tiles.group, block_map.ALIGN
+                    )
+                    for h in range(tiles.heads):
+                        plgpu.copy_gmem_to_smem(
+                            q_gmem.at[pl.ds(token, tiles.group), head * tiles.heads + h],
+                            q_smem.at[parity, consumer, pl.ds(h * tiles.group, tiles.group)],
+                            full,
+                        )
+
+                # 2. K and V of every column tile that some row of the tile sees.
+                @pl.loop(0, count)
+                def _(j):
+                    slot = ring_slot(done + j, tiles.stages)
+                    col = pl.multiple_of(start + j * tiles.block_kv, block_map.ALIGN)
+                    source = pl.ds(col, tiles.block_kv), kv_head
+                    plgpu.barrier_wait(k_free.at[slot])
+                    plgpu.copy_gmem_to_smem(k_gmem.at[source], k_smem.at[slot], k_full.at[slot])
+                    plgpu.barrier_wait(v_free.at[slot])
+                    plgpu.copy_gmem_to_smem(v_gmem.at[source], v_smem.at[slot], v_full.at[slot])
+
+                return count
+
+            each_item(body, load)
+
+        @pl.when(wg < CONSUMERS)
+        def consumer():
+            plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+            for slot in range(ITEM_SLOTS):
+                plgpu.barrier_arrive(q_free.at[item_slot(jnp.int32(slot), wg)])
+            for slot in range(tiles.stages):
+                plgpu.barrier_arrive(k_free.at[slot])
+                plgpu.barrier_arrive(v_free.at[slot])
+
+            def body(i, head, row, _, done):
+                slot = lax.rem(i, jnp.int32(ITEM_SLOTS))
+                q, ends = q_smem.at[slot, wg], ends_smem.at[slot, wg]
+                plgpu.barrier_wait(q_full.at[item_slot(i, wg)])
+                fields = [work_smem[slot, wg, field] for field in range(8)]
+                row_tile, start, count, ids_decide, live_from, live_to, full_from, full_to = fields
+
+                def slot_of(j):
+                    return ring_slot(done + j, tiles.stages)
+
+                def skip(j, _):
+                    """A tile that only the other warpgroups need: free it unread."""
+                    plgpu.barrier_wait(k_full.at[slot_of(j)])
+                    plgpu.barrier_arrive(k_free.at[slot_of(j)])
+                    plgpu.barrier_wait(v_full.at[slot_of(j)])
+                    plgpu.barrier_arrive(v_free.at[slot_of(j)])
+                    return ()
+
+                def masked(s, j):
+                    col = start + j * tiles.block_kv
+
+                    def bounds():
+                        return [plgpu.load(ends.at[i], layout=ROW) for i in range(2)]
+
+                    def ids():
+                        return (
+                            plgpu.load(ids_gmem[0].at[row, wg], layout=ROW, optimized=False),
+                            plgpu.load(
+                                ids_gmem[1].at[pl.ds(col, tiles.block_kv)],
+                                layout=softmax.COL,
+                                optimized=False,
+                            ),
+                        )
+
+                    return softmax.mask_scores(
+                        s,
+                        col,
+                        bounds,
+                        below=j < full_from,
+                        above=j >= full_to,
+                        ids=(ids_decide == 1, ids) if by_id else None,
+                    )
+
+                def wait_for_k(j):
+                    @pl.when(j < live_to)
+                    def _():
+                        plgpu.barrier_wait(k_full.at[slot_of(j)])
+
+                def first_scores(s_acc):
+                    plgpu.wgmma(s_acc, q, k_smem.at[slot_of(live_from)].T)
+                    return s_acc[...]
+
+                def step(j, carry):
+                    """S = Q K_j^T and O += P V_(j-1) run while the softmax of tile j-1 is done."""
+                    o, m, l, p = carry
+                    now, before = slot_of(j), slot_of(j - 1)
+
+                    def overlapped(refs):
+                        o_acc, p_ref, m_ref, l_ref, alpha_ref = refs
+
+                        def scores(s_acc):
+                            plgpu.wgmma(s_acc, q, k_smem.at[now].T)
+                            plgpu.barrier_wait(v_full.at[before])
+                            plgpu.wgmma(o_acc, p, v_smem.at[before])
+                            return plgpu.wgmma_accumulator_load(s_acc, wait_n=1)  # P V still runs
+
+                        s = pl.run_scoped(scores, plgpu.ACC(s_shape, jnp.float32))
+                        plgpu.barrier_arrive(k_free.at[now])
+                        new = softmax.online_softmax(masked(s, j), m, l, scale)
+                        # ptxas moves the wait for P V up to before the softmax, which undoes the
+                        # overlap, unless a branch stands between: this wait is that branch. And P
+                        # stays fp32 until P V is done, or ptxas serialises the two (C7513).
+                        new = lax.optimization_barrier(new)
+                        wait_for_k(j + 1)
+                        p_ref[...], m_ref[...], l_ref[...], alpha_ref[...] = new
+
+                    no_p = plgpu.layout_cast(jnp.zeros(s_shape, jnp.float32), TILE)
+                    o, p, m, l, alpha = pl.run_state(overlapped)(
+                        (plgpu.ACC.init(o), no_p, m, l, zeros)
+                    )
+                    plgpu.barrier_arrive(v_free.at[before])
+                    return jnp.multiply(o, by_row(alpha, o_shape)), m, l, p.astype(dtype)
+
+                def epilogue(o, m, l):
+                    sees_any = l > 0.0
+                    o = o * by_row(jnp.where(sees_any, 1.0 / l, 0.0), o.shape)
+                    # Staged where Q was: nobody else reads this consumer's part of the slot.
+                    q[...] = o.astype(dtype)
+                    lse_smem[wg] = jnp.where(sees_any, m + jnp.log2(l), jnp.inf)
+                    plgpu.commit_smem()
+                    token = pl.multiple_of(row_tile * queries + wg * tiles.group, block_map.ALIGN)
+                    for h in range(tiles.heads):
+                        rows = pl.ds(h * tiles.group, tiles.group)
+                        tokens, q_head = pl.ds(token, tiles.group), head * tiles.heads + h
+                        plgpu.copy_smem_to_gmem(
+                            q.at[rows], o_gmem.at[tokens, q_head], commit_group=False
+                        )
+                        plgpu.copy_smem_to_gmem(
+                            lse_smem.at[wg, rows], lse_gmem.at[q_head, tokens], commit_group=False
+                        )
+                    plgpu.commit_smem_to_gmem_group()
+
+                s_shape, o_shape = (WARPGROUP_ROWS, tiles.block_kv), (WARPGROUP_ROWS, H)
+                zeros = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS,), jnp.float32), ROW)
+                m = plgpu.layout_cast(
+                    jnp.full((WARPGROUP_ROWS,), softmax.M_START, jnp.float32), ROW
+                )
+                o = plgpu.layout_cast(jnp.zeros(o_shape, jnp.float32), TILE)
+
+                # 1. The first live tile: scores and softmax, nothing to overlap with yet.
+                lax.fori_loop(0, live_from, skip, ())
+                plgpu.barrier_wait(k_full.at[slot_of(live_from)])
+                s = pl.run_scoped(first_scores, plgpu.ACC(s_shape, jnp.float32))
+                plgpu.barrier_arrive(k_free.at[slot_of(live_from)])
+                p, m, l, _ = softmax.online_softmax(masked(s, live_from), m, zeros, scale)
+                wait_for_k(live_from + 1)
+
+                # The output of the item before, staged in its slot, has left by now.
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+                @pl.when(i > 0)
+                def _():
+                    plgpu.barrier_arrive(q_free.at[item_slot(i - 1, wg)])
+
+                # 2. The other live tiles.
+                o, m, l, p = lax.fori_loop(live_from + 1, live_to, step, (o, m, l, p.astype(dtype)))
+                # 3. The last P V.
+                last = slot_of(live_to - 1)
+                plgpu.barrier_wait(v_full.at[last])
+                o_acc = plgpu.ACC.init(o)
+                o = pl.run_state(lambda acc: plgpu.wgmma(acc, p, v_smem.at[last]))(o_acc)
+                plgpu.barrier_arrive(v_free.at[last])
+                lax.fori_loop(live_to, count, skip, ())
+                # 4. Normalise and store, while the next item's Q, K and V are on their way.
+                epilogue(o, m, l)
+                return count
+
+            each_item(body, load=lambda row: [])
+            plgpu.wait_smem_to_gmem(0)
+
+    run = plgpu.kernel(
+        kernel,
+        out_type=(
+            jax.ShapeDtypeStruct((R, N, H), dtype),
+            jax.ShapeDtypeStruct((N, row_tiles * queries), jnp.float32),
+        ),
+        grid=(programs,),
+        grid_names=("program",),
+        num_threads=CONSUMERS + 1,
+        thread_name="wg",
+        scratch_types=scratch(H, dtype, tiles),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            # Every hand-over is by a barrier of the table above; the automatic ones would stop a
+            # warpgroup at each store to shared memory.
+            unsafe_no_auto_barriers=True,
+            reduction_scratch_bytes=0,
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+        ),
+        kernel_name="flash_forward",
+    )
+    ids = (work.row_ids, work.col_ids) if by_id else ()
+    return run(q_RNH, k_CKH, v_CKH, jnp.asarray(schedule), work.work, work.ends, *ids)

@@ -1,0 +1,184 @@
+"""The stream of batches: the same everywhere, from any position, on any number of hosts."""
+
+import json
+import threading
+
+import numpy as np
+import pytest
+
+from train.data import loader as loader_module
+from train.data import open_data
+
+
+@pytest.fixture
+def path(write):
+    rows = [{"question": f"Q{i}", "answer": "A" * (i % 37 + 1)} for i in range(60)]
+    return write("a.jsonl", rows)
+
+
+@pytest.fixture
+def opened(path, tokenizer):
+    """Opens a loader over 60 chats, 96 tokens a row, batches of 4; takes changes of these."""
+    loaders = []
+
+    def open_(**changes):
+        loaders.append(
+            open_data([path], tokenizer, **{"seq_len": 96, "batch_size": 4, "seed": 7} | changes)
+        )
+        return loaders[-1]
+
+    yield open_
+    for loader in loaders:
+        loader.close()
+
+
+def same(a, b) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_batches_have_the_promised_shapes_and_types(opened):
+    batch = next(opened())
+    assert {field.shape for field in batch} == {(4, 96)}
+    assert [str(field.dtype) for field in batch] == ["int32", "int32", "float32", "int32", "int32"]
+
+
+def test_the_same_arguments_give_the_same_batches(opened):
+    a, b = opened(), opened()
+    assert all(same(next(a), next(b)) for _ in range(40))
+
+
+def test_another_seed_gives_other_batches(opened):
+    assert not same(next(opened()), next(opened(seed=8)))
+
+
+def test_every_epoch_holds_every_row_once_in_another_order(opened):
+    loader = opened(batch_size=1)
+    epochs = [[next(loader).tokens.tobytes() for _ in range(loader.report.rows)] for _ in range(3)]
+    assert len(set(epochs[0])) == loader.report.rows
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert loader.epoch == 3
+
+
+def test_batch_size_only_divides_the_stream(opened):
+    ones, fours = opened(batch_size=1), opened(batch_size=4)
+    rows = [next(ones).tokens for _ in range(40)]
+    assert np.array_equal(np.concatenate(rows), np.concatenate([next(fours)[0] for _ in range(10)]))
+
+
+@pytest.mark.parametrize("taken", [0, 1, 2, 9, 26, 33])
+def test_resume_is_exact_at_any_point(opened, taken):
+    """The state survives JSON, and restoring works in a new loader and in the old one."""
+    loader = opened()
+    for _ in range(taken):
+        next(loader)
+    state = json.loads(json.dumps(loader.state()))
+    ahead = [next(loader) for _ in range(5)]
+    fresh = opened()
+    next(fresh)
+    for resumed in (fresh, loader):
+        resumed.restore(state)
+        assert resumed.state() == state
+        assert all(same(next(resumed), batch) for batch in ahead)
+
+
+@pytest.mark.parametrize("host_count", [2, 4])
+def test_hosts_together_make_the_batch_of_one(opened, host_count):
+    whole = opened()
+    hosts = [opened(host_index=i, host_count=host_count) for i in range(host_count)]
+    for _ in range(20):
+        parts = [next(host) for host in hosts]
+        assert parts[0].tokens.shape == (4 // host_count, 96)
+        assert same(next(whole), [np.concatenate(field) for field in zip(*parts, strict=True)])
+    state = hosts[0].state()
+    assert all(host.state() == state for host in [*hosts, whole])
+
+
+def test_resume_on_another_number_of_hosts(opened):
+    one, half = opened(), opened(host_index=1, host_count=2)
+    for _ in range(3):
+        next(one)
+    half.restore(one.state())
+    assert np.array_equal(next(half).tokens, next(one).tokens[2:])
+
+
+def test_fewer_rows_than_the_batch_repeats_rows(write, tokenizer):
+    path = write("a.jsonl", [{"question": "Q", "answer": "A"}])
+    with open_data([path], tokenizer, seq_len=32, batch_size=3) as loader:
+        assert loader.report.rows == 1
+        batch = next(loader)
+        assert (batch.tokens == batch.tokens[:1]).all()
+        assert batch.loss_mask.sum() == 3 * loader.report.loss_tokens
+        assert loader.epoch == 3
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 8}, {"seq_len": 97}, {"overlong": "head", "seq_len": 40}]
+)
+def test_a_position_in_other_data_is_refused(opened, change):
+    with pytest.raises(ValueError, match="belongs to other data"):
+        opened(**change).restore(opened().state())
+
+
+def test_a_position_in_changed_files_is_refused(opened, path):
+    state = opened().state()
+    path.write_text(path.read_text().replace("Q17", "Q00"))
+    with pytest.raises(ValueError, match="belongs to other data"):
+        opened().restore(state)
+
+
+@pytest.mark.parametrize("state", [{}, {"row": -1, "fingerprint": ""}, {"row": 1.5}])
+def test_what_is_no_position_is_refused(opened, state):
+    with pytest.raises(ValueError, match="not a data position"):
+        opened().restore(state)
+
+
+def test_an_error_in_the_thread_surfaces_and_the_position_stays(opened, monkeypatch):
+    whole, loader = opened(), opened()
+    expected = [next(whole) for _ in range(2)]
+    assert same(next(loader), expected[0])
+    loader.restore(loader.state())  # nothing made ahead
+
+    def broken(*args, **kwargs):
+        assert threading.current_thread() is not threading.main_thread()
+        raise OSError("disk gone")
+
+    state = loader.state()
+    with monkeypatch.context() as patch:
+        patch.setattr(loader_module, "fill", broken)
+        for _ in range(2):
+            with pytest.raises(OSError, match="disk gone"):
+                next(loader)
+        assert loader.state() == state
+    assert same(next(loader), expected[1])
+
+
+def test_the_built_in_text_needs_no_files(tokenizer):
+    with open_data(None, tokenizer, seq_len=512, batch_size=2) as loader:
+        assert 300_000 < loader.report.tokens < 400_000
+        assert loader.report.efficiency > 0.99
+        assert loader.report.notes() == []
+        next(loader)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seq_len": 1}, "seq_len=1 must be at least 2"),
+        ({"seed": -1}, "seed=-1 must not be negative"),
+        ({"batch_size": 0}, "batch_size=0 must be a positive multiple"),
+        ({"batch_size": 3, "host_count": 2}, "batch_size=3 must be a positive multiple of"),
+        ({"host_index": 1}, "host_index=1 must be between 0 and"),
+        ({"seq_len": 8}, "none of the 60 documents can be trained on at seq_len=8"),
+    ],
+)
+def test_bad_arguments_are_one_clear_line(opened, change, message):
+    with pytest.raises(ValueError) as error:
+        opened(**change)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_no_files_is_not_the_built_in_text(tokenizer):
+    with pytest.raises(ValueError, match="no data files are named"):
+        open_data([], tokenizer, seq_len=8, batch_size=1)

@@ -1,0 +1,68 @@
+"""What is chosen where nothing is said, and what is refused before any work."""
+
+import jax.numpy as jnp
+import pytest
+
+from models.config import PRESETS
+from train.config import Config, MeshConfig, OptimConfig
+from train.defaults import settle
+
+
+def test_cpu_defaults():
+    settled = settle(Config())
+    assert settled.name == "nano" and settled.model == PRESETS["nano"]
+    assert settled.dtype == jnp.dtype("float32") and settled.attn == "xla"
+    assert settled.rows * 512 == 4096  # 2,048 tokens would leave devices without a row
+    assert str(settled.out) == "runs/nano-512" and settled.lr == 2e-3
+    assert settled.tokenizer.name == "byte"
+    assert any("no GPU" in note for note in settled.notes)
+
+
+def test_flags_win(tiny):
+    settled = settle(
+        Config(
+            model="tiny",
+            batch_size=16,
+            accum=2,
+            attn="sdpa",
+            dtype="bfloat16",
+            out="here",
+            optim=OptimConfig(lr=1.0),
+            mesh=MeshConfig(data=2),
+        )
+    )
+    assert settled.notes == () and settled.model is PRESETS["tiny"]
+    assert (settled.rows, settled.attn, settled.lr, str(settled.out)) == (16, "xla", 1.0, "here")
+    assert settled.dtype == jnp.dtype("bfloat16")
+    assert dict(settled.mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"model": "nono"}, ValueError, "--model=nono is no preset .nano, .* and no directory"),
+        ({"model": "tests"}, ValueError, "--model=tests .* a directory without config.json"),
+        ({"attn": "palas"}, ValueError, "unknown attention implementation 'palas'"),
+        ({"attn": "pallas"}, NotImplementedError, "'pallas' cannot run.*Hopper.*use impl='xla'"),
+        ({"remat": "some"}, ValueError, "--remat=some must be one of none, qkv, attention, full"),
+        ({"batch_size": 6}, ValueError, "--batch_size=6 must be a multiple of 8"),
+        ({"tokenizer": "nowhere"}, OSError, "nowhere does not exist"),
+        (
+            {"attn": "eager", "seq_len": 32768, "batch_size": 64},
+            NotImplementedError,
+            "score matrix of 32768 x 32768 tokens would need .* GiB",
+        ),
+        ({"model": "internlm2-20b"}, ValueError, "the run needs about .* GiB per device"),
+    ],
+)
+def test_refusals(kwargs, error, message):
+    with pytest.raises(error, match=message) as caught:
+        settle(Config(**kwargs))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tiny, monkeypatch):
+    small = PRESETS["tiny"].__class__(**(vars(tiny) | {"vocab_size": 256}))
+    monkeypatch.setitem(PRESETS, "small", small)
+    with pytest.raises(ValueError, match="byte has 265 tokens, more than the 256 that small has"):
+        settle(Config(model="small"))

@@ -1,0 +1,128 @@
+"""What a person gets wrong: one line on stderr, an exit status, and nothing half-written."""
+
+import json
+import shutil
+
+import pytest
+
+from train.main import main
+
+
+@pytest.fixture
+def refused(capsys, tmp_path, tiny):
+    """Runs the command line, which must fail, and returns its one line."""
+
+    def run(*argv: str, status: int = 1, out=None) -> str:
+        directory = tmp_path / "out" if out is None else out
+        assert main([f"--out={directory}", *argv]) == status
+        said = capsys.readouterr()
+        assert said.err.count("\n") == 1 and said.err.startswith("error: ")
+        assert "Traceback" not in said.err + said.out
+        if out is None:
+            assert not directory.exists()
+        return said.err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--seq_lne=3", "unknown argument --seq_lne; the nearest is --seq_len"),
+        ("--seq_len=1", "--seq_len=1 must be at least 2"),
+        ("--dtype=int8", "invalid choice 'int8'"),
+    ],
+)
+def test_wrong_flag_is_status_2(refused, flag, message):
+    assert message in refused(flag, status=2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--attn=palas"], "unknown attention implementation 'palas'; choose one of auto"),
+        (["--attn=pallas"], "its kernels are for Hopper GPUs"),
+        (["--attn=eager", "--seq_len=32768", "--batch_size=64"], "GiB a layer, this device has"),
+        (["--model=internlm2-3b"], "is no preset (nano, internlm2-1.8b"),
+        (["--model=internlm2-20b"], "weights and optimizer alone exceed it"),
+        (["--mesh.tensor=3"], "must be the number of devices, 8"),
+        (["--mesh.tensor=8", "--model=tiny"], "must be a multiple of 8"),
+        (["--batch_size=3"], "--batch_size=3 must be a multiple of 8"),
+        (["--tokenizer=nowhere"], "nowhere does not exist"),
+        (["--data", "nowhere.txt"], "nowhere.txt"),
+    ],
+)
+def test_what_cannot_run(refused, flags, message):
+    assert message in refused(*flags)
+
+
+def test_empty_data_file(refused, tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    assert "empty.jsonl" in refused("--data", str(tmp_path / "empty.jsonl"))
+
+
+def test_broken_row_is_fatal_when_strict_and_names_its_line(refused, tmp_path):
+    rows = ['{"text": "one"}', '{"text": ', '{"text": "three"}']
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    said = refused("--data", str(tmp_path / "rows.jsonl"), "--data.strict", "--model=tiny")
+    assert "rows.jsonl:2: " in said
+
+
+def test_hf_directory_without_weights(refused, tmp_path, tiny):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(tiny.to_hf()))
+    assert "safetensors" in refused(f"--model={tmp_path / 'hf'}")
+
+
+def test_tokenizer_beyond_the_model(refused, monkeypatch):
+    from models.tokenizer import ByteTokenizer
+
+    monkeypatch.setattr(ByteTokenizer, "vocab_size", 400)
+    assert "has 400 tokens, more than the 320 that tiny has room for" in refused("--model=tiny")
+
+
+RUN = ["--model=tiny", "--seq_len=64", "--batch_size=8", "--steps=8", "--save_every=3"]
+
+
+def test_another_models_checkpoint(refused, finished):
+    before = sorted(finished.rglob("*"))
+    said = refused(*RUN, "--model=nano", "--seq_len=32", out=finished)
+    assert "holds a checkpoint of another run (step 8)" in said
+    assert "model.hidden_size is 32 there, 256 here" in said and "seq_len is 64 there" in said
+    assert "choose another --out" in said
+    assert sorted(finished.rglob("*")) == before
+
+
+def test_other_data_than_the_checkpoints(refused, finished, tmp_path):
+    (tmp_path / "other.txt").write_text("other words " * 100)
+    said = refused(*RUN, "--data", str(tmp_path / "other.txt"), out=finished)
+    assert "the saved data position belongs to other data" in said
+
+
+def test_no_resume_never_overwrites(refused, finished):
+    assert "--no_resume would overwrite it" in refused(*RUN, "--no_resume", out=finished)
+
+
+def test_fewer_steps_than_done(refused, finished):
+    assert "is at step 8, beyond --steps=4" in refused(*RUN, "--steps=4", out=finished)
+
+
+def test_out_below_a_file(refused, tmp_path):
+    (tmp_path / "file").touch()
+    said = refused("--model=tiny", out=tmp_path / "file" / "out")
+    assert f"{tmp_path / 'file'} is a file" in said
+
+
+def test_out_without_permission(refused, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
+    assert "no permission to write" in refused("--model=tiny")
+
+
+def test_full_disk(refused, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 5, 5))
+    assert "No space left on device: a checkpoint needs" in refused("--model=tiny")
+
+
+def test_traceback_on_request(tmp_path):
+    with pytest.raises(ValueError, match="is no preset"):
+        main(["--model=nono", f"--out={tmp_path}", "--traceback"])

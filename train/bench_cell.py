@@ -1,0 +1,170 @@
+"""One cell of the bench, in a process of its own: `python -m train.bench_cell '<json>'`.
+
+A process has the whole GPU memory, its own peak, and may die without taking the table with it.
+Its last line of output is the result as JSON.
+"""
+
+import dataclasses
+import json
+import math
+import statistics
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from models.config import PRESETS
+from models.internlm2 import InternLM2, init
+from train import device, memory
+from train.attention import resolve_attention
+from train.config import MeshConfig, OptimConfig
+from train.data import Batch
+from train.flops import causal_pairs, peak_flops, training_flops
+from train.mesh import make_mesh, row_shards
+from train.metrics import peak_memory
+from train.optim import optimizer, schedule
+from train.state import abstract_state, new_state, params_of
+from train.step import compile_step, make_step, put_batch
+
+WARM_UP = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cell:
+    """What to measure."""
+
+    model: str
+    """A preset."""
+
+    attn: str
+    """Implementation."""
+
+    seq_len: int
+    """Tokens of a row."""
+
+    tokens: int
+    """Of a step, per device that holds rows; at least one row each."""
+
+    packed: bool
+    """Rows of documents instead of one document each."""
+
+    remat: str
+    """Key of `models.internlm2.REMAT`."""
+
+    dtype: str
+    """Compute type."""
+
+    repeats: int
+    """Timed steps; their median counts."""
+
+
+def measure(cell: Cell) -> dict:
+    """Times the full training step, forward, backward and update, on random tokens.
+
+    Returns:
+        The cell's fields and: rows; ms, median of the timed steps; tokens_per_second; mfu (where
+        the device's peak is known); peak_memory_bytes; compile_seconds; plan_bytes.
+
+    Raises:
+        ValueError, NotImplementedError: the cell cannot run, and why.
+        jax.errors.JaxRuntimeError: out of memory, among others.
+    """
+    model, mesh = PRESETS[cell.model], make_mesh(MeshConfig())
+    rows = max(1, cell.tokens // cell.seq_len) * row_shards(mesh)
+    dtype = jnp.dtype(cell.dtype)
+    shape = {"rows": rows, "seq_len": cell.seq_len}
+    attn = resolve_attention(cell.attn, model, mesh, **shape, dtype=dtype, documents=cell.packed)
+    plan = memory.plan(
+        model, mesh, **shape, accum=1, remat=cell.remat, itemsize=dtype.itemsize, attn=attn
+    )
+    config = OptimConfig(lr=1e-4)
+    tx = optimizer(config, 1e-4, 100)
+
+    def make():
+        return InternLM2(model, rngs=nnx.Rngs(params=0), attn=attn, dtype=dtype, remat=cell.remat)
+
+    graphdef, like = abstract_state(make, tx, mesh)
+    state = new_state(params_of(init(model, mesh=mesh), like), tx, like)
+    rows_BT = random_rows(rows, cell.seq_len, model.vocab_size, packed=cell.packed)
+    pairs = causal_pairs(rows_BT.segment_ids)
+    if not cell.packed:  # a plain causal mask, which every implementation knows
+        rows_BT = rows_BT._replace(segment_ids=None)
+    batch = put_batch(rows_BT, accum=1, mesh=mesh)
+    begun = time.perf_counter()
+    step = compile_step(make_step(graphdef, tx, schedule(config, 1e-4, 100)), state, batch)
+    compile_seconds = time.perf_counter() - begun
+    seconds = []
+    for _ in range(WARM_UP + cell.repeats):
+        begun = time.perf_counter()
+        state, values = step(state, batch)
+        jax.block_until_ready((state, values))
+        seconds.append(time.perf_counter() - begun)
+    median = statistics.median(seconds[WARM_UP:])
+    tokens = rows * cell.seq_len
+    result = dataclasses.asdict(cell) | {
+        "rows": rows,
+        "ms": 1e3 * median,
+        "tokens_per_second": tokens / median,
+        "peak_memory_bytes": peak_memory(jax.local_devices()),
+        "plan_bytes": plan.total,
+        "compile_seconds": compile_seconds,
+        "loss": float(values["loss"]),
+    }
+    peak = peak_flops(mesh.devices.flat[0])
+    if peak is not None:
+        useful = training_flops(model, tokens, pairs)
+        result["mfu"] = useful / median / (peak * mesh.size)
+    return result
+
+
+def random_rows(rows: int, seq_len: int, vocab_size: int, *, packed: bool) -> Batch:
+    """Rows [rows, seq_len] without padding, every position with a target.
+
+    Args:
+        rows: of the batch.
+        seq_len: tokens of a row.
+        vocab_size: of the uniform random tokens.
+        packed: documents of log-normal length (median 1,500, sigma 1, from 16 to 16,384 tokens,
+            the last one of a row cut), else one a row.
+    """
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, vocab_size, (rows, seq_len + 1), dtype=np.int32)
+    segment_ids = np.ones((rows, seq_len), np.int32)
+    positions = np.tile(np.arange(seq_len, dtype=np.int32), (rows, 1))
+    for row in range(rows if packed else 0):
+        start, number = 0, 1
+        while start < seq_len:
+            end = start + int(np.clip(rng.lognormal(math.log(1500), 1.0), 16, 16384))
+            segment_ids[row, start:end] = number
+            positions[row, start:end] -= start
+            start, number = end, number + 1
+    return Batch(
+        tokens=tokens[:, :-1],
+        targets=tokens[:, 1:],
+        loss_mask=np.ones((rows, seq_len), np.float32),
+        segment_ids=segment_ids,
+        positions=positions,
+    )
+
+
+def main() -> None:
+    """Measures the cell of the command line and prints the result, or why there is none."""
+    cell = Cell(**json.loads(sys.argv[1]))
+    device.set_up(keep_compiled=False)
+    try:
+        result = measure(cell)
+    except (ValueError, NotImplementedError) as error:
+        result = dataclasses.asdict(cell) | {"why": str(error)}
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        why = f"out of memory: {str(error).splitlines()[0][:200]}"
+        result = dataclasses.asdict(cell) | {"why": why}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Flags to a frozen dataclass; what is wrong with them is one line."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+
+def parse[C](config: type[C], argv: Sequence[str], module: str) -> C:
+    """Reads the flags; `--help` prints them and exits.
+
+    Args:
+        config: a dataclass; its fields are the flags, sections have a dot.
+        argv: what was typed.
+        module: the program's, for `--help`.
+
+    Raises:
+        ValueError: what is wrong, with the nearest flag if one is unknown.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed, unknown = tyro.cli(
+                config,
+                prog=f"python -m {module}",
+                args=list(argv),
+                use_underscores=True,
+                return_unknown_args=True,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ValueError(_message(said.getvalue())) from stop
+    if unknown:
+        raise ValueError(_unknown(unknown[0], flags(config)))
+    return parsed
+
+
+def flags(config: type, prefix: str = "--") -> list[str]:
+    """Every flag of a dataclass and of its sections."""
+    names = []
+    for field in dataclasses.fields(config):
+        if isinstance(field.default_factory, type):
+            names += flags(field.default_factory, f"{prefix}{field.name}.")
+        else:  # tyro's own name for it, if it has one; an empty one is its section's
+            given = [getattr(m, "name", None) for m in getattr(field.type, "__metadata__", ())]
+            name = next((n for n in given if n is not None), field.name)
+            names.append(f"{prefix}{name}".rstrip("."))
+    return names
+
+
+def fail(error: object, status: int) -> int:
+    """Says what went wrong on one line of stderr; returns the status to exit with."""
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    return status
+
+
+def _unknown(argument: str, known: list[str]) -> str:
+    flag = argument.split("=")[0]
+    near = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
+    return f"unknown argument {flag}{f'; the nearest is {near[0]}' if near else ''}; see --help"
+
+
+def _message(box: str) -> str:
+    """What tyro says inside its frame, without the frame and the help below."""
+    lines = [line.strip("│ \n") for line in box.splitlines() if line.startswith("│")]
+    end = next((i for i, line in enumerate(lines) if not line or line.startswith("──")), None)
+    message = " ".join(lines[:end])
+    for config in ("Config", "BenchConfig"):
+        message = message.removeprefix(f"Error parsing {config}: ")
+    return message

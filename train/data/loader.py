@@ -1,0 +1,235 @@
+"""From files to an endless stream of packed batches, at an exact position.
+
+The stream is the rows of epoch 0 in a random order, then those of epoch 1 in another, and so
+on; batch k is the rows k * batch_size .. (k + 1) * batch_size - 1 of it. No row is dropped at
+an epoch's end: a batch may hold rows of two epochs, and where there are fewer rows than
+`batch_size` a batch holds some rows several times. A position in the stream is therefore one
+number, and going to it is free.
+
+Every host computes the same stream and fills only its own rows of each batch.
+"""
+
+import hashlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from models.tokenizer import Tokenizer
+from train.data.corpus import TINY_SHAKESPEARE
+from train.data.dataset import Dataset, tokenise
+from train.data.order import shuffled
+from train.data.packing import Batch, Overlong, Pieces, Rows, count_loss_tokens, cut, fill, pack
+from train.data.report import Report
+
+PREFETCH = 2  # batches made ahead: one in the making while one waits
+
+
+def open_data(
+    paths: Sequence[str | Path] | None,
+    tokenizer: Tokenizer,
+    *,
+    seq_len: int,
+    batch_size: int,
+    seed: int = 0,
+    strict: bool = False,
+    overlong: Overlong = "drop",
+    host_index: int = 0,
+    host_count: int = 1,
+) -> "Loader":
+    """Reads, tokenises and packs files, and returns the batches.
+
+    Args:
+        paths: `.txt`, `.json`, `.jsonl` files, mixed as one pool; None for the built-in text.
+        tokenizer: makes the ids.
+        seq_len: places of a row, at least 2.
+        batch_size: rows of a batch over all hosts.
+        seed: of every shuffle, >= 0.
+        strict: the first broken row is fatal instead of skipped and counted.
+        overlong: what becomes of chats longer than a row (packing.cut).
+        host_index: which host this is, 0..host_count-1.
+        host_count: hosts that share each batch in equal parts.
+
+    Raises:
+        ValueError: a bad argument or bad data; one line that names the file and line.
+    """
+    if seq_len < 2:
+        raise ValueError(f"{seq_len=} must be at least 2: a token and its target")
+    if seed < 0:
+        raise ValueError(f"{seed=} must not be negative")
+    if paths is not None and not paths:
+        raise ValueError("no data files are named; name some, or none at all for built-in text")
+    check_shares(batch_size, host_index, host_count)
+    files = [Path(path) for path in paths] if paths else [TINY_SHAKESPEARE]
+    dataset = tokenise(files, tokenizer, strict=strict)
+    pieces = cut(dataset, seq_len, overlong=overlong)
+    rows = pack(pieces.length, seq_len, seed=seed)
+    return Loader(
+        dataset,
+        pieces,
+        rows,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        pad_id=tokenizer.pad_id,
+        seed=seed,
+        host_index=host_index,
+        host_count=host_count,
+    )
+
+
+class Loader(Iterator[Batch]):
+    """An endless iterator of batches, made ahead in one background thread.
+
+    An error in the thread is raised by `next`, as it is; the position then stays where it was.
+    Also a context manager that ends the thread; without it the thread ends with the process.
+
+    Attributes:
+        report: what became of the data.
+        batch_size: rows of a batch over all hosts; `next` returns `batch_size / host_count`.
+        fingerprint: hash of all rows and their order; a state fits only the same data.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        pieces: Pieces,
+        rows: Rows,
+        *,
+        seq_len: int,
+        batch_size: int,
+        pad_id: int,
+        seed: int = 0,
+        host_index: int = 0,
+        host_count: int = 1,
+    ):
+        check_shares(batch_size, host_index, host_count)
+        self.report = _report(dataset, pieces, rows, seq_len)
+        self.batch_size = batch_size
+        self.fingerprint = _fingerprint(dataset, pieces, rows, seq_len, seed)
+        self._dataset, self._pieces, self._rows = dataset, pieces, rows
+        self._seq_len, self._pad_id, self._seed = seq_len, pad_id, seed
+        self._share = batch_size // host_count
+        self._skipped = host_index * self._share
+        self._row = 0  # of the stream: the first one of the next batch
+        self._order = (-1, np.zeros(0, np.int64))  # the last epoch asked for, and its row order
+        self._made: deque[Future[Batch]] = deque()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
+
+    def __next__(self) -> Batch:
+        while len(self._made) < PREFETCH:
+            row = self._row + len(self._made) * self.batch_size
+            self._made.append(self._thread.submit(self._make, row))
+        try:
+            batch = self._made.popleft().result()
+        except BaseException:
+            self._forget()
+            raise
+        self._row += self.batch_size
+        return batch
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data so far, as a fraction."""
+        return self._row / len(self._rows)
+
+    def state(self) -> dict[str, Any]:
+        """Returns the position of the next batch, small and fit for JSON."""
+        return {"row": self._row, "fingerprint": self.fingerprint}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes to a position: the next batch is the one that was next when it was taken.
+
+        The number of hosts may differ; with another batch size the stream goes on at the same
+        row.
+
+        Raises:
+            ValueError: the state belongs to other data, tokenizer, sequence length or seed.
+        """
+        row, fingerprint = state.get("row"), state.get("fingerprint")
+        if not isinstance(row, int) or row < 0 or not isinstance(fingerprint, str):
+            raise ValueError(f"not a data position: {state!r:.100}")
+        if fingerprint != self.fingerprint:
+            raise ValueError(
+                f"the saved data position belongs to other data ({fingerprint}, this is"
+                f" {self.fingerprint}): use the same files, tokenizer, seq_len and seed"
+            )
+        self._forget()
+        self._row = row
+
+    def close(self) -> None:
+        """Ends the background thread."""
+        self._forget()
+        self._thread.shutdown()
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _make(self, row: int) -> Batch:
+        first = row + self._skipped
+        which = np.array([self._row_at(i) for i in range(first, first + self._share)], np.int64)
+        return fill(
+            self._dataset,
+            self._pieces,
+            self._rows,
+            which,
+            seq_len=self._seq_len,
+            pad_id=self._pad_id,
+        )
+
+    def _row_at(self, place: int) -> int:
+        epoch, index = divmod(place, len(self._rows))
+        if self._order[0] != epoch:
+            # 1 sets the key apart from that of the packing's shuffle, which is the seed alone.
+            self._order = (epoch, shuffled(len(self._rows), self._seed, 1, epoch))
+        return int(self._order[1][index])
+
+    def _forget(self) -> None:
+        """Drops what was made ahead."""
+        for future in self._made:
+            future.cancel()
+        self._made.clear()
+
+
+def check_shares(batch_size: int, host_index: int, host_count: int) -> None:
+    """Checks that the hosts can share a batch in equal parts.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    if batch_size < 1 or batch_size % host_count:
+        raise ValueError(f"{batch_size=} must be a positive multiple of {host_count=}")
+    if not 0 <= host_index < host_count:
+        raise ValueError(f"{host_index=} must be between 0 and {host_count=} - 1")
+
+
+def _report(dataset: Dataset, pieces: Pieces, rows: Rows, seq_len: int) -> Report:
+    per_document = np.bincount(pieces.document)
+    per_row = np.add.reduceat(pieces.length[rows.pieces], rows.offsets[:-1])
+    return Report(
+        files=dataset.files,
+        documents=int((per_document > 0).sum()),
+        split=int((per_document > 1).sum()),
+        rows=len(rows),
+        seq_len=seq_len,
+        tokens=int(pieces.length.sum()),
+        loss_tokens=count_loss_tokens(dataset, pieces),
+        tail=int(per_row.min()),
+        broken=dataset.broken,
+        dropped=pieces.dropped,
+        truncated=pieces.truncated,
+    )
+
+
+def _fingerprint(dataset: Dataset, pieces: Pieces, rows: Rows, seq_len: int, seed: int) -> str:
+    arrays: list[np.ndarray] = [dataset.tokens, dataset.trained]
+    arrays += [pieces.start, pieces.length, rows.pieces, rows.offsets]
+    digest = hashlib.blake2b(f"{seq_len} {seed}".encode(), digest_size=8)
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()

@@ -1,0 +1,173 @@
+"""What a run takes where no flag says otherwise, by device and model."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import DTypeLike
+
+from models.config import PRESETS, ModelConfig
+from models.internlm2 import REMAT
+from models.tokenizer import Tokenizer, load_tokenizer
+from train import memory
+from train.attention import resolve_attention
+from train.config import Config
+from train.mesh import check_rows, make_mesh, row_shards
+
+GPU_MODEL, CPU_MODEL = "internlm2-1.8b", "nano"
+GPU_TOKENS = 32_768
+"""Tokens of a step on each GPU that holds rows of its own: one row of the longest case."""
+CPU_TOKENS = 2_048
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settled:
+    """A run without open questions."""
+
+    name: str
+    """Of the model, for people and paths."""
+
+    model: ModelConfig
+    """The architecture."""
+
+    weights: Path | None
+    """HF directory to load, or None for random weights."""
+
+    tokenizer: Tokenizer
+    """Its vocabulary fits the model's."""
+
+    mesh: Mesh
+    """All devices."""
+
+    attn: str
+    """Implementation that runs."""
+
+    dtype: DTypeLike
+    """Compute type."""
+
+    rows: int
+    """In a step; a multiple of accum, and its part of the devices that split rows."""
+
+    lr: float
+    """Peak."""
+
+    out: Path
+    """The run's directory."""
+
+    plan: memory.Plan
+    """What it needs in memory."""
+
+    notes: tuple[str, ...]
+    """What was chosen and why, for the log."""
+
+
+def settle(config: Config) -> Settled:
+    """Chooses what is open, and refuses what cannot run, before any work is done.
+
+    Raises:
+        ValueError: unknown model, tokenizer too large, a mesh or memory that does not fit.
+        NotImplementedError: an attention implementation that cannot run here.
+        OSError: a model or tokenizer that cannot be read.
+    """
+    if config.remat not in REMAT:
+        raise ValueError(f"--remat={config.remat} must be one of {', '.join(REMAT)}")
+    mesh = make_mesh(config.mesh)
+    device = mesh.devices.flat[0]
+    on_gpu = device.platform == "gpu"
+    rows = config.batch_size or _rows(config, mesh, GPU_TOKENS if on_gpu else CPU_TOKENS)
+    check_rows(mesh, rows=rows, accum=config.accum)
+    dtype = jnp.dtype(config.dtype or ("bfloat16" if on_gpu else "float32"))
+    notes = []
+
+    def needed(model: ModelConfig, attn: str) -> memory.Plan:
+        return memory.plan(
+            model,
+            mesh,
+            rows=rows // config.accum,
+            seq_len=config.seq_len,
+            accum=config.accum,
+            remat=config.remat,
+            itemsize=dtype.itemsize,
+            attn=attn,
+        )
+
+    name = config.model
+    if name is None:
+        name, why = _choose_model(on_gpu, device, needed(PRESETS[GPU_MODEL], "xla"))
+        notes.append(f"model {name}: {why}")
+    model, weights = _read_model(name)
+    attn = resolve_attention(
+        config.attn, model, mesh, rows=rows // config.accum, seq_len=config.seq_len, dtype=dtype
+    )
+    plan = needed(model, attn)
+    memory.check_fits(plan, memory.available(device), rows=rows // config.accum, accum=config.accum)
+    tokenizer = _read_tokenizer(config.tokenizer, weights)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, more than the "
+            f"{model.vocab_size} that {name} has room for: choose another --tokenizer or --model"
+        )
+    short = weights.name if weights else name
+    return Settled(
+        name=name,
+        model=model,
+        weights=weights,
+        tokenizer=tokenizer,
+        mesh=mesh,
+        attn=attn,
+        dtype=dtype,
+        rows=rows,
+        lr=config.optim.lr or _lr(name, weights),
+        out=Path(config.out or f"runs/{short}-{config.seq_len}"),
+        plan=plan,
+        notes=tuple(notes),
+    )
+
+
+def _rows(config: Config, mesh: Mesh, tokens: int) -> int:
+    """Rows of about `tokens` tokens, that divide over devices and microbatches."""
+    at_least = row_shards(mesh) * config.accum
+    if mesh.devices.flat[0].platform == "gpu":
+        tokens *= row_shards(mesh)
+    return max(1, tokens // config.seq_len // at_least) * at_least
+
+
+def _choose_model(on_gpu: bool, device: jax.Device, needed: memory.Plan) -> tuple[str, str]:
+    if not on_gpu:
+        return CPU_MODEL, f"there is no GPU, only {device.platform}"
+    have = memory.available(device)
+    fits = needed.total <= have
+    relation = "fit" if fits else "do not fit"
+    why = (
+        f"the {needed.total / memory.GiB:.1f} GiB that {GPU_MODEL} needs {relation} the "
+        f"{have / memory.GiB:.1f} GiB of {device.device_kind}"
+    )
+    return (GPU_MODEL if fits else CPU_MODEL), why
+
+
+def _read_model(name: str) -> tuple[ModelConfig, Path | None]:
+    if name in PRESETS:
+        return PRESETS[name], None
+    file = Path(name) / "config.json"
+    if not file.exists():
+        what = "a directory without config.json" if Path(name).is_dir() else "no directory"
+        raise ValueError(f"--model={name} is no preset ({', '.join(PRESETS)}) and {what}")
+    try:
+        return ModelConfig.from_hf(json.loads(file.read_text())), Path(name)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+
+
+def _read_tokenizer(spec: str | None, weights: Path | None) -> Tokenizer:
+    if spec is None and weights is not None and (weights / "tokenizer.model").exists():
+        spec = str(weights)
+    return load_tokenizer(spec or "byte")
+
+
+def _lr(name: str, weights: Path | None) -> float:
+    if weights is not None:
+        return 2e-5
+    return 2e-3 if name == "nano" else 3e-4

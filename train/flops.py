@@ -1,0 +1,55 @@
+"""Useful arithmetic of a training step, and what share of a GPU's peak it is (MFU).
+
+    6 * (parameters - embedding table) * tokens + 12 * L * N * H * pairs
+
+where pairs are the causal query-key pairs inside documents: what the mask hides is not work, and
+neither is what the backward pass computes a second time. The output matrix counts, the look-up in
+the embedding table does not.
+
+References:
+    "PaLM", Chowdhery et al. 2022, appendix B, for MFU; there pairs are all T * T.
+"""
+
+import jax
+import numpy as np
+from jaxtyping import Array, Int
+
+from models.config import ModelConfig
+
+PEAK_FLOPS = {
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+}
+"""Dense bf16 FLOP/s by `device_kind`; the datasheets' 1,979e12 is with sparsity."""
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Peak of one device in FLOP/s, or None where it is not known: then no MFU is shown."""
+    return PEAK_FLOPS.get(device.device_kind)
+
+
+def causal_pairs(segment_ids_BT: Int[np.ndarray | Array, "B T"]) -> int:
+    """Counts (query, key) pairs with key <= query in the same document; padding (0) has none.
+
+    A document of n tokens has n * (n + 1) / 2.
+    """
+    pairs = 0
+    for row_T in np.asarray(segment_ids_BT):
+        starts = np.flatnonzero(np.diff(row_T, prepend=row_T[0] - 1))
+        lengths = np.diff(starts, append=len(row_T)).astype(np.int64)
+        pairs += int(np.sum((lengths * (lengths + 1) // 2)[row_T[starts] != 0]))
+    return pairs
+
+
+def training_flops(config: ModelConfig, tokens: int, pairs: int) -> float:
+    """Floating-point operations of forward and backward.
+
+    Args:
+        config: the model.
+        tokens: that are not padding.
+        pairs: from `causal_pairs`.
+    """
+    table = config.vocab_size * config.hidden_size
+    looked_up = 0 if config.tie_word_embeddings else table
+    attention = 12 * config.num_layers * config.num_heads * config.head_dim
+    return 6.0 * (config.num_params() - looked_up) * tokens + float(attention) * pairs

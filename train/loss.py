@@ -1,0 +1,165 @@
+"""Cross-entropy over a large vocabulary, a chunk of positions at a time.
+
+A row of 32,768 positions against 92,544 tokens is 12 GB of float32 logits. Here at most
+`chunk_tokens` positions per device have logits at once, forward and backward: the chunk's
+gradients are formed in the same pass as its loss, while its logits exist, so that the backward
+pass neither keeps logits nor computes them again.
+
+B batch, T position, C position inside a chunk, D embed, V vocab. The files of the model choose the
+shardings; this one only reads them off its arguments.
+
+References:
+    "Liger Kernel", Hsu et al. 2024, section 3.2 (fused linear cross-entropy) for the idea of
+    forming the gradient in the forward pass.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+CHUNK_TOKENS = 2048
+"""Positions per device whose logits exist at once: 0.76 GB of float32 at V = 92,544."""
+
+
+def cross_entropy(
+    x_BTD: Float[Array, "B T D"],
+    w_DV: Float[Array, "D V"],
+    targets_BT: Int[Array, "B T"],
+    weights_BT: Float[Array, "B T"],
+    *,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> Float[Array, ""]:
+    """Sum over positions of weight * -log softmax(x @ w)[target].
+
+    A sum and no mean: the caller divides by the number of loss tokens of the whole step, over
+    devices, rows and accumulation, which no microbatch knows.
+
+    Args:
+        x_BTD: final hidden states in the compute dtype; B may be sharded, T and D not.
+        w_DV: the unembedding, gathered over the axes that shard B; V may be sharded.
+        targets_BT: token ids in [0, V).
+        weights_BT: float32, 0 where there is no target. Not differentiated.
+        chunk_tokens: positions per device and chunk.
+
+    Returns:
+        A float32 scalar, replicated.
+
+    Raises:
+        ValueError: if chunk_tokens is not positive.
+
+    Memory:
+        One chunk of logits in float32 and of their gradient in x's dtype, and, when
+        differentiated, w's gradient in float32.
+    """
+    if chunk_tokens < 1:
+        raise ValueError(f"{chunk_tokens=} must be at least 1")
+    local = functools.partial(_sum_of_losses, chunk_tokens)
+    batch = _axes_of_rows(x_BTD)
+    if not batch:
+        return local(x_BTD, w_DV, targets_BT, weights_BT)
+
+    def on_each_device(x_BTD, w_DV, targets_BT, weights_BT):
+        # Marking w as different on each device puts the sum of its gradient over devices after
+        # the loop over chunks, once, instead of into every turn of it.
+        w_DV = jax.lax.pcast(w_DV, batch, to="varying")
+        return jax.lax.psum(local(x_BTD, w_DV, targets_BT, weights_BT), batch)
+
+    return jax.shard_map(
+        on_each_device,
+        in_specs=(P(batch), P(), P(batch), P(batch)),
+        out_specs=P(),
+        axis_names=set(batch),  # the axis that shards V stays with the compiler
+    )(x_BTD, w_DV, targets_BT, weights_BT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sum_of_losses(chunk_tokens, x_BTD, w_DV, targets_BT, weights_BT):
+    def step(total, chunk):
+        x_BCD, targets_BC, weights_BC = chunk
+        losses_BC, _ = _losses(x_BCD, w_DV, targets_BC)
+        return total + jnp.sum(losses_BC * weights_BC), None
+
+    chunks = _split(chunk_tokens, x_BTD, targets_BT, weights_BT)
+    total, _ = jax.lax.scan(step, _zeros_like_sum(weights_BT), chunks)
+    return total
+
+
+def _forward(chunk_tokens, x_BTD, w_DV, targets_BT, weights_BT):
+    def step(carry, chunk):
+        total, dw_DV = carry
+        x_BCD, targets_BC, weights_BC = chunk
+        losses_BC, dlogits_BCV = _losses(x_BCD, w_DV, targets_BC)
+        dlogits_BCV = (dlogits_BCV * weights_BC[..., None]).astype(x_BCD.dtype)
+        dx_BCD = jnp.einsum(
+            "BCV,DV->BCD", dlogits_BCV, w_DV, out_sharding=jax.typeof(x_BCD).sharding
+        )
+        dw_DV += jnp.einsum("BCD,BCV->DV", x_BCD, dlogits_BCV, preferred_element_type=jnp.float32)
+        return (total + jnp.sum(losses_BC * weights_BC), dw_DV), dx_BCD
+
+    chunks = _split(chunk_tokens, x_BTD, targets_BT, weights_BT)
+    start = (_zeros_like_sum(weights_BT), jnp.zeros_like(w_DV, dtype=jnp.float32))
+    (total, dw_DV), dx_NBCD = jax.lax.scan(step, start, chunks)
+    dx_BTD = _join(dx_NBCD, x_BTD.shape)
+    # float32 sums may wait in w's dtype: the gradient of every other weight leaves a matrix
+    # product in the compute dtype too.
+    return total, (dx_BTD, dw_DV.astype(w_DV.dtype))
+
+
+def _backward(chunk_tokens, residuals, g):
+    dx_BTD, dw_DV = residuals
+    return (
+        (dx_BTD.astype(jnp.float32) * g).astype(dx_BTD.dtype),
+        (dw_DV.astype(jnp.float32) * g).astype(dw_DV.dtype),
+        None,
+        None,
+    )
+
+
+_sum_of_losses.defvjp(_forward, _backward)
+
+
+def _losses(x_BCD, w_DV, targets_BC):
+    """Losses in float32, and their derivative by the logits: softmax - onehot."""
+    logits_BCV = jnp.einsum("BCD,DV->BCV", x_BCD, w_DV, preferred_element_type=jnp.float32)
+    lse_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+    # A comparison with every id instead of a gather: V may be sharded, and XLA fuses it away.
+    ids_V = jax.lax.broadcasted_iota(
+        targets_BC.dtype, logits_BCV.shape, 2, out_sharding=jax.typeof(logits_BCV).sharding
+    )
+    hit_BCV = ids_V == targets_BC[..., None]
+    target_BC = jnp.sum(jnp.where(hit_BCV, logits_BCV, 0.0), axis=-1)
+    softmax_BCV = jnp.exp(logits_BCV - lse_BC[..., None])
+    return lse_BC - target_BC, softmax_BCV - hit_BCV.astype(jnp.float32)
+
+
+def _split(chunk_tokens, *arrays_BT):
+    """[B, T, ...] -> [number of chunks, B, C, ...], T padded with zeros (weight 0) to fit."""
+    B, T = arrays_BT[0].shape[:2]
+    C = min(T, max(1, chunk_tokens // B))
+    n = -(-T // C)
+
+    def split(a):
+        a = jnp.pad(a, [(0, 0), (0, n * C - T)] + [(0, 0)] * (a.ndim - 2))
+        return jnp.moveaxis(a.reshape(B, n, C, *a.shape[2:]), 1, 0)
+
+    return tuple(split(a) for a in arrays_BT)
+
+
+def _join(a_NBCD, shape):
+    B, T, D = shape
+    return jnp.moveaxis(a_NBCD, 0, 1).reshape(B, -1, D)[:, :T]
+
+
+def _zeros_like_sum(weights_BT):
+    """A float32 zero of the type (varying over which devices) that a sum of weights has."""
+    return jnp.sum(jnp.zeros_like(weights_BT))
+
+
+def _axes_of_rows(x_BTD) -> tuple[str, ...]:
+    """Mesh axes that shard the first dimension."""
+    spec = jax.typeof(x_BTD).sharding.spec
+    axes = spec[0] or () if spec else ()
+    return (axes,) if isinstance(axes, str) else tuple(axes)
