@@ -215,14 +215,14 @@ class InternLM2(nnx.Module):
           [B, T, D] in the compute type.
         """
         with sharding.mesh_of(self.norm_D[...]):
-            tokens_BT, positions, segment_ids = self._laid_out(tokens_BT, positions, segment_ids)
-            mask = self.prepare_mask(tokens_BT.shape, segment_ids)
+            tokens, positions, segments = self._laid_out(tokens_BT, positions, segment_ids)
+            mask = self.prepare_mask(tokens.shape, segments)
 
             def attend(q_BTNH, k_BTKH, v_BTKH, _):
                 return attention(q_BTNH, k_BTKH, v_BTKH, mask, impl=self.attn), None
 
-            rope = rope_table(positions, self.config, segment_ids=segment_ids)
-            x_BTD, _ = self.run_blocks(self.embed(tokens_BT), rope, attend)
+            rope = rope_table(positions, self.config, segment_ids=segments)
+            x_BTD, _ = self.run_blocks(self.embed(tokens), rope, attend)
             return x_BTD
 
     def prepare_mask(self, shape: tuple[int, ...], segment_ids: Int[Array, "B T"] | None) -> Mask:
@@ -274,16 +274,21 @@ class InternLM2(nnx.Module):
                 return sharding.constrain(table_VD.T, None, "vocab")
             return sharding.gathered(self.output_DV[...].astype(self.dtype), "embed", "vocab")
 
-    def _laid_out(self, tokens_BT, positions, segment_ids):
+    def _laid_out(
+        self, tokens_BT: Ids, positions: Ids | None, segment_ids: Ids | None
+    ) -> tuple[Array, Array, Array | None]:
         """The inputs as jax arrays split over the mesh, with the default positions filled in."""
 
         def place(ids):
-            return None if ids is None else sharding.constrain(jnp.asarray(ids), "batch", None)
+            return sharding.constrain(jnp.asarray(ids), "batch", None)
 
-        tokens_BT, positions, segment_ids = map(place, (tokens_BT, positions, segment_ids))
-        if positions is None and segment_ids is not None:
+        tokens_BT = place(tokens_BT)
+        segment_ids = None if segment_ids is None else place(segment_ids)
+        if positions is not None:
+            positions = place(positions)
+        elif segment_ids is not None:
             positions = document_positions(segment_ids)
-        elif positions is None:
+        else:
             index_T = jnp.arange(tokens_BT.shape[1])
             positions = place(jnp.broadcast_to(index_T[None], tokens_BT.shape))
         return tokens_BT, positions, segment_ids

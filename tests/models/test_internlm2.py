@@ -11,7 +11,7 @@ from flax import nnx
 
 from models import sharding
 from models.config import PRESETS, ModelConfig, RopeScaling
-from models.internlm2 import REMAT, InternLM2, init
+from models.internlm2 import InternLM2, init
 from models.load import load_hf
 from models.weights import hf_tensors
 
@@ -197,7 +197,7 @@ def one_device(tied=False):
 
 @pytest.mark.parametrize(
     ("shape", "tied"),
-    [((1, 8, 1), False), ((2, 1, 4), False), ((2, 2, 2), False), ((1, 4, 2), True)],
+    [((1, 8, 1), False), ((2, 1, 4), False), ((2, 2, 2), True)],
 )
 def test_eight_devices_compute_what_one_does(make_mesh, exact, shape, tied):
     """Same weights, logits and gradients, in every mix of data, fsdp and tensor axes."""
@@ -222,7 +222,7 @@ def test_sharded_weights_need_no_current_mesh(make_mesh, exact):
         assert grad.sharding.spec == weight.sharding.spec
 
 
-@pytest.mark.parametrize("remat", sorted(REMAT.keys() - {"full"}))  # full is the default
+@pytest.mark.parametrize("remat", ["none", "qkv"])  # "full" is the default
 def test_remat_changes_memory_and_nothing_else(exact, remat):
     model = jax.tree.map(lambda x: x, small())
     model.remat = remat

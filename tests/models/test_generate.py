@@ -1,0 +1,162 @@
+"""Generation against the original's, sampling against its definition, and the command."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models import generate as command
+from models.generate import Sampling, generate, sample, stop_ids_of
+from models.load import load_hf
+from models.tokenizer import ByteTokenizer
+
+SPM = Path(__file__).parents[1] / "data" / "tokenizer_tiny_spm"
+
+
+@pytest.fixture(scope="module")
+def model(tiny_dir):
+    return load_hf(tiny_dir, dtype="float32", attn="xla")
+
+
+@pytest.fixture(scope="module")
+def prompts(golden):
+    return [golden[f"generate{i}/prompt_ids"].tolist() for i in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def expected(golden):
+    return [golden[f"generate{i}/new_ids"].tolist() for i in (0, 1)]
+
+
+def test_greedy_ids_are_the_originals(model, prompts, expected, exact):
+    """Both prompts, of 12 and 21 tokens, in one batch."""
+    assert generate(model, prompts, max_new_tokens=16) == expected
+
+
+def test_greedy_ids_over_a_mesh(tiny_dir, prompts, expected, exact, make_mesh):
+    """Two rows over four batch shards: filler rows make up the batch."""
+    model = load_hf(tiny_dir, dtype="float32", attn="xla", mesh=make_mesh(2, 2, 2))
+    assert generate(model, prompts, max_new_tokens=16) == expected
+
+
+def test_stop_ids_end_one_row_and_not_the_other(model, prompts, expected, exact):
+    stop = expected[0][5]
+    assert stop not in expected[0][:5]
+    want = [ids[: ids.index(stop)] if stop in ids else ids for ids in expected]
+    assert generate(model, prompts, max_new_tokens=16, stop_ids=[stop]) == want
+
+
+def test_compiled_once_for_similar_requests(model, prompts, exact):
+    generate(model, prompts, max_new_tokens=16)
+    before = command._first._cache_size(), command._next._cache_size()
+    generate(model, [p[:-3] for p in prompts], max_new_tokens=11)
+    assert (command._first._cache_size(), command._next._cache_size()) == before
+
+
+def test_sampling_follows_the_seed(model, prompts, exact):
+    def run(seed):
+        return generate(model, prompts, max_new_tokens=8, temperature=1.0, top_k=50, seed=seed)
+
+    assert run(1) == run(1) != run(2)
+
+
+def frequencies(logits, sampling, n=4000):
+    keys = jax.random.split(jax.random.key(0), n)
+    draw = jax.jit(jax.vmap(lambda key: sample(logits[None], key, sampling)[0]))
+    return np.bincount(draw(keys), minlength=logits.size) / n
+
+
+LOGITS = jnp.log(jnp.array([0.1, 0.4, 0.3, 0.2]))
+
+
+@pytest.mark.parametrize(
+    ("sampling", "want"),
+    [
+        (Sampling(temperature=1.0), [0.1, 0.4, 0.3, 0.2]),
+        (Sampling(temperature=0.5), [1 / 30, 16 / 30, 9 / 30, 4 / 30]),
+        (Sampling(temperature=1.0, top_k=2), [0, 4 / 7, 3 / 7, 0]),
+        (Sampling(temperature=1.0, top_p=0.65), [0, 4 / 7, 3 / 7, 0]),
+        (Sampling(temperature=1.0, top_p=0.75), [0, 4 / 9, 3 / 9, 2 / 9]),
+        (Sampling(temperature=1.0, top_p=1e-6), [0, 1, 0, 0]),
+        (Sampling(temperature=1.0, top_k=9), [0.1, 0.4, 0.3, 0.2]),
+        (Sampling(), [0, 1, 0, 0]),
+    ],
+)
+def test_sampling_distribution(sampling, want):
+    """4000 draws: three standard deviations are below 0.025; what is cut off never comes."""
+    got = frequencies(LOGITS, sampling)
+    np.testing.assert_allclose(got, want, atol=0.025)
+    assert (got[np.asarray(want) == 0] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}]
+)
+def test_sampling_refuses(kwargs):
+    (name,) = kwargs
+    with pytest.raises(ValueError, match=f"{name}={kwargs[name]}"):
+        Sampling(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "new", "message"),
+    [
+        ([], 4, "at least one id"),
+        ([[]], 4, "at least one id"),
+        ([[1, 512]], 4, "prompt 0 has ids outside 0 .. 511"),
+        ([[1]], 0, "max_new_tokens=0"),
+    ],
+)
+def test_generate_refuses(model, prompts, new, message):
+    with pytest.raises(ValueError, match=message):
+        generate(model, prompts, max_new_tokens=new)
+
+
+def test_stop_ids_come_from_both_configs(model, tmp_path):
+    assert stop_ids_of(tmp_path, model, ByteTokenizer()) == (2, 263)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 77]}))
+    assert stop_ids_of(tmp_path, model, ByteTokenizer()) == (2, 77, 263)
+
+
+@pytest.fixture
+def directory(tiny_dir, tmp_path):
+    shutil.copytree(tiny_dir, tmp_path / "model")
+    for file in SPM.iterdir():
+        shutil.copyfile(file, tmp_path / "model" / file.name)
+    return tmp_path / "model"
+
+
+def test_command_prints_what_generate_returns(directory, capsys):
+    argv = [str(directory), "--prompt", "Hello", "--max_new_tokens=8", "--dtype=float32"]
+    assert command.main(argv) == 0
+    out = capsys.readouterr().out
+    tokenizer = command.load_tokenizer(directory)
+    model = load_hf(directory, dtype="float32")
+    (new,) = generate(
+        model,
+        [[1, *tokenizer.encode("Hello")]],
+        max_new_tokens=8,
+        stop_ids=stop_ids_of(directory, model, tokenizer),
+    )
+    assert out == tokenizer.decode(new, skip_special=True) + "\n"
+    assert command.main([*argv, "--chat"]) == 0
+    assert capsys.readouterr().out != out
+
+
+def test_command_errors_are_one_line(directory, capsys):
+    wide = ["--tokenizer", str(directory)]
+    for argv, message in [
+        ([str(directory / "nowhere"), "--prompt=a"], "does not exist"),
+        ([str(directory), "--prompt=a", "--top_p=2"], "top_p=2.0"),
+        ([str(directory), "--prompt=a", "--attn=fast"], "'fast'"),
+        ([str(directory), "--prompt=a", *wide], "cannot be read"),
+    ]:
+        if message == "cannot be read":
+            (directory / "tokenizer.json").write_text("{}")
+        assert command.main(argv) == 1
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and err.count("\n") == 1 and message in err
