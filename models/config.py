@@ -259,7 +259,7 @@ def _parse_rope(name: str, rope: Any) -> tuple[float | None, RopeScaling | None]
     factor = rope.get("factor")
     if isinstance(factor, bool) or not isinstance(factor, int | float):
         raise ValueError(f"{name} factor={factor!r} in config.json must be a number, at least 1")
-    return theta, RopeScaling(type=kind, factor=float(factor))
+    return theta, RopeScaling(type=str(kind), factor=float(factor))
 
 
 def _dynamic(factor: float) -> RopeScaling:

@@ -64,7 +64,7 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
-        """The text of ids; bytes that are not UTF-8 become U+FFFD (with byte pieces beside them)."""
+        """The text of ids; a run of byte ids that is not UTF-8 becomes U+FFFD."""
         ...
 
 

@@ -16,9 +16,10 @@ def test_spec_follows_the_rules(make_mesh):
     assert sharding.spec(("embed", "ffn"), mesh) == P("fsdp", "tensor")
 
 
-def test_spec_ignores_axes_the_mesh_lacks():
+def test_spec_ignores_axes_that_the_mesh_lacks_or_that_split_nothing(make_mesh):
     mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
     assert sharding.spec(("batch", None, "heads"), mesh) == P("data", None, None)
+    assert sharding.spec(("batch", None, "heads"), make_mesh(1, 1, 8)) == P(None, None, "tensor")
 
 
 def test_spec_refuses_a_collision_and_an_unknown_name(make_mesh):
@@ -35,7 +36,8 @@ def test_every_weight_of_the_released_models_divides_over_8_devices(make_mesh):
         for mesh in (make_mesh(1, 8, 1), make_mesh(1, 1, 8), make_mesh(2, 2, 2)):
             model = jax.eval_shape(lambda name=name: init(PRESETS[name]))
             places = sharding.shardings(model, mesh)
-            assert places.blocks.ffn.w1_DF.get_value().spec == P(None, "fsdp", "tensor")
+            want = [a if mesh.shape[a] > 1 else None for a in ("fsdp", "tensor")]
+            assert places.blocks.ffn.w1_DF.get_value().spec == P(None, *want)
             big = [s.spec for s in jax.tree.leaves(places) if len(s.spec) > 2]
             assert all(spec[0] is None for spec in big)
 
