@@ -4,7 +4,6 @@ import dataclasses
 import json
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import DTypeLike
@@ -96,7 +95,8 @@ def settle(config: Config) -> Settled:
 
     name = config.model
     if name is None:
-        name, why = _choose_model(on_gpu, device, needed(PRESETS[GPU_MODEL], "xla"))
+        have = memory.available(device) if on_gpu else None
+        name, why = choose_model(needed(PRESETS[GPU_MODEL], "xla").total, have, device.device_kind)
         notes.append(f"model {name}: {why}")
     model, weights = _read_model(name)
     attn = resolve_attention(
@@ -127,25 +127,30 @@ def settle(config: Config) -> Settled:
     )
 
 
+def choose_model(need: int, have: int | None, device: str) -> tuple[str, str]:
+    """The default preset, and why.
+
+    Args:
+        need: bytes per device of a run of the GPU's model.
+        have: bytes of a GPU; None without one.
+        device: what to call it.
+    """
+    if have is None:
+        return CPU_MODEL, f"there is no GPU, only {device}"
+    fits = need <= have
+    why = (
+        f"the {need / memory.GiB:.1f} GiB that {GPU_MODEL} needs "
+        f"{'fit' if fits else 'do not fit'} the {have / memory.GiB:.1f} GiB of {device}"
+    )
+    return (GPU_MODEL if fits else CPU_MODEL), why
+
+
 def _rows(config: Config, mesh: Mesh, tokens: int) -> int:
     """Rows of about `tokens` tokens, that divide over devices and microbatches."""
     at_least = row_shards(mesh) * config.accum
     if mesh.devices.flat[0].platform == "gpu":
         tokens *= row_shards(mesh)
     return max(1, tokens // config.seq_len // at_least) * at_least
-
-
-def _choose_model(on_gpu: bool, device: jax.Device, needed: memory.Plan) -> tuple[str, str]:
-    if not on_gpu:
-        return CPU_MODEL, f"there is no GPU, only {device.platform}"
-    have = memory.available(device)
-    fits = needed.total <= have
-    relation = "fit" if fits else "do not fit"
-    why = (
-        f"the {needed.total / memory.GiB:.1f} GiB that {GPU_MODEL} needs {relation} the "
-        f"{have / memory.GiB:.1f} GiB of {device.device_kind}"
-    )
-    return (GPU_MODEL if fits else CPU_MODEL), why
 
 
 def _read_model(name: str) -> tuple[ModelConfig, Path | None]:

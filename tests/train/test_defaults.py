@@ -5,7 +5,7 @@ import pytest
 
 from models.config import PRESETS
 from train.config import Config, MeshConfig, OptimConfig
-from train.defaults import settle
+from train.defaults import choose_model, settle
 
 
 def test_cpu_defaults():
@@ -59,3 +59,12 @@ def test_refusals(kwargs, error, message):
     with pytest.raises(error, match=message) as caught:
         settle(Config(**kwargs))
     assert "\n" not in str(caught.value)
+
+
+def test_the_gpus_model_where_it_fits():
+    GiB = 2**30
+    name, why = choose_model(40 * GiB, 130 * GiB, "NVIDIA H200")
+    assert name == "internlm2-1.8b"
+    assert why == "the 40.0 GiB that internlm2-1.8b needs fit the 130.0 GiB of NVIDIA H200"
+    name, why = choose_model(40 * GiB, 15 * GiB, "T4")
+    assert name == "nano" and "do not fit the 15.0 GiB of T4" in why
