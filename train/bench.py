@@ -156,8 +156,12 @@ def plot(cells: list[dict[str, Any]], machine: dict[str, str], path: Path) -> No
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", label=attn)
             axes.legend()
+    lengths = sorted({cell["seq_len"] for cell in cells})
     axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_minor_formatter("{x:,.0f}")
     axes.set(xlabel="sequence length", ylabel="ms per training step")
     axes.set_title(
         f"{cells[0]['model']}{', packed' if cells[0]['packed'] else ''}, {cells[0]['tokens']:,} "
