@@ -10,6 +10,7 @@ range where documents are contiguous (`by_id` is 0), else the comparison of ids 
 """
 
 import dataclasses
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,8 @@ ALIGN = 8
 TILE, START, COUNT, BY_ID, LIVE_FROM, LIVE_TO, FULL_FROM, FULL_TO = range(8)
 
 
+# jax rebuilds it with placeholders in place of arrays, which type checkers must let pass.
+@typing.no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockMap:

@@ -139,10 +139,21 @@ class Checkpoints:
         if self._manager is not None:
             self._guard(self._manager.wait_until_finished, self.latest)
 
-    def close(self) -> None:
-        """Waits, and lets go of the directory."""
-        if self._manager is not None:
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        """Waits for the save under way, and lets go of the directory.
+
+        Raises:
+            OSError: if that save failed, and no error is on its way already.
+        """
+        try:
             self.wait()
+        except OSError:
+            if kind is None:
+                raise
+        if self._manager is not None:
             self._manager.close()
             self._manager = None
 

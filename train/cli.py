@@ -66,9 +66,11 @@ def _unknown(argument: str, known: list[str]) -> str:
 
 
 def _message(box: str) -> str:
-    """What tyro says inside its frame, without the frame and the help below."""
-    lines = [line.strip("│ \n") for line in box.splitlines() if line.startswith("│")]
-    end = next((i for i, line in enumerate(lines) if not line or line.startswith("──")), None)
+    """What tyro says inside its frame, which has no sides where the terminal is not UTF-8."""
+    lines = [line.strip("│ ") for line in box.splitlines()][1:]  # the first one is a title
+    if lines and not lines[0].strip("-"):
+        del lines[0]
+    end = next((i for i, line in enumerate(lines) if not line.strip("─-")), None)
     message = " ".join(lines[:end])
     for config in ("Config", "BenchConfig"):
         message = message.removeprefix(f"Error parsing {config}: ")

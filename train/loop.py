@@ -42,27 +42,26 @@ def run(config: Config) -> None:
     """
     settled = settle(config)
     _introduce(config, settled)
-    checkpoints = Checkpoints(settled.out, keep=config.keep)
     identity = _identity(config, settled)
-    start = _starting_step(config, settled, checkpoints, identity)
-    with _open_data(config, settled) as loader:
-        say(loader.report)
-        tx = optimizer(config.optim, settled.lr, config.steps)
-        graphdef, like = abstract_state(_maker(config, settled), tx, settled.mesh)
-        if start < config.steps:
-            checkpoints.check_space(like)
-        if start:
-            loader.restore(checkpoints.position())
-            state = checkpoints.restore(like)
-        else:
-            state = new_state(_first_params(config, settled, like), tx, like)
-        if start < config.steps:
-            step = _compile(config, settled, graphdef, tx, state)
-            save = functools.partial(checkpoints.save, identity=identity)
-            state = _train(config, settled, step, state, start, loader, save)
-            checkpoints.close()
-        if int(state.step) == config.steps:
-            _sample(config, settled, graphdef, state.params, next(loader))
+    with Checkpoints(settled.out, keep=config.keep) as checkpoints:
+        start = _starting_step(config, settled, checkpoints, identity)
+        with _open_data(config, settled) as loader:
+            say(loader.report)
+            tx = optimizer(config.optim, settled.lr, config.steps)
+            graphdef, like = abstract_state(_maker(config, settled), tx, settled.mesh)
+            if start:
+                loader.restore(checkpoints.position())
+                state = checkpoints.restore(like)
+            else:
+                checkpoints.check_space(like)
+                state = new_state(_first_params(config, settled, like), tx, like)
+            if start < config.steps:
+                step = _compile(config, settled, graphdef, tx, state)
+                save = functools.partial(checkpoints.save, identity=identity)
+                state = _train(config, settled, step, state, start, loader, save)
+            batch = next(loader)
+    if int(state.step) == config.steps:
+        _sample(config, settled, graphdef, state.params, batch)
 
 
 def _train(

@@ -7,6 +7,7 @@ References:
 import math
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from train.config import OptimConfig
@@ -26,10 +27,14 @@ def schedule(config: OptimConfig, lr: float, steps: int) -> optax.Schedule:
     """
     rise = min(math.ceil(config.warmup * steps), steps)
     fall = optax.cosine_decay_schedule(lr, max(1, steps - 1 - rise), config.min_lr_ratio)
-    if rise == 0:
-        return fall
     warmup = optax.linear_schedule(lr / (rise + 1), lr, rise)
-    return optax.join_schedules([warmup, fall], [rise])
+    rule = optax.join_schedules([warmup, fall], [rise]) if rise else fall
+
+    def rate(step):
+        with _promotion_of_optax():
+            return jnp.asarray(rule(step), jnp.float32)
+
+    return rate
 
 
 def optimizer(config: OptimConfig, lr: float, steps: int) -> optax.GradientTransformation:
@@ -54,9 +59,7 @@ def optimizer(config: OptimConfig, lr: float, steps: int) -> optax.GradientTrans
     )
 
     def update(updates, state, params=None):
-        # optax raises a Python float to an int32 step count: legal jax, but not under the strict
-        # promotion that the rest of this code keeps to.
-        with jax.numpy_dtype_promotion("standard"):
+        with _promotion_of_optax():
             return rule.update(updates, state, params)
 
     return optax.GradientTransformation(rule.init, update)
@@ -70,3 +73,8 @@ def decayed(params):
         return "norm" not in name and "bias" not in name
 
     return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def _promotion_of_optax():
+    """Optax mixes Python floats with int32 step counts: legal, but not under strict promotion."""
+    return jax.numpy_dtype_promotion("standard")

@@ -67,7 +67,7 @@ def make_step(
         metrics = {
             "loss": loss,
             "grad_norm": optax.tree.norm(grads),
-            "lr": jnp.asarray(schedule(state.step), jnp.float32),
+            "lr": schedule(state.step),
             "loss_tokens": loss_tokens,
             "tokens": _count_tokens(batch),
         }

@@ -5,6 +5,7 @@ B batch, T query pos, S key pos, N query heads, K kv heads, H head dim; R = B * 
 
 import dataclasses
 import functools
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,8 @@ OUT_NAME, LSE_NAME = "attn_out", "attn_lse"
 Shaped = Array | jax.ShapeDtypeStruct
 
 
+# jax rebuilds it with placeholders in place of block maps, which type checkers must let pass.
+@typing.no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:

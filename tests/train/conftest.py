@@ -1,15 +1,19 @@
 """A model small enough to compile in seconds, on any mesh of 8 devices."""
 
+import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from models.config import PRESETS, ModelConfig
-from train.config import Config
+from models.internlm2 import InternLM2, init
+from train import loop
+from train.config import Config, OptimConfig
 from train.data import Batch
-from train.loop import run
 
 TINY = ModelConfig(
     vocab_size=320,
@@ -27,6 +31,12 @@ def tiny() -> Iterator[ModelConfig]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "tiny", TINY)
         yield TINY
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny) -> InternLM2:
+    """Its weights, drawn once, on one device, in float32."""
+    return init(tiny, dtype=jnp.float32, attn="eager")
 
 
 @pytest.fixture(scope="session")
@@ -49,19 +59,41 @@ def packed_rows() -> Batch:
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tiny) -> Callable[..., Config]:
-    """Makes the config of one and the same run of 8 steps, in a directory of its own."""
+def tiny_run(tiny) -> Iterator[Callable[..., Config]]:
+    """Makes the config of one and the same run of 8 steps, in a directory of its own.
 
-    def config(out: Path, **changes) -> Config:
-        same = {"model": "tiny", "seq_len": 64, "batch_size": 8, "steps": 8, "save_every": 3}
-        return Config(**(same | {"out": str(out)} | changes))
+    As long as it lives, runs that differ in their directory alone share one compiled step.
+    """
+    compiled = {}
+    compile_step = loop._compile
 
-    return config
+    def compile_once(config, *rest):
+        key = dataclasses.replace(config, out=None)
+        if key not in compiled:
+            compiled[key] = compile_step(config, *rest)
+        return compiled[key]
+
+    def config(out: Path) -> Config:
+        return Config(
+            model="tiny",
+            attn="sdpa",
+            seq_len=64,
+            batch_size=8,
+            steps=8,
+            save_every=3,
+            optim=OptimConfig(lr=1e-2),
+            out=str(out),
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_compile", compile_once)
+        yield config
 
 
 @pytest.fixture(scope="session")
 def finished(tiny_run, tmp_path_factory) -> Path:
-    """The directory of that run, trained to its end without interruption."""
+    """The directory of that run, trained to its end; what it said is in <directory>.log."""
     out = tmp_path_factory.mktemp("runs") / "finished"
-    run(tiny_run(out))
+    with out.with_suffix(".log").open("w") as log, contextlib.redirect_stdout(log):
+        loop.run(tiny_run(out))
     return out

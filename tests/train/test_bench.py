@@ -10,22 +10,23 @@ from train.bench_cell import random_rows
 from train.flops import causal_pairs
 
 
-def test_table_json_and_plot(tmp_path, capsys):
+def test_table_json_and_plot(tmp_path, capsys, monkeypatch):
     """Real processes: one cell that runs on a CPU, and one that cannot."""
+    monkeypatch.setenv("XLA_FLAGS", "")  # the children need no 8 devices
     flags = ["--attn", "xla", "pallas", "--seq_lens", "32", "--tokens", "32", "--repeats", "1"]
-    assert bench.main([*flags, "--packed", f"--out={tmp_path}"]) == 0
+    assert bench.main([*flags, f"--out={tmp_path}"]) == 0
     said = capsys.readouterr().out
-    assert "32     8 xla" in said
+    assert "32     1 xla" in said
     assert (
         "pallas     cannot run: attention 'pallas' cannot run: its kernels are for Hopper" in said
     )
-    table = json.loads((tmp_path / "nano-packed.json").read_text())
+    table = json.loads((tmp_path / "nano.json").read_text())
     assert table["platform"] == "cpu" and "jax" in table["versions"] and table["date"]
     xla, pallas = table["cells"]
     assert xla["ms"] > 0 and xla["compile_seconds"] > 0 and np.isfinite(xla["loss"])
-    assert xla["tokens_per_second"] == pytest.approx(8 * 32 / xla["ms"] * 1e3)
+    assert xla["tokens_per_second"] == pytest.approx(32 / xla["ms"] * 1e3)
     assert "ms" not in pallas and pallas["why"]
-    assert (tmp_path / "nano-packed.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "nano.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_process_that_dies_is_a_line(monkeypatch):
@@ -55,7 +56,7 @@ def test_packed_rows_are_documents():
     assert lengths.sum() == 32768 and 10 < len(lengths) < 60 and lengths[:-1].min() >= 16
     starts = np.flatnonzero(rows.positions[0] == 0)
     assert len(starts) == len(lengths) and (rows.positions[0] < 16384).all()
-    assert causal_pairs(rows.segment_ids) < 2 * 32768 * 32769 // 2 / 5
+    assert causal_pairs(rows.segment_ids) < 2 * 32768 * 32769 // 2 / 4
 
 
 def test_dense_rows_are_one_document():

@@ -51,24 +51,21 @@ def mesh():
 
 
 def saved(out, mesh, steps, keep=2) -> None:
-    checkpoints = Checkpoints(out, keep=keep)
-    for step in steps:
-        checkpoints.save(state_on(mesh, step), data={"row": 8 * step}, identity=IDENTITY)
-    checkpoints.close()
+    with Checkpoints(out, keep=keep) as checkpoints:
+        for step in steps:
+            checkpoints.save(state_on(mesh, step), data={"row": 8 * step}, identity=IDENTITY)
 
 
 def test_round_trip_on_another_mesh(tmp_path, mesh):
     saved(tmp_path, mesh, [3])
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    other = make_mesh(MeshConfig(data=2, fsdp=4))
-    assert checkpoints.latest == 3
-    checkpoints.check(IDENTITY)
-    assert checkpoints.position() == {"row": 24}
-    like = structs(state_on(other))
-    restored = checkpoints.restore(like)
+    like = structs(state_on(make_mesh(MeshConfig(data=2, fsdp=4))))
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.latest == 3
+        checkpoints.check(IDENTITY)
+        assert checkpoints.position() == {"row": 24}
+        restored = checkpoints.restore(like)
     jax.tree.map(np.testing.assert_array_equal, restored, state_on(mesh, 3))
     assert restored.params["w"].sharding == like.params["w"].sharding
-    checkpoints.close()
 
 
 def test_keeps_the_last(tmp_path, mesh):
@@ -114,10 +111,9 @@ def test_a_full_disk_is_one_line_and_the_last_good_one_stays(tmp_path, mesh):
     assert "cannot write the checkpoint of step 4" in message and "step 3 is intact" in message
     assert "\n" not in message
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["3"]
-    again = Checkpoints(tmp_path, keep=1)
-    like = structs(state_on(mesh))
-    jax.tree.map(np.testing.assert_array_equal, again.restore(like), state_on(mesh, 3))
-    again.close()
+    with Checkpoints(tmp_path, keep=1) as again:
+        restored = again.restore(structs(state_on(mesh)))
+    jax.tree.map(np.testing.assert_array_equal, restored, state_on(mesh, 3))
 
 
 def test_too_little_room_is_found_before_writing(tmp_path, mesh, monkeypatch):

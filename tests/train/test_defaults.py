@@ -59,10 +59,3 @@ def test_refusals(kwargs, error, message):
     with pytest.raises(error, match=message) as caught:
         settle(Config(**kwargs))
     assert "\n" not in str(caught.value)
-
-
-def test_a_tokenizer_larger_than_the_model_is_refused(tiny, monkeypatch):
-    small = PRESETS["tiny"].__class__(**(vars(tiny) | {"vocab_size": 256}))
-    monkeypatch.setitem(PRESETS, "small", small)
-    with pytest.raises(ValueError, match="byte has 265 tokens, more than the 256 that small has"):
-        settle(Config(model="small"))

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import jax
@@ -21,8 +22,7 @@ GOLDEN = Path(__file__).parent / "golden_losses.json"
 KILLED = """
 import json, os, signal, sys
 from models.config import PRESETS, ModelConfig
-from train.config import Config
-from train.loop import run
+from train.main import main
 from train.metrics import Metrics
 
 record = Metrics.record
@@ -34,7 +34,7 @@ def record_or_die(self, step, *rest):
 
 Metrics.record = record_or_die
 PRESETS["tiny"] = ModelConfig(**json.loads(sys.argv[1]))
-run(Config(**json.loads(sys.argv[2])))
+main(sys.argv[2:])
 """
 
 
@@ -46,7 +46,8 @@ def losses(out: Path) -> list[float]:
 
 def params(out: Path, step: int):
     """The parameters in a checkpoint, as numpy, without the code under test."""
-    with ocp.PyTreeCheckpointer() as reader:
+    with ocp.PyTreeCheckpointer() as reader, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sharding info not provided")
         state = reader.restore(out / "checkpoints" / str(step) / "state")
     return jax.tree.map(np.asarray, state["params"])
 
@@ -76,25 +77,19 @@ def test_leaves_checkpoints_metrics_and_a_sample(finished):
     ]
 
 
-def test_says_what_attention_runs(tiny_run, tmp_path, capsys, monkeypatch):
-    """One line, before the first step; the data's report and the plan are there too."""
-
-    def no_steps(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(loop, "put_batch", no_steps)
-    with pytest.raises(KeyboardInterrupt):
-        run(tiny_run(tmp_path / "out", attn="sdpa"))
-    said = capsys.readouterr().out
-    assert said.count("dispatch internlm2 attn forward: xla (asked for as sdpa) on cpu") == 1
+def test_says_what_it_does(finished):
+    """The plan, the data, what attention runs and why (once), and how long compiling took."""
+    said = finished.with_suffix(".log").read_text()
+    line = "dispatch internlm2 attn forward: xla (asked for as sdpa) on cpu; tiles "
+    assert said.count(line) == 1
     assert "memory plan:" in said and "compiled the step in" in said and "380,812 tokens" in said
 
 
 def test_killed_run_ends_bitwise_as_if_it_had_not_been(tiny, tiny_run, finished, tmp_path, capsys):
     """SIGKILL in step 5, at the earliest right after the checkpoint of step 3 was begun."""
     out = tmp_path / "killed"
-    config = {k: v for k, v in vars(tiny_run(out)).items() if isinstance(v, str | int)}
-    arguments = [json.dumps(vars(tiny)), json.dumps(config)]
+    same = [f"--{k}={v}" for k, v in vars(tiny_run(out)).items() if type(v) in (str, int)]
+    arguments = [json.dumps(vars(tiny)), *same, "--optim.lr=1e-2"]
     done = subprocess.run(
         [sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True
     )

@@ -1,10 +1,12 @@
 """What a person gets wrong: one line on stderr, an exit status, and nothing half-written."""
 
+import dataclasses
 import json
 import shutil
 
 import pytest
 
+from models.config import PRESETS
 from train.main import main
 
 
@@ -74,11 +76,9 @@ def test_hf_directory_without_weights(refused, tmp_path, tiny):
     assert "safetensors" in refused(f"--model={tmp_path / 'hf'}")
 
 
-def test_tokenizer_beyond_the_model(refused, monkeypatch):
-    from models.tokenizer import ByteTokenizer
-
-    monkeypatch.setattr(ByteTokenizer, "vocab_size", 400)
-    assert "has 400 tokens, more than the 320 that tiny has room for" in refused("--model=tiny")
+def test_tokenizer_beyond_the_model(refused, tiny, monkeypatch):
+    monkeypatch.setitem(PRESETS, "small", dataclasses.replace(tiny, vocab_size=256))
+    assert "byte has 265 tokens, more than the 256 that small has" in refused("--model=small")
 
 
 RUN = ["--model=tiny", "--seq_len=64", "--batch_size=8", "--steps=8", "--save_every=3"]
