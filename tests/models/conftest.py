@@ -41,3 +41,11 @@ def exact():
     """Highest matmul precision: what the fp32 tolerances of the goldens presume."""
     with jax.default_matmul_precision("highest"):
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_quickly():
+    """The tests here compile much and compute little: this halves their time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -9,14 +9,13 @@ import pytest
 from flax import nnx
 
 from models.config import PRESETS, RopeScaling
-from models.layers import (
-    SwiGLU,
-    document_lengths,
-    document_positions,
-    rms_norm,
-    rope_table,
-    rotate,
-)
+from models.layers import SwiGLU, document_positions, rms_norm, rotate
+from models.layers import document_lengths as eager_document_lengths
+from models.layers import rope_table as eager_rope_table
+
+# Operation by operation they would compile for longer than they run.
+document_lengths = jax.jit(eager_document_lengths)
+rope_table = jax.jit(eager_rope_table, static_argnames="config")
 
 CONFIG = dataclasses.replace(PRESETS["nano"], rope_scaling=None, max_position_embeddings=64)
 SEGMENTS = jnp.array([[1, 1, 1, 2, 2, 0, 0, 0], [7, 7, 7, 7, 7, 7, 7, 7]])
