@@ -38,7 +38,7 @@ $(VENV)/bin/python:
 	"$(PYTHON)" -m venv $(VENV)
 
 $(RUN_STAMP): pyproject.toml | $(VENV)/bin/python
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$(CUDA_EXTRA)]"
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".$(if $(CUDA_EXTRA),[$(CUDA_EXTRA)])"
 	@touch $@
 
 $(DEV_STAMP): pyproject.toml | $(VENV)/bin/python

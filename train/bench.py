@@ -152,7 +152,7 @@ def plot(cells: list[dict[str, Any]], machine: dict[str, str], path: Path) -> No
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for attn in dict.fromkeys(cell["attn"] for cell in cells):
-        points = [(c["seq_len"], c["ms"]) for c in cells if c["attn"] == attn and "ms" in c]
+        points = sorted((c["seq_len"], c["ms"]) for c in cells if c["attn"] == attn and "ms" in c)
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", label=attn)
             axes.legend()

@@ -18,6 +18,7 @@ before it copies and the first round needs no special case.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -268,11 +269,10 @@ def forward(
                         p_ref[...], m_ref[...], l_ref[...], alpha_ref[...] = new
 
                     no_p = plgpu.layout_cast(jnp.zeros(s_shape, jnp.float32), TILE)
-                    o, p, m, l, alpha = pl.run_state(overlapped)(
-                        (plgpu.ACC.init(o), no_p, m, l, zeros)
-                    )
+                    state: Any = (plgpu.ACC.init(o), no_p, m, l, zeros)
+                    o, p, m, l, alpha = pl.run_state(overlapped)(state)
                     plgpu.barrier_arrive(v_free.at[before])
-                    return jnp.multiply(o, by_row(alpha, o_shape)), m, l, p.astype(dtype)
+                    return o * by_row(alpha, o_shape), m, l, p.astype(dtype)
 
                 def epilogue(o, m, l):
                     sees_any = l > 0.0
@@ -305,7 +305,7 @@ def forward(
                 plgpu.barrier_wait(k_full.at[slot_of(live_from)])
                 s = pl.run_scoped(first_scores, plgpu.ACC(s_shape, jnp.float32))
                 plgpu.barrier_arrive(k_free.at[slot_of(live_from)])
-                p, m, l, _ = softmax.online_softmax(masked(s, live_from), m, zeros, scale)
+                p, m, l = softmax.online_softmax(masked(s, live_from), m, zeros, scale)[:3]
                 wait_for_k(live_from + 1)
 
                 # The output of the item before, staged in its slot, has left by now.
@@ -320,7 +320,7 @@ def forward(
                 # 3. The last P V.
                 last = slot_of(live_to - 1)
                 plgpu.barrier_wait(v_full.at[last])
-                o_acc = plgpu.ACC.init(o)
+                o_acc: Any = plgpu.ACC.init(o)
                 o = pl.run_state(lambda acc: plgpu.wgmma(acc, p, v_smem.at[last]))(o_acc)
                 plgpu.barrier_arrive(v_free.at[last])
                 lax.fori_loop(live_to, count, skip, ())
