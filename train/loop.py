@@ -60,8 +60,10 @@ def run(config: Config) -> None:
                 save = functools.partial(checkpoints.save, identity=identity)
                 state = _train(config, settled, step, state, start, loader, save)
             batch = next(loader)
-    if int(state.step) == config.steps:
-        _sample(config, settled, graphdef, state.params, batch)
+    params, done = state.params, int(state.step) == config.steps
+    del state  # the optimizer's memory is worth having for the sample
+    if done:
+        _sample(config, settled, graphdef, params, batch)
 
 
 def _train(
