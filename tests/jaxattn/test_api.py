@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxattn import Mask, attention
+from jaxattn import ALIASES, IMPLEMENTATIONS, Mask, api, attention, describe, prepare, resolve
+from tests.jaxattn.interpret import hopper, interpreted
+from tests.jaxattn.oracle import random_problem
+
+CPU = pytest.mark.skipif(jax.default_backend() != "cpu", reason="says what holds on a CPU")
 
 
 def _qkv(b=2, t=16, s=16, n=4, k=2, h=8, dtype=jnp.float32):
@@ -38,3 +42,191 @@ def test_sharded_equals_unsharded(impl, spec):
         got = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*args, sharded_mask)
     for w, g in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
         np.testing.assert_allclose(np.asarray(g), np.asarray(w), rtol=1e-5, atol=1e-5)
+
+
+def test_every_device_plans_its_own_rows_and_heads(monkeypatch):
+    """A sharded plan is the plans of the devices' parts, end to end."""
+    monkeypatch.setattr(api, "target_device", hopper)
+    runs = np.random.default_rng(0).integers(0, 5, (4, 30))
+    ids = np.repeat(np.sort(runs, axis=1), 10, axis=1).astype(np.int32)
+    q, k, _ = _qkv(b=4, t=300, s=300, n=8, k=2, h=64, dtype=jnp.bfloat16)
+    q_part, k_part = (jax.ShapeDtypeStruct((2, 300, x.shape[2] // 2, 64), x.dtype) for x in (q, k))
+    plan_part = jax.jit(lambda mask: prepare(mask, q_part, k_part, impl="pallas").plan)
+    parts = [plan_part(Mask(segment_ids=jnp.asarray(part))) for part in (ids[:2], ids[2:])]
+    mesh = jax.make_mesh((2, 2), ("d", "m"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        bnh = NamedSharding(mesh, PartitionSpec("d", None, "m", None))
+        rows = NamedSharding(mesh, PartitionSpec("d", None))
+        mask = Mask(segment_ids=jax.device_put(jnp.asarray(ids), rows))
+        q, k = (jax.device_put(x, bnh) for x in (q, k))
+        plan = jax.jit(lambda mask, q, k: prepare(mask, q, k, impl="pallas").plan)(mask, q, k)
+    for whole, *own in zip(*map(jax.tree.leaves, (plan, *parts)), strict=True):
+        np.testing.assert_array_equal(np.asarray(whole), np.concatenate(own))
+
+
+def test_planned_once_equals_planned_in_every_call():
+    """`prepare` changes nothing but where the metadata is computed: the same bits."""
+    ids = np.repeat([[2, 1, 1, 0]], 20, axis=1)
+    problem = random_problem(0, 1, 80, 80, 2, 1, 64, jnp.bfloat16, ids=ids)
+    with interpreted():
+        q, k = jnp.asarray(problem.q), jnp.asarray(problem.k)
+        planned = jax.jit(lambda mask: prepare(mask, q, k, impl="pallas"))(problem.mask)
+        assert planned.plan is not None
+        run = jax.jit(lambda mask: attention(q, k, jnp.asarray(problem.v), mask, impl="pallas"))
+        want, got = (np.asarray(run(mask)) for mask in (problem.mask, planned))
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("impl", ["eager", "xla", "sdpa", "auto"])
+def test_prepare_is_a_no_op_for_others(impl):
+    q, k, _ = _qkv()
+    mask = Mask(segment_ids=jnp.ones((2, 16), jnp.int32))
+    assert prepare(mask, q, k, impl=impl) is mask
+
+
+def test_interpreter_leaves_nothing_behind():
+    """After it, pallas is refused on this CPU as before."""
+    q, k, v = _qkv(h=64, dtype=jnp.bfloat16)
+    with interpreted():
+        assert resolve("auto", q, k)[0] == "pallas"
+    with pytest.raises(NotImplementedError, match="Hopper"):
+        attention(q, k, v, impl="pallas")
+
+
+@CPU
+def test_auto_and_aliases_on_a_cpu():
+    """`auto` says what it took and why; an alias says what it stands for."""
+    q, k, _ = _qkv()
+    assert resolve("auto", q, k) == ("xla", "auto: a cpu device, where the kernels cannot run")
+    assert resolve("sdpa", q, k) == ("xla", "asked for as sdpa")
+    assert resolve("eager", q, k) == ("eager", "asked for")
+    assert set(IMPLEMENTATIONS) == {"pallas", "xla", "cudnn", "eager"}
+    assert set(ALIASES.values()) <= set(IMPLEMENTATIONS)
+
+
+def test_auto_on_hopper(monkeypatch):
+    """The kernels where they can run, else XLA with the reason."""
+    monkeypatch.setattr(api, "target_device", hopper)
+    q, k, _ = _qkv(h=128, dtype=jnp.bfloat16)
+    assert resolve("auto", q, k) == ("pallas", "auto: a Hopper GPU")
+    assert resolve("flash_attention_2", q, k)[0] == "pallas"
+    name, why = resolve("auto", *_qkv(h=96, dtype=jnp.bfloat16)[:2])
+    assert name == "xla" and "head_dim 64 or 128, not 96" in why
+
+
+def test_auto_on_another_gpu(monkeypatch):
+    """An A100 gets XLA, and pallas asked for by name names the device."""
+    ampere = hopper()
+    ampere.compute_capability, ampere.device_kind = "8.0", "NVIDIA A100"
+    monkeypatch.setattr(api, "target_device", lambda: ampere)
+    q, k, v = _qkv(h=128, dtype=jnp.bfloat16)
+    assert resolve("auto", q, k)[0] == "xla"
+    with pytest.raises(NotImplementedError, match="NVIDIA A100; use impl='xla'"):
+        attention(q, k, v, impl="pallas")
+
+
+@CPU
+@pytest.mark.parametrize("impl", ["pallas", "flash_attention_2", "cudnn"])
+def test_gpu_implementations_are_refused_on_a_cpu(impl):
+    """Nothing stands in for what was asked: an error with the reason and the remedy."""
+    q, k, v = _qkv(h=64, dtype=jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match=r"cannot run: .*impl='xla'"):
+        attention(q, k, v, impl=impl)
+
+
+@pytest.mark.parametrize(
+    ("impl", "changes", "mask", "message"),
+    [
+        ("pallas", {"dtype": jnp.float32, "h": 64}, Mask(), "bfloat16 and float16, not float32"),
+        ("pallas", {"h": 96}, Mask(), "head_dim 64 or 128, not 96"),
+        ("cudnn", {}, Mask(segment_ids=jnp.ones((2, 16), jnp.int32)), "no document mask"),
+        ("cudnn", {"dtype": jnp.float32}, Mask(), "bfloat16 and float16, not float32"),
+    ],
+    ids=["pallas dtype", "pallas head_dim", "cudnn documents", "cudnn dtype"],
+)
+def test_what_an_implementation_cannot(impl, changes, mask, message, monkeypatch):
+    """On a Hopper GPU: NotImplementedError with the value and what to use instead."""
+    monkeypatch.setattr(api, "target_device", hopper)
+    q, k, v = _qkv(**{"h": 128, "dtype": jnp.bfloat16, **changes})
+    with pytest.raises(NotImplementedError, match=message):
+        attention(q, k, v, mask, impl=impl)
+
+
+def test_pallas_needs_a_positive_scale(monkeypatch):
+    monkeypatch.setattr(api, "target_device", hopper)
+    q, k, v = _qkv(h=128, dtype=jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="needs scale > 0, got -1.0; use impl='xla'"):
+        attention(q, k, v, impl="pallas", scale=-1.0)
+
+
+@CPU
+def test_eager_is_refused_where_its_scores_cannot_fit(monkeypatch):
+    """The message has what it would need, what there is, and what to use; nothing is allocated."""
+    monkeypatch.setattr(api, "_memory_bytes", lambda device: 80 << 30)
+    q = jax.ShapeDtypeStruct((1, 32_768, 32, 128), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((1, 32_768, 8, 128), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match=r"384 GiB a layer, this device has 80 GiB"):
+        resolve("eager", q, k)
+    # On an explicit mesh each device has only its own heads and rows.
+    mesh = jax.make_mesh((1, 8), ("d", "m"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        spec = NamedSharding(mesh, PartitionSpec("d", None, "m", None))
+        local = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spec) for x in (q, k)]
+        assert resolve("eager", *local)[0] == "eager"
+
+
+@pytest.mark.parametrize(
+    ("shapes", "mask", "message"),
+    [
+        (((2, 16, 4, 8), (2, 16, 3, 8), (2, 16, 3, 8)), Mask(), "4 query heads .* 3 kv heads"),
+        (((2, 16, 4, 8), (2, 16, 2, 8), (2, 15, 2, 8)), Mask(), r"v has shape \(2, 15, 2, 8\)"),
+        (((2, 16, 4, 8), (1, 16, 2, 8), (1, 16, 2, 8)), Mask(), "agree in batch and head dim"),
+        (((2, 16, 4, 8), (2, 16, 2, 4), (2, 16, 2, 4)), Mask(), "agree in batch and head dim"),
+        (((2, 16, 4, 8),) * 3, Mask(window=0), "window=0 must be at least 1"),
+        (((2, 16, 4, 8),) * 3, Mask(segment_ids=jnp.ones((2, 9), jnp.int32)), r"be \(2, 16\)"),
+    ],
+    ids=["heads", "v", "batch", "head dim", "window", "ids"],
+)
+def test_contradicting_arguments(shapes, mask, message):
+    """ValueError, one line, before anything is compiled; the same from `resolve`'s callers."""
+    q, k, v = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    with pytest.raises(ValueError, match=message) as error:
+        api._check_shapes(q, k, v, mask)
+    assert "\n" not in str(error.value)
+
+
+def test_dtypes_must_agree():
+    q, k, v = _qkv()
+    with pytest.raises(ValueError, match="dtypes bfloat16, float32, float32; must be one"):
+        attention(q.astype(jnp.bfloat16), k, v)
+
+
+def test_unknown_implementation_lists_the_known():
+    q, k, v = _qkv()
+    with pytest.raises(ValueError, match="'flash'; choose one of auto, pallas, .*, sdpa"):
+        attention(q, k, v, impl="flash")
+
+
+@CPU
+def test_describe_on_a_cpu():
+    """The line has the implementation, why, the device, the tiles, the mask and what is skipped."""
+    q, k, _ = _qkv(h=64)
+    line = str(describe("auto", q, k, Mask(window=5)))
+    assert line.startswith("xla (auto: a cpu device, where the kernels cannot run) on cpu; tiles ")
+    assert line.endswith(
+        "1 slices of 16 queries x 16 keys; mask causal + window 5; 0.0% of tiles skipped"
+    )
+    assert "none, the whole 16 x 16 matrix" in str(describe("eager", q, k, Mask()))
+
+
+def test_describe_on_hopper(monkeypatch):
+    """Pallas names its tiles and what the mask spares: half for causal, most for short documents."""
+    monkeypatch.setattr(api, "target_device", hopper)
+    q = jax.ShapeDtypeStruct((1, 4096, 8, 128), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((1, 4096, 2, 128), jnp.bfloat16)
+    assert 0.4 < describe("pallas", q, k, Mask()).skipped < 0.5
+    packed = Mask(segment_ids=jnp.repeat(jnp.arange(1, 33, dtype=jnp.int32), 128)[None])
+    found = describe("pallas", q, k, packed)
+    assert 0.9 < found.skipped < 1.0
+    assert "pallas (asked for) on Hopper stand-in; tiles forward 32x128 x 4 heads" in str(found)
+    assert "mask causal + documents" in str(found)

@@ -1,0 +1,71 @@
+"""Runs the Pallas kernels on a CPU: jax's interpreter for Mosaic GPU, with what it lacks added.
+
+The interpreter simulates the memories, barriers and copies of a GPU and runs every warpgroup as a
+thread, so numbers, hand-overs and bounds are real; the asynchrony of wgmma, the concurrency of
+programs and speed are not. What the kernels use and jax (0.11, 0.12) does not interpret:
+
+* `pl.run_state` over accumulators, wgmma with its left factor in registers, reduce-add copies;
+* in 0.11, barriers whose last phases nobody waits for (0.12 allows them).
+
+And one change for speed: all threads of all programs share one compiled function, where jax
+compiles it in each thread.
+
+All this patches private code of jax, so it is bound to the versions it was checked with;
+`interpreted` skips the test, with the reason, on any other. Nothing stays patched after it.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import pytest
+
+from jaxattn import api
+from jaxattn.pallas import forward
+
+VERSION = ".".join(jax.__version__.split(".")[:2])
+CHECKED_WITH = ("0.11", "0.12")
+# Programs of the forward's persistent grid under the interpreter: few, so that each runs several
+# work items.
+PROGRAMS = 3
+
+
+@contextlib.contextmanager
+def interpreted(*, detect_races: bool = False) -> Iterator[None]:
+    """Inside, `impl="pallas"` runs here, interpreted, as if the device were a Hopper GPU.
+
+    Args:
+      detect_races: fail on accesses to shared memory that no barrier orders. Slower, and from
+        jax 0.12 only; it does not see the reads of wgmma.
+    """
+    if VERSION not in CHECKED_WITH:
+        pytest.skip(
+            f"the kernels' interpreter patches private code of jax and was checked with "
+            f"{', '.join(CHECKED_WITH)}, not {jax.__version__}; see interpreter_patches.py"
+        )
+    if jax.default_backend() != "cpu":
+        pytest.skip(
+            "the interpreter runs on a CPU (JAX_PLATFORMS=cpu); the kernels run under -m gpu"
+        )
+    if detect_races and VERSION == "0.11":
+        pytest.skip("the interpreter of jax 0.11 prints races, it does not raise")
+    from tests.jaxattn import interpreter_patches  # not before the version is known
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(api, "target_device", hopper))
+        stack.enter_context(mock.patch.object(forward, "PROGRAMS", PROGRAMS))
+        for owner, name, replacement in interpreter_patches.patches(VERSION):
+            stack.enter_context(mock.patch.object(owner, name, replacement))
+        stack.callback(interpreter_patches.reset)
+        params = plgpu.InterpretGPUParams(detect_races=detect_races)
+        stack.enter_context(plgpu.force_gpu_interpret_mode(params))
+        yield
+
+
+def hopper() -> jax.Device:
+    """Stands for the GPU in `api.target_device`."""
+    device = mock.Mock(spec=jax.Device, platform="gpu", compute_capability="9.0")
+    device.device_kind = "Hopper stand-in"
+    return device

@@ -1,0 +1,164 @@
+"""What attention must compute, in float64 and from its definition, and how wrong it may be.
+
+Nothing here is shared with the implementations: the mask is a rule for one pair of tokens, and the
+gradients are written out by hand.
+
+B batch, T query pos, S key pos, N query heads, K kv heads, H head dim.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jaxattn import Mask, attention
+
+NAMES = ("o", "dq", "dk", "dv")
+# How much larger than the plain einsum's an implementation's error may be.
+FACTOR = 1.5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Inputs of one attention and what restricts it, as numpy arrays in the dtype under test.
+
+    Attributes:
+      q, k, v, do: [B, T, N, H], [B, S, K, H], [B, S, K, H], [B, T, N, H].
+      ids: segment ids of the queries [B, T], or None.
+      kv_ids: segment ids of the keys [B, S], or None: those of the queries.
+      causal: whether queries see no later keys.
+      window: sliding window in tokens, or None.
+    """
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    do: np.ndarray
+    ids: np.ndarray | None = None
+    kv_ids: np.ndarray | None = None
+    causal: bool = True
+    window: int | None = None
+
+    @property
+    def mask(self) -> Mask:
+        """The mask as the interface takes it."""
+        return Mask(
+            segment_ids=None if self.ids is None else jnp.asarray(self.ids, jnp.int32),
+            kv_segment_ids=None if self.kv_ids is None else jnp.asarray(self.kv_ids, jnp.int32),
+            causal=self.causal,
+            window=self.window,
+        )
+
+
+def random_problem(seed, b: int, t: int, s: int, n: int, k: int, h: int, dtype, **mask) -> Problem:
+    """Normal random inputs of these sizes."""
+    rng = np.random.default_rng(seed)
+    shapes = ((b, t, n, h), (b, s, k, h), (b, s, k, h), (b, t, n, h))
+    q, k_, v, do = (rng.standard_normal(shape, np.float32).astype(dtype) for shape in shapes)
+    return Problem(q=q, k=k_, v=v, do=do, **mask)
+
+
+def documents(*rows: tuple[tuple[int, int], ...]) -> np.ndarray:
+    """Segment ids from runs of (id, length), one tuple of runs a row."""
+    return np.stack([np.repeat(*np.array(runs).T) for runs in rows]).astype(np.int32)
+
+
+def sees(i, j, query_id, key_id, causal: bool, window: int | None):
+    """Whether query i of document query_id sees key j of document key_id, from the definition."""
+    answer = (query_id == key_id) & (query_id != 0)
+    if causal:
+        answer &= i >= j
+    if window is not None:
+        answer &= i - j < window
+        answer &= causal | (j - i < window)
+    return answer
+
+
+def visible_pairs(problem: Problem) -> np.ndarray:
+    """`sees` for every pair: bool [B, T, S]."""
+    (b, t), s = problem.q.shape[:2], problem.k.shape[1]
+    ids = np.ones((b, t), int) if problem.ids is None else problem.ids
+    kv_ids = problem.kv_ids
+    if kv_ids is None:
+        kv_ids = np.ones((b, s), int) if problem.ids is None else problem.ids
+    i, j = np.arange(t)[None, :, None], np.arange(s)[None, None, :]
+    pairs = sees(i, j, ids[:, :, None], kv_ids[:, None, :], problem.causal, problem.window)
+    return np.broadcast_to(pairs, (b, t, s))
+
+
+def exact(problem: Problem) -> tuple[np.ndarray, ...]:
+    """o, dq, dk, dv in float64, head by head."""
+    q, k, v, do = (x.astype(np.float64) for x in (problem.q, problem.k, problem.v, problem.do))
+    pairs = visible_pairs(problem)
+    scale, group = q.shape[3] ** -0.5, q.shape[2] // k.shape[2]
+    o, dq, dk, dv = (np.zeros_like(x) for x in (q, q, k, v))
+    for b in range(q.shape[0]):
+        for n in range(q.shape[2]):
+            at, kv_at = (b, slice(None), n), (b, slice(None), n // group)
+            s = np.where(pairs[b], scale * q[at] @ k[kv_at].T, -np.inf)
+            largest = s.max(axis=1, keepdims=True)
+            p = np.exp(s - np.where(np.isfinite(largest), largest, 0.0))
+            total = p.sum(axis=1, keepdims=True)
+            p /= np.where(total > 0, total, 1.0)
+            dp = do[at] @ v[kv_at].T
+            ds = p * (dp - (p * dp).sum(axis=1, keepdims=True))
+            o[at] = p @ v[kv_at]
+            dq[at] = scale * ds @ k[kv_at]
+            dk[kv_at] += scale * ds.T @ q[at]
+            dv[kv_at] += p.T @ do[at]
+    return o, dq, dk, dv
+
+
+@functools.partial(jax.jit, static_argnames="impl")
+def _outputs(q, k, v, do, mask: Mask, impl: str) -> tuple[Array, ...]:
+    o, vjp = jax.vjp(lambda q, k, v: attention(q, k, v, mask, impl=impl), q, k, v)
+    return o, *vjp(do)
+
+
+def outputs(problem: Problem, impl: str, mask: Mask | None = None) -> tuple[np.ndarray, ...]:
+    """o, dq, dk, dv of an implementation, through the public interface."""
+    inputs = [jnp.asarray(x) for x in (problem.q, problem.k, problem.v, problem.do)]
+    # jax.nn's own attention, and the transpose of its products, promote bf16 to fp32.
+    promotion = "standard" if impl in ("xla", "cudnn") else "strict"
+    with jax.numpy_dtype_promotion(promotion):
+        got = _outputs(*inputs, problem.mask if mask is None else mask, impl)
+    return tuple(np.asarray(x) for x in got)
+
+
+def check_zeros(problem: Problem, got: tuple[np.ndarray, ...]) -> None:
+    """Queries that see nothing and keys that nobody sees are exactly 0 in every output."""
+    pairs = visible_pairs(problem)
+    blind, unseen = ~pairs.any(axis=2), ~pairs.any(axis=1)
+    for name, x, rows in zip(NAMES, got, (blind, blind, unseen, unseen), strict=True):
+        assert np.isfinite(x.astype(np.float32)).all(), f"{name} is not finite"
+        assert not x[rows].any(), f"{name} is not 0 where nothing is seen"
+
+
+def check_error(
+    problem: Problem,
+    got: tuple[np.ndarray, ...],
+    plain: tuple[np.ndarray, ...],
+    want: tuple[np.ndarray, ...],
+    note: str = "",
+) -> None:
+    """Max and mean error are at most `FACTOR` times those of the plain einsum in the same dtype.
+
+    Where that has next to no error (a token that sees only itself), the error of rounding the
+    exact result to the dtype stands in for it, since no implementation can do better. And the max,
+    one number of thousands, has half a rounding of the largest value on top: a result next to the
+    middle between two numbers of the dtype falls to either side, however good its computation.
+    """
+    for name, x, e, w in zip(NAMES, got, plain, want, strict=True):
+        rounding = np.abs(w.astype(x.dtype).astype(np.float64) - w)
+        error, plain_error = (np.abs(y.astype(np.float64) - w) for y in (x, e))
+        tie = float(jnp.finfo(x.dtype).eps) / 2 * np.abs(w).max()
+        for measure, slack in ((np.max, tie), (np.mean, 0.0)):
+            allowed = FACTOR * max(measure(plain_error), measure(rounding)) + slack
+            assert measure(error) <= allowed, (
+                f"{name}: {measure.__name__} error {measure(error):.3e}; einsum's "
+                f"{measure(plain_error):.3e}, of rounding {measure(rounding):.3e}, tie {slack:.3e}"
+                f"; allowed {allowed:.3e} {note}"
+            )

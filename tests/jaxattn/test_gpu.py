@@ -1,0 +1,180 @@
+"""The kernels on a Hopper GPU: random problems on fresh seeds, and repeated runs against races.
+
+Run with `pytest -m gpu tests/jaxattn`; where beartype is not installed, add
+`-o addopts=--import-mode=importlib`. What interpret mode cannot show is shown here: asynchronous
+products, programs that run at once, and the copies' own clipping. A failure names its seed, and
+`SEED=... pytest ...` runs it again.
+"""
+
+import functools
+import os
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.jaxattn.oracle import (
+    NAMES,
+    Problem,
+    check_error,
+    check_zeros,
+    exact,
+    outputs,
+    random_problem,
+    visible_pairs,
+)
+
+pytestmark = pytest.mark.gpu
+
+BF16, FP16 = jnp.bfloat16, jnp.float16
+
+# (B, T, S, N, K, H, dtype), causal, window. Lengths are multiples of nothing; each is compiled
+# once and meets every pattern of documents.
+SIGNATURES = {
+    "causal": ((1, 1533, 1533, 8, 8, 128, BF16), True, None),
+    "causal, 32 heads on 8, several items a program": (
+        (1, 1021, 1021, 32, 8, 128, BF16),
+        True,
+        None,
+    ),
+    "causal, group of 6, B=3": ((3, 467, 467, 12, 2, 128, BF16), True, None),
+    "causal, group of 2, fp16": ((2, 731, 731, 4, 2, 128, FP16), True, None),
+    "full, T < S": ((2, 301, 1187, 4, 1, 128, BF16), False, None),
+    "causal, T > S": ((1, 1399, 613, 2, 2, 128, BF16), True, None),
+    "window smaller than a tile": ((1, 1777, 1777, 4, 4, 128, BF16), True, 37),
+    "wide window to both sides": ((1, 1301, 1301, 8, 2, 128, BF16), False, 389),
+    "head_dim 64": ((2, 909, 909, 8, 4, 64, BF16), True, None),
+    "head_dim 64, window, group of 8, fp16": ((1, 1111, 1111, 8, 1, 64, FP16), True, 333),
+    "head_dim 64, full": ((1, 517, 517, 6, 1, 64, BF16), False, None),
+    "shorter than a tile": ((5, 19, 19, 4, 2, 128, BF16), True, None),
+}
+
+
+@pytest.fixture(scope="module")
+def seed() -> int:
+    """Fresh in every run, unless SEED says which."""
+    return int(os.environ.get("SEED", np.random.SeedSequence().entropy % 2**32))
+
+
+def one_document(rng, length):
+    return np.ones(length, np.int32)
+
+
+def long_documents(rng, length):
+    """Documents of a third of the row or so, then padding."""
+    return _runs(rng, length, length // 3 + 1, padding=length // 10)
+
+
+def short_documents(rng, length):
+    """Documents of 1 to 60 tokens, many of a single one."""
+    return _runs(rng, length, 30, padding=rng.integers(0, 40))
+
+
+def padding_between(rng, length):
+    """Every third run is padding."""
+    ids = _runs(rng, length, 50, padding=0)
+    return np.where(ids % 3 == 0, 0, ids)
+
+
+def any_order(rng, length):
+    """Few ids that come back again and again: only comparing them tells who sees whom."""
+    return rng.integers(0, 4, length)[_runs(rng, length, 25, padding=0) % length]
+
+
+PATTERNS = (one_document, long_documents, short_documents, padding_between, any_order)
+
+
+def _runs(rng, length, mean, padding):
+    """Ids 1, 2, .. of contiguous runs with random lengths about the mean, then padding."""
+    cuts = np.cumsum(np.maximum(1, rng.geometric(1 / mean, length)))
+    ids = np.searchsorted(cuts, np.arange(length), side="right") + 1
+    ids[length - padding :] = 0
+    return ids
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_random_problem(name, pattern, seed):
+    """60 problems: within `FACTOR` of the plain einsum's error, exact zeros where none is seen."""
+    problem = _random(name, pattern, seed)
+    got = outputs(problem, "pallas")
+    check_zeros(problem, got)
+    check_error(problem, got, outputs(problem, "eager"), exact(problem), f"(SEED={seed})")
+
+
+def test_thousand_documents(seed):
+    """1,000 documents of 1 to 7 tokens in a row, in which a tile has dozens."""
+    rng = np.random.default_rng(seed)
+    ids = np.repeat(np.arange(1, 1001), rng.integers(1, 8, 1000))
+    t = ids.size + 13
+    ids = np.concatenate([ids, np.zeros(13, int)])[None]
+    problem = random_problem(seed, 1, t, t, 4, 1, 128, BF16, ids=ids)
+    got = outputs(problem, "pallas")
+    check_zeros(problem, got)
+    check_error(problem, got, outputs(problem, "eager"), exact(problem), f"(SEED={seed})")
+
+
+@pytest.mark.parametrize("row", [0, 2])
+def test_row_of_padding(row, seed):
+    """A batch row without a document, first or last, is exactly 0 and disturbs no other."""
+    rng = np.random.default_rng(seed)
+    ids = np.stack([short_documents(rng, 333) for _ in range(3)])
+    ids[row] = 0
+    problem = random_problem(seed, 3, 333, 333, 6, 1, 128, BF16, ids=ids)
+    got = outputs(problem, "pallas")
+    check_zeros(problem, got)
+    assert not visible_pairs(problem)[row].any() and not got[0][row].any()
+    check_error(problem, got, outputs(problem, "eager"), exact(problem), f"(SEED={seed})")
+
+
+def test_packed_equals_unpacked(seed):
+    """Document by document, a packed row is what a row of that document alone gives."""
+    lengths = (1, 63, 700, 129)
+    ids = np.repeat(np.arange(1, 5), lengths)[None]
+    packed = random_problem(seed, 1, ids.size, ids.size, 8, 2, 128, BF16, ids=ids)
+    together = outputs(packed, "pallas")
+    for document in range(1, 5):
+        own = ids[0] == document
+        alone = Problem(**{x: getattr(packed, x)[:, own] for x in ("q", "k", "v", "do")})
+        want = exact(alone)
+        for x, y, w, of in zip(together, outputs(alone, "pallas"), want, NAMES, strict=True):
+            difference = np.abs(x[:, own].astype(np.float64) - y.astype(np.float64)).max()
+            tolerance = 4 * float(jnp.finfo(BF16).eps) * max(np.abs(w).max(), 1e-3)
+            assert difference <= tolerance, f"{of} of document {document} (SEED={seed})"
+
+
+@pytest.mark.parametrize("pattern", [one_document, short_documents], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", ["causal, 32 heads on 8, several items a program", "head_dim 64"])
+def test_twenty_runs_agree(name, pattern, seed):
+    """o, dk and dv are the same bits every time; dq moves by the order of its fp32 sums only.
+
+    A missing barrier shows as a run that differs.
+    """
+    problem = _random(name, pattern, seed)
+    first = outputs(problem, "pallas")
+    check_error(problem, first, outputs(problem, "eager"), exact(problem), f"(SEED={seed})")
+    for run in range(20):
+        again = outputs(problem, "pallas")
+        for x, y, of in zip(first, again, NAMES, strict=True):
+            if of == "dq":
+                x, y = (z.astype(np.float64) for z in (x, y))
+                # One rounding of the element to 16 bits, and fp32 noise of the largest.
+                allowed = float(jnp.finfo(problem.q.dtype).eps) * np.abs(x)
+                allowed += 2.0**-18 * np.abs(x).max()
+                assert (np.abs(x - y) <= allowed).all(), f"dq, run {run} (SEED={seed})"
+                assert (x != y).mean() < 0.01, f"dq, run {run} (SEED={seed})"
+            else:
+                np.testing.assert_array_equal(
+                    x.view(np.uint16), y.view(np.uint16), f"{of}, run {run} (SEED={seed})"
+                )
+
+
+@functools.cache
+def _random(name: str, pattern, seed: int) -> Problem:
+    (b, t, s, *sizes), causal, window = SIGNATURES[name]
+    seeds = [seed, *name.encode(), *pattern.__name__.encode()]
+    rng = np.random.default_rng(seeds)
+    ids = np.stack([pattern(rng, t) for _ in range(b)])
+    kv_ids = None if t == s else np.stack([pattern(rng, s) for _ in range(b)])
+    mask = {"ids": ids, "kv_ids": kv_ids, "causal": causal, "window": window}
+    return random_problem(seeds, b, t, s, *sizes, **mask)

@@ -1,0 +1,154 @@
+"""The kernels lower for CUDA on a machine without a GPU, alone and inside what a model does.
+
+Lowering runs Mosaic GPU's layout inference and checks; nothing is executed.
+"""
+
+import math
+import re
+from unittest import mock
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jaxattn import Mask, api, attention, prepare
+from jaxattn.pallas import backward, forward
+from jaxattn.pallas.op import LSE_NAME, OUT_NAME
+from jaxattn.pallas.tiles import SMEM_BYTES, choose_tiles
+from tests.jaxattn.interpret import hopper
+
+# (query heads, kv heads): groups of 1, 2, 4, 6, 8.
+HEADS = [(2, 2), (4, 2), (4, 1), (12, 2), (8, 1)]
+
+
+@pytest.fixture(autouse=True)
+def _on_hopper():
+    with mock.patch.object(api, "target_device", hopper):
+        yield
+
+
+def _qkv(n=4, k=2, h=128, dtype=jnp.bfloat16, b=1, t=300):
+    return [jax.ShapeDtypeStruct((b, t, heads, h), dtype) for heads in (n, k, k)]
+
+
+def _lower(function, *args) -> str:
+    return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def _gradients(ids=None, window=None):
+    def loss(q, k, v):
+        mask = Mask(segment_ids=ids, window=window)
+        return attention(q, k, v, mask, impl="pallas").astype(jnp.float32).sum()
+
+    return jax.grad(loss, argnums=(0, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "dtype", "documents"),
+    [
+        ((2, 2), 128, jnp.bfloat16, False),
+        ((4, 2), 128, jnp.float16, True),
+        ((4, 1), 128, jnp.bfloat16, True),
+        ((12, 2), 128, jnp.bfloat16, True),
+        ((8, 1), 128, jnp.bfloat16, False),
+        ((2, 2), 64, jnp.bfloat16, True),
+        ((12, 2), 64, jnp.bfloat16, True),
+        ((8, 1), 64, jnp.float16, False),
+    ],
+)
+def test_forward_and_backward_lower(heads, head_dim, dtype, documents):
+    """For both head_dims and dtypes, every group, with and without documents and a window."""
+    ids = jnp.ones((1, 300), jnp.int32) if documents else None
+    text = _lower(_gradients(ids, 50 if documents else None), *_qkv(*heads, head_dim, dtype))
+    assert text.count("mosaic_gpu") >= 2, "both kernels are in the program"
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("heads", HEADS)
+def test_scratch_is_within_shared_memory(heads, head_dim):
+    """The sum of what a program asks for, barriers included, is within the hardware's limit."""
+    tiles = choose_tiles(*heads, head_dim)
+    for scratch in (
+        forward.scratch(head_dim, jnp.dtype(jnp.bfloat16), tiles.forward),
+        backward.scratch(head_dim, jnp.dtype(jnp.bfloat16), tiles.backward),
+    ):
+        total = 0
+        for ref in scratch.values():
+            if isinstance(ref, plgpu.Barrier):
+                total += 8 * int(np.prod(ref.num_barriers))  # one or several axes
+            else:
+                total += math.prod(ref.shape) * jnp.dtype(ref.dtype).itemsize
+        assert total <= SMEM_BYTES, f"{total} bytes"
+
+
+def _layers(policy):
+    """Two layers under scan and remat, as a model has them."""
+
+    def layer(x, w):
+        q, k, v = (x * w[i] for i in range(3))
+        return x + attention(q, k, v, Mask(), impl="pallas"), None
+
+    body = jax.checkpoint(layer, policy=policy)
+
+    def loss(x, w):
+        return jax.lax.scan(body, x, w)[0].astype(jnp.float32).sum()
+
+    return jax.grad(loss, argnums=(0, 1))
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_saved_results_spare_the_forward_kernel_under_remat(saved):
+    """With "attn_out" and "attn_lse" saved a layer runs the forward kernel once, else twice."""
+    names = jax.checkpoint_policies.save_only_these_names(OUT_NAME, LSE_NAME)
+    x = jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16)
+    w = jax.ShapeDtypeStruct((2, 3, 1, 1, 1, 128), jnp.bfloat16)
+    gradients = _layers(names if saved else None)
+    kernels = _count_kernels(jax.make_jaxpr(gradients)(x, w).jaxpr)
+    assert kernels == {"flash_forward": 1 if saved else 2, "flash_backward": 1}
+    assert (OUT_NAME, LSE_NAME) == ("attn_out", "attn_lse")
+
+
+def test_lowers_under_scan_remat_and_an_explicit_mesh():
+    """Batch and heads split four ways; every device's kernel works on its own rows and heads."""
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        spec = PartitionSpec("data", None, "tensor", None)
+        q, k, v = (
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+            for x in _qkv(n=8, k=4, b=4)
+        )
+        rows = NamedSharding(mesh, PartitionSpec("data", None))
+        ids = jax.device_put(jnp.ones((4, 300), jnp.int32), rows)
+
+        def loss(q, k, v, ids):
+            mask = prepare(Mask(segment_ids=ids), q, k, impl="pallas")
+
+            @jax.checkpoint
+            def layer(q, _):
+                return attention(q, k, v, mask, impl="pallas"), None
+
+            return jax.lax.scan(layer, q, None, length=3)[0].astype(jnp.float32).sum()
+
+        text = _lower(jax.grad(loss, argnums=(0, 1, 2)), q, k, v, ids)
+    assert text.count("mosaic_gpu") >= 2
+    assert re.search(r"600x4x128xbf16|608x4x128xbf16", text), (
+        "a device has 2 of 4 rows, 4 of 8 heads"
+    )
+
+
+def _count_kernels(jaxpr) -> dict[str, int]:
+    """Kernels by name in a jaxpr and all inside it."""
+    found: dict[str, int] = {}
+    for eqn in jaxpr.eqns:
+        name = eqn.params.get("name")
+        if isinstance(name, str) and name.startswith("flash_"):
+            found[name] = found.get(name, 0) + 1
+            continue
+        for inner in jaxprs_in_params(eqn.params):
+            for name, count in _count_kernels(inner).items():
+                found[name] = found.get(name, 0) + count
+    return found
