@@ -8,6 +8,7 @@ B batch, T query pos, S key pos, N query heads, K kv heads, H head dim.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from jaxattn import Mask, attention
 NAMES = ("o", "dq", "dk", "dv")
 # How much larger than the plain einsum's an implementation's error may be.
 FACTOR = 1.5
+NOISE = 4e-6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +92,21 @@ def visible_pairs(problem: Problem) -> np.ndarray:
 
 
 def exact(problem: Problem) -> tuple[np.ndarray, ...]:
-    """o, dq, dk, dv in float64, head by head."""
+    """o, dq, dk, dv in float64."""
+    return _by_definition(problem, lambda x: x)
+
+
+def plain(problem: Problem) -> tuple[np.ndarray, ...]:
+    """The same by plain einsums in the dtype under test: what `check_error` compares with.
+
+    Factors of every product and the results are rounded to the dtype; sums, the softmax and all
+    between are exact, so it does not depend on a device. (`jaxattn.eager` is no such measure: its
+    backward multiplies the fp32 gradient of the scores, unrounded.)
+    """
+    return _by_definition(problem, lambda x: x.astype(problem.q.dtype).astype(np.float64))
+
+
+def _by_definition(problem: Problem, rounded: Callable[[np.ndarray], np.ndarray]):
     q, k, v, do = (x.astype(np.float64) for x in (problem.q, problem.k, problem.v, problem.do))
     pairs = visible_pairs(problem)
     scale, group = q.shape[3] ** -0.5, q.shape[2] // k.shape[2]
@@ -104,12 +120,13 @@ def exact(problem: Problem) -> tuple[np.ndarray, ...]:
             total = p.sum(axis=1, keepdims=True)
             p /= np.where(total > 0, total, 1.0)
             dp = do[at] @ v[kv_at].T
-            ds = p * (dp - (p * dp).sum(axis=1, keepdims=True))
+            ds = rounded(p * (dp - (p * dp).sum(axis=1, keepdims=True)))
+            p = rounded(p)
             o[at] = p @ v[kv_at]
             dq[at] = scale * ds @ k[kv_at]
             dk[kv_at] += scale * ds.T @ q[at]
             dv[kv_at] += p.T @ do[at]
-    return o, dq, dk, dv
+    return tuple(rounded(x) for x in (o, dq, dk, dv))
 
 
 @functools.partial(jax.jit, static_argnames="impl")
@@ -137,28 +154,20 @@ def check_zeros(problem: Problem, got: tuple[np.ndarray, ...]) -> None:
         assert not x[rows].any(), f"{name} is not 0 where nothing is seen"
 
 
-def check_error(
-    problem: Problem,
-    got: tuple[np.ndarray, ...],
-    plain: tuple[np.ndarray, ...],
-    want: tuple[np.ndarray, ...],
-    note: str = "",
-) -> None:
+def check_error(problem: Problem, got: tuple[np.ndarray, ...], note: str = "") -> None:
     """Max and mean error are at most `FACTOR` times those of the plain einsum in the same dtype.
 
-    Where that has next to no error (a token that sees only itself), the error of rounding the
-    exact result to the dtype stands in for it, since no implementation can do better. And the max,
-    one number of thousands, has half a rounding of the largest value on top: a result next to the
-    middle between two numbers of the dtype falls to either side, however good its computation.
+    The max, one number of thousands, has half a rounding of the largest value on top: a result
+    next to the middle between two numbers of the dtype falls to either side, however good its
+    computation. `NOISE` counts only where the exact result is 0 (a token that sees only itself has
+    no dq), which fp32 sums in another order miss by their last bits.
     """
-    for name, x, e, w in zip(NAMES, got, plain, want, strict=True):
-        rounding = np.abs(w.astype(x.dtype).astype(np.float64) - w)
-        error, plain_error = (np.abs(y.astype(np.float64) - w) for y in (x, e))
+    for name, x, p, w in zip(NAMES, got, plain(problem), exact(problem), strict=True):
+        error, plain_error = np.abs(x.astype(np.float64) - w), np.abs(p - w)
         tie = float(jnp.finfo(x.dtype).eps) / 2 * np.abs(w).max()
-        for measure, slack in ((np.max, tie), (np.mean, 0.0)):
-            allowed = FACTOR * max(measure(plain_error), measure(rounding)) + slack
+        for measure, slack in ((np.max, tie + NOISE), (np.mean, NOISE)):
+            allowed = FACTOR * measure(plain_error) + slack
             assert measure(error) <= allowed, (
-                f"{name}: {measure.__name__} error {measure(error):.3e}; einsum's "
-                f"{measure(plain_error):.3e}, of rounding {measure(rounding):.3e}, tie {slack:.3e}"
-                f"; allowed {allowed:.3e} {note}"
+                f"{name}: {measure.__name__} error {measure(error):.3e} exceeds {FACTOR} x the "
+                f"plain einsum's {measure(plain_error):.3e} + {slack:.3e} {note}"
             )

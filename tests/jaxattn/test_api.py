@@ -220,7 +220,7 @@ def test_describe_on_a_cpu():
 
 
 def test_describe_on_hopper(monkeypatch):
-    """Pallas names its tiles and what the mask spares: half for causal, most for short documents."""
+    """Pallas names its tiles and what the mask spares: half for causal, most for packs."""
     monkeypatch.setattr(api, "target_device", hopper)
     q = jax.ShapeDtypeStruct((1, 4096, 8, 128), jnp.bfloat16)
     k = jax.ShapeDtypeStruct((1, 4096, 2, 128), jnp.bfloat16)

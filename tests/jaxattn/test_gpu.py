@@ -99,7 +99,7 @@ def test_random_problem(name, pattern, seed):
     problem = _random(name, pattern, seed)
     got = outputs(problem, "pallas")
     check_zeros(problem, got)
-    check_error(problem, got, outputs(problem, "eager"), exact(problem), f"(SEED={seed})")
+    check_error(problem, got, f"(SEED={seed})")
 
 
 def test_thousand_documents(seed):
@@ -111,7 +111,7 @@ def test_thousand_documents(seed):
     problem = random_problem(seed, 1, t, t, 4, 1, 128, BF16, ids=ids)
     got = outputs(problem, "pallas")
     check_zeros(problem, got)
-    check_error(problem, got, outputs(problem, "eager"), exact(problem), f"(SEED={seed})")
+    check_error(problem, got, f"(SEED={seed})")
 
 
 @pytest.mark.parametrize("row", [0, 2])
@@ -124,7 +124,7 @@ def test_row_of_padding(row, seed):
     got = outputs(problem, "pallas")
     check_zeros(problem, got)
     assert not visible_pairs(problem)[row].any() and not got[0][row].any()
-    check_error(problem, got, outputs(problem, "eager"), exact(problem), f"(SEED={seed})")
+    check_error(problem, got, f"(SEED={seed})")
 
 
 def test_packed_equals_unpacked(seed):
@@ -152,7 +152,7 @@ def test_twenty_runs_agree(name, pattern, seed):
     """
     problem = _random(name, pattern, seed)
     first = outputs(problem, "pallas")
-    check_error(problem, first, outputs(problem, "eager"), exact(problem), f"(SEED={seed})")
+    check_error(problem, first, f"(SEED={seed})")
     for run in range(20):
         again = outputs(problem, "pallas")
         for x, y, of in zip(first, again, NAMES, strict=True):
