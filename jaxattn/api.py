@@ -222,6 +222,8 @@ def _why_not(name: str, device: jax.Device, q: Shaped, k: Shaped, mask: Mask | N
     if name == "pallas":
         why = pallas.why_not(device, q, k)
         return why and f"{why}; use impl='xla', which runs everywhere"
+    if name == "xla" and device.platform == "cpu" and q.dtype == jnp.float16:
+        return "jax.nn takes no float16 on a CPU; use bfloat16 or float32, or impl='eager'"
     if name == "cudnn":
         if device.platform != "gpu":
             return f"cuDNN needs an NVIDIA GPU, this is a {device.platform} device; use impl='xla'"

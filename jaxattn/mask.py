@@ -5,6 +5,7 @@ kernel's work from it.
 """
 
 import dataclasses
+import typing
 from typing import Any
 
 import jax
@@ -12,6 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 
+# jax rebuilds it with placeholders in place of arrays, which type checkers must let pass.
+@typing.no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mask:

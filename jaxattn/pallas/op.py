@@ -78,25 +78,9 @@ def attention(
 
 def prepare(mask: Mask, q: Shaped, k: Shaped) -> Mask:
     """The mask with the tile metadata of both kernels in `plan`."""
-    batch, t, num_heads, head_dim = q.shape
-    s, num_kv_heads = k.shape[1:3]
-    tiles = choose_tiles(num_heads, num_kv_heads, head_dim)
-    fwd, bwd = tiles.forward, tiles.backward
-    plan = Plan(
-        queries=block_map.query_map(
-            mask,
-            batch,
-            t,
-            s,
-            group=fwd.group,
-            groups=CONSUMERS,
-            tile=fwd.block_kv,
-            repeat=fwd.heads,
-        ),
-        keys=block_map.key_map(mask, batch, t, s, group=bwd.block_kv, groups=1, tile=bwd.block_q),
-        tiles=tiles,
-    )
-    return dataclasses.replace(mask, plan=plan)
+    tiles = choose_tiles(q.shape[2], k.shape[2], q.shape[3])
+    sizes = q.shape[0], q.shape[1], k.shape[1]
+    return dataclasses.replace(mask, plan=_plan(mask, sizes, tiles))
 
 
 def describe(mask: Mask, q: Shaped, k: Shaped) -> tuple[str, float]:
@@ -121,6 +105,16 @@ def why_not(device: jax.Device, q: Shaped, k: Shaped) -> str | None:
     if q.shape[-1] not in HEAD_DIMS:
         return f"it takes head_dim {' or '.join(map(str, HEAD_DIMS))}, not {q.shape[-1]}"
     return None
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))  # outside a jit too: one compilation, not 50
+def _plan(mask: Mask, sizes: tuple[int, int, int], tiles: Tiles) -> Plan:
+    fwd, bwd = tiles.forward, tiles.backward
+    queries = block_map.query_map(
+        mask, *sizes, group=fwd.group, groups=CONSUMERS, tile=fwd.block_kv, repeat=fwd.heads
+    )
+    keys = block_map.key_map(mask, *sizes, group=bwd.block_kv, groups=1, tile=bwd.block_q)
+    return Plan(queries=queries, keys=keys, tiles=tiles)
 
 
 def _merge_rows(x: Array) -> Array:
