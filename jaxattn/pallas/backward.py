@@ -35,7 +35,7 @@ from jaxtyping import Array, Float
 from jaxattn import block_map
 from jaxattn.block_map import BlockMap
 from jaxattn.pallas import softmax
-from jaxattn.pallas.softmax import COL, LOG2E, ROW, by_col
+from jaxattn.pallas.softmax import COL, LOG2E, by_col
 from jaxattn.pallas.sync import ring_slot, swizzled
 from jaxattn.pallas.tiles import CONSUMERS, WARPGROUP_ROWS, BackwardTiles
 
@@ -212,27 +212,21 @@ def backward(
 
             def masked(s, t):
                 query = start + t * tiles.block_q
-
-                def bounds():
-                    return [plgpu.load(ends_smem.at[i, own], layout=ROW) for i in range(2)]
-
-                def ids():
-                    return (
-                        plgpu.load(ids_gmem[0].at[row, 0, own], layout=ROW, optimized=False),
-                        plgpu.load(
-                            ids_gmem[1].at[pl.ds(query, tiles.block_q)],
-                            layout=COL,
-                            optimized=False,
-                        ),
+                ids = None
+                if by_id:
+                    key_ids, query_ids = ids_gmem
+                    ids = (
+                        ids_decide,
+                        key_ids.at[row, 0, own],
+                        query_ids.at[pl.ds(query, s.shape[1])],
                     )
-
                 return softmax.mask_scores(
                     s,
                     query,
-                    bounds,
+                    ends_smem.at[:, own],
                     below=t < full_from,
                     above=t >= full_to,
-                    ids=(ids_decide == 1, ids) if by_id else None,
+                    ids=ids,
                 )
 
             def dq_operands(ds_slot):

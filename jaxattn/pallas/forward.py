@@ -212,27 +212,12 @@ def forward(
 
                 def masked(s, j):
                     col = start + j * tiles.block_kv
-
-                    def bounds():
-                        return [plgpu.load(ends.at[i], layout=ROW) for i in range(2)]
-
-                    def ids():
-                        return (
-                            plgpu.load(ids_gmem[0].at[row, wg], layout=ROW, optimized=False),
-                            plgpu.load(
-                                ids_gmem[1].at[pl.ds(col, tiles.block_kv)],
-                                layout=softmax.COL,
-                                optimized=False,
-                            ),
-                        )
-
+                    ids = None
+                    if by_id:
+                        row_ids, col_ids = ids_gmem
+                        ids = ids_decide, row_ids.at[row, wg], col_ids.at[pl.ds(col, s.shape[1])]
                     return softmax.mask_scores(
-                        s,
-                        col,
-                        bounds,
-                        below=j < full_from,
-                        above=j >= full_to,
-                        ids=(ids_decide == 1, ids) if by_id else None,
+                        s, col, ends, below=j < full_from, above=j >= full_to, ids=ids
                     )
 
                 def wait_for_k(j):

@@ -30,37 +30,41 @@ def by_col(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return lax.broadcast_in_dim(x, shape, [1])
 
 
-def mask_scores(s, start, bounds, below, above, ids=None):
+def mask_scores(s, start, ends, *, below, above, ids=None):
     """Sets the scores that the mask hides to -inf.
 
     Each test is a branch of its own: most tiles need none, those at an end of a range only one,
-    and the values for the tests are then needed in no register of the main path.
+    and the values for the tests are loaded there, so that the main path has no register for them.
 
     Args:
       s: scores [rows, columns].
       start: column index of the tile's first column.
-      bounds: () -> (first, last) visible column of each row.
+      ends: ref [2, rows] in shared memory: first and last visible column of each row.
       below: whether the tile may hold columns before some row's first, or ids decide.
       above: whether it may hold columns behind some row's last.
-      ids: None, or (whether ids decide, () -> (row ids, column ids)).
+      ids: None, or (whether ids decide, ref [rows], ref [columns] to the ids in global memory).
     """
 
     def cols():
         return plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=TILE)
 
+    def end(i):
+        return by_row(plgpu.load(ends.at[i], layout=ROW) - start, s.shape)
+
+    def same_id(s, rows, columns):
+        row_ids = plgpu.load(rows, layout=ROW, optimized=False)
+        col_ids = plgpu.load(columns, layout=COL, optimized=False)
+        return jnp.where(by_row(row_ids, s.shape) == by_col(col_ids, s.shape), s, -jnp.inf)
+
     def not_below(s):
-        s = jnp.where(cols() >= by_row(bounds()[0] - start, s.shape), s, -jnp.inf)
+        s = jnp.where(cols() >= end(0), s, -jnp.inf)
         if ids is None:
             return s
-        ids_decide, load_ids = ids
-        return lax.cond(ids_decide, lambda s: same_id(s, *load_ids()), lambda s: s, s)
+        ids_decide, rows, columns = ids
+        return lax.cond(ids_decide == 1, lambda s: same_id(s, rows, columns), lambda s: s, s)
 
     def not_above(s):
-        return jnp.where(cols() <= by_row(bounds()[1] - start, s.shape), s, -jnp.inf)
-
-    def same_id(s, row_ids, col_ids):
-        same = by_row(row_ids, s.shape) == by_col(col_ids, s.shape)
-        return jnp.where(same, s, -jnp.inf)
+        return jnp.where(cols() <= end(1), s, -jnp.inf)
 
     s = lax.cond(below, not_below, lambda s: s, s)
     return lax.cond(above, not_above, lambda s: s, s)
