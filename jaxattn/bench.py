@@ -74,9 +74,11 @@ SHAPES = {
     "1.8b_32k_causal": Shape(batch=1, length=32768, heads=16, kv_heads=8),
     "7b_32k_causal": Shape(batch=1, length=32768, heads=32, kv_heads=8),
     "20b_32k_causal": Shape(batch=1, length=32768, heads=48, kv_heads=8),
-    "7b_32k_packed": Shape(batch=1, length=32768, heads=32, kv_heads=8, documents=(1500, 1.0)),
-    "7b_32k_packed_short": Shape(batch=1, length=32768, heads=32, kv_heads=8, documents=(350, 0.8)),
-    "7b_32k_packed_sft": Shape(batch=1, length=32768, heads=32, kv_heads=8, documents=(141, 0.7)),
+    "7b_32k_packed": Shape(batch=1, length=32768, heads=32, kv_heads=8, documents=(1500.0, 1.0)),
+    "7b_32k_packed_short": Shape(
+        batch=1, length=32768, heads=32, kv_heads=8, documents=(350.0, 0.8)
+    ),
+    "7b_32k_packed_sft": Shape(batch=1, length=32768, heads=32, kv_heads=8, documents=(141.0, 0.7)),
     "7b_32k_window4k": Shape(batch=1, length=32768, heads=32, kv_heads=8, window=4096),
     "7b_4k_causal": Shape(batch=8, length=4096, heads=32, kv_heads=8),
     "7b_512_causal": Shape(batch=32, length=512, heads=32, kv_heads=8),
