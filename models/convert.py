@@ -93,8 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _stored_dtype(source: Path) -> str:
     """The widest type among the tensors, so that none is rounded."""
-    with HFDirectory(source) as files:
-        types = set(files.dtypes.values())
+    types = set(HFDirectory(source).dtypes.values())
     return types.pop() if len(types) == 1 else "float32"
 
 

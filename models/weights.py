@@ -9,7 +9,9 @@ query heads, then k, then v.
 
 import dataclasses
 import math
+import operator
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -75,6 +77,12 @@ def hf_tensors(config: ModelConfig) -> Iterator[tuple[str, Weight, int | None]]:
     for weight in table(config):
         for i in range(config.num_layers) if weight.stacked else (None,):
             yield weight.hf.format(i=i), weight, i
+
+
+def resolve(model: Any, path: str) -> tuple[Any, str]:
+    """(module, attribute) of a parameter's path."""
+    owner, _, name = path.rpartition(".")
+    return (operator.attrgetter(owner)(model) if owner else model), name
 
 
 def is_known_extra(name: str, config: ModelConfig) -> bool:
