@@ -5,7 +5,6 @@ parameters as an orbax checkpoint, which loads without any rearrangement.
 """
 
 import functools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,7 +68,9 @@ def load_hf(
     files = HFDirectory(directory)
     config = ModelConfig.from_hf(files.config)
     _check_tensors(files, config)
-    model = _abstract(config, mesh, dtype, param_dtype, attn, remat)
+    model = abstract(
+        config, mesh=mesh, dtype=dtype, param_dtype=param_dtype, attn=attn, remat=remat
+    )
     rows = {name: (weight, i) for name, weight, i in hf_tensors(config)}
     slots = {weight.path: _Slot(model, weight, mesh) for weight in table(config)}
     # In the order of the files, so that only one of them is open: a mapped file that has been
@@ -80,18 +81,11 @@ def load_hf(
     for name, x in tensors:
         weight, i = rows[name]
         slots[weight.path].put(x, 0 if i is None else i)
-    for path, slot in slots.items():
-        owner, name = resolve(model, path)
-        setattr(owner, name, getattr(owner, name).replace(slot.value))
-    return model
+    return fill(model, {path: slot.value for path, slot in slots.items()})
 
 
 def save_orbax(model: InternLM2, directory: Path) -> None:
-    """Writes config.json and the parameters into an existing, empty directory."""
-    (directory / "config.json").write_text(
-        json.dumps(model.config.to_hf(dtype=str(model.embed_VD.dtype)), indent=2) + "\n",
-        encoding="utf-8",
-    )
+    """Writes the parameters into an existing directory, where config.json belongs beside them."""
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((directory / PARAMS).resolve(), named_params(model))
 
@@ -113,13 +107,12 @@ def load_orbax(
     """
     directory = Path(directory)
     config = ModelConfig.from_hf(read_json(directory / "config.json"))
-    model = _abstract(config, mesh, dtype, param_dtype, attn, remat)
+    model = abstract(
+        config, mesh=mesh, dtype=dtype, param_dtype=param_dtype, attn=attn, remat=remat
+    )
     with ocp.StandardCheckpointer() as checkpointer:
         values = checkpointer.restore((directory / PARAMS).resolve(), named_params(model))
-    for path, value in values.items():
-        owner, name = resolve(model, path)
-        setattr(owner, name, getattr(owner, name).replace(value))
-    return model
+    return fill(model, values)
 
 
 def _check_tensors(files: HFDirectory, config: ModelConfig) -> None:
@@ -140,7 +133,15 @@ def _check_tensors(files: HFDirectory, config: ModelConfig) -> None:
         raise ValueError(f"tensors of {files.path} do not fit its config.json; {told}")
 
 
-def _abstract(config, mesh, dtype, param_dtype, attn, remat) -> InternLM2:
+def abstract(
+    config: ModelConfig,
+    *,
+    mesh: Mesh | None,
+    dtype: Any,
+    param_dtype: Any = None,
+    attn: str = "auto",
+    remat: str = "full",
+) -> InternLM2:
     """The model with a ShapeDtypeStruct that knows its sharding in place of every array."""
     param_dtype = jnp.dtype(dtype if param_dtype is None else param_dtype)
     model = jax.eval_shape(
@@ -160,6 +161,14 @@ def _abstract(config, mesh, dtype, param_dtype, attn, remat) -> InternLM2:
 def _default_device() -> jax.Device:
     chosen = jax.config.jax_default_device
     return chosen if isinstance(chosen, jax.Device) else jax.devices()[0]
+
+
+def fill(model: InternLM2, values: Mapping[str, jax.Array]) -> InternLM2:
+    """The model with its parameters replaced, by path."""
+    for path, value in values.items():
+        owner, name = resolve(model, path)
+        setattr(owner, name, getattr(owner, name).replace(value))
+    return model
 
 
 def named_params(model: InternLM2) -> Mapping[str, Any]:

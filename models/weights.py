@@ -43,6 +43,11 @@ class Weight:
         """Whether every layer has one, stacked in a leading axis of the parameter."""
         return "{i}" in self.hf
 
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Axes of the parameter (of one layer) in the order in which HF has them."""
+        return tuple(self.axes.index(a) for a in self.hf_axes.replace(",", ""))
+
     def hf_shape(self, config: ModelConfig) -> tuple[int, ...]:
         """Shape of the HF tensor."""
         sizes = _sizes(config)
@@ -62,8 +67,7 @@ class Weight:
 
     def to_hf(self, x: np.ndarray, config: ModelConfig) -> np.ndarray:
         """The HF tensor of a parameter (of one layer): the inverse of `from_hf`."""
-        flat = self.hf_axes.replace(",", "")
-        return x.transpose([self.axes.index(a) for a in flat]).reshape(self.hf_shape(config))
+        return x.transpose(self.order).reshape(self.hf_shape(config))
 
 
 def table(config: ModelConfig) -> tuple[Weight, ...]:
