@@ -82,17 +82,19 @@ def test_shards_hold_what_they_may_and_the_index_names_all(tiny, tensors, tmp_pa
     assert_same(tensors_of(tmp_path / "dst"), tensors)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
-    "scaling",
-    [None, RopeScaling(type="linear", factor=4.0), RopeScaling(type="dynamic", factor=3.0)],
+    "change",
+    [
+        {},
+        {"bias": True, "rope_scaling": RopeScaling(type="dynamic", factor=3.0)},
+        {"tie_word_embeddings": True, "rope_scaling": RopeScaling(type="linear", factor=4.0)},
+        {"bias": True, "tie_word_embeddings": True, "rope_theta": 1e4},
+    ],
+    ids=lambda change: "-".join(change) or "plain",
 )
-def test_every_configuration_goes_out_and_in(tmp_path, bias, tied, scaling):
+def test_every_configuration_goes_out_and_in(tmp_path, change):
     """Biases, tied embeddings, every rope scaling, groups of 6, an odd vocabulary."""
-    config = dataclasses.replace(
-        SMALL, bias=bias, tie_word_embeddings=tied, rope_scaling=scaling, rms_norm_eps=1e-6
-    )
+    config = dataclasses.replace(SMALL, rms_norm_eps=1e-6, **change)
     model = init(config, dtype=jnp.float32)
     save_hf(model, tmp_path / "dst")
     again = load_hf(tmp_path / "dst", dtype="float32")
@@ -100,7 +102,7 @@ def test_every_configuration_goes_out_and_in(tmp_path, bias, tied, scaling):
     jax.tree.map(np.testing.assert_array_equal, again, model)
     hf = json.loads((tmp_path / "dst" / "config.json").read_text())
     assert "auto_map" not in hf  # it would name code that is not there
-    assert ("output.weight" in tensors_of(tmp_path / "dst")) is not tied
+    assert ("output.weight" in tensors_of(tmp_path / "dst")) is not config.tie_word_embeddings
 
 
 def test_llama_layout_un_fuses_wqkv(tmp_path):

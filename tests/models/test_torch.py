@@ -25,7 +25,7 @@ from models.weights import hf_tensors, resolve
 
 try:
     import torch
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaForCausalLM, PretrainedConfig, PreTrainedModel
 except ImportError:
     torch = None
 
@@ -147,6 +147,34 @@ def test_greedy_generation_is_the_same(pair):
             pad_token_id=0,
         )
         assert ours == ids[0, len(prompt) :].tolist()
+
+
+def test_transformers_loads_the_shards_of_its_own_layout(tmp_path, tiny_dir):
+    """Sharded safetensors with an index, through from_pretrained of a model with these names."""
+    tensors = load_file(tiny_dir / "model.safetensors")
+
+    class Named(PreTrainedModel):
+        config_class = PretrainedConfig
+
+        def __init__(self, config):
+            super().__init__(config)
+            for name, x in tensors.items():
+                *owners, last = name.split(".")
+                owner = self
+                for part in owners:
+                    if not hasattr(owner, part):
+                        owner.add_module(part, torch.nn.Module())
+                    owner = getattr(owner, part)
+                owner.register_parameter(last, torch.nn.Parameter(torch.zeros(x.shape)))
+            self.post_init()
+
+    save_hf(load_hf(tiny_dir, dtype="float32"), tmp_path / "hf", max_shard_bytes=150_000)
+    assert (tmp_path / "hf" / "model.safetensors.index.json").exists()
+    config = PretrainedConfig.from_dict(json.loads((tiny_dir / "config.json").read_text()))
+    model, report = Named.from_pretrained(tmp_path / "hf", config=config, output_loading_info=True)
+    assert not any(report.values()), report
+    for name, x in model.state_dict().items():
+        np.testing.assert_array_equal(x.numpy(), tensors[name], err_msg=name)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
