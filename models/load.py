@@ -63,7 +63,8 @@ def load_hf(
       ValueError: the config is not InternLM2's, or tensors are missing, unknown or misshapen (all
         of them named at once), or the mesh does not divide the model.
 
-    Memory: on the host one tensor and the file that it is in; on devices the model and one tensor.
+    Memory: on the host one tensor and the file that it is in; on devices the model and one tensor,
+    as it is stored and as it will be used.
     """
     files = HFDirectory(directory)
     config = ModelConfig.from_hf(files.config)
@@ -193,11 +194,13 @@ class _Slot:
         if mesh is not None:
             outer = [logical[dim[0]] for dim in weight.hf_axes.split(",")]
             self._at = NamedSharding(mesh, sharding.spec(outer, mesh))
-        self._place = _placer(weight, logical, model.config)
-        self.value: jax.Array = jax.jit(
-            functools.partial(jnp.zeros, param.shape, param.dtype),
-            out_shardings=param.get_value().sharding,
-        )()
+        self._place = _placer(weight, logical, model.config, param.dtype)
+        self.value: Any = None
+        if weight.stacked:
+            self.value = jax.jit(
+                functools.partial(jnp.zeros, param.shape, param.dtype),
+                out_shardings=param.get_value().sharding,
+            )()
 
     def put(self, x: np.ndarray, layer: int) -> None:
         """Writes one layer, or the whole of a parameter that is not stacked."""
@@ -207,17 +210,20 @@ class _Slot:
         self.value = jax.block_until_ready(self._place(self.value, on_device, jnp.int32(layer)))
 
 
-def _placer(weight: Weight, logical: Mapping[str, str | None], config: ModelConfig):
-    """Jitted (parameter, HF tensor, layer) -> parameter with that layer written, in place."""
+def _placer(weight: Weight, logical: Mapping[str, str | None], config: ModelConfig, dtype: Any):
+    """Jitted (parameter, HF tensor, layer) -> parameter with that layer written, in place.
+
+    A parameter that is not stacked is None before.
+    """
 
     def place(value, x, layer):
-        with sharding.mesh_of(value):
+        with sharding.mesh_of(x):
             mesh = jax.sharding.get_abstract_mesh()
             kwargs = {}
             if not mesh.empty:
                 flat = weight.hf_axes.replace(",", "")
                 kwargs = {"out_sharding": sharding.spec([logical[a] for a in flat], mesh)}
-            x = weight.from_hf(x, config, **kwargs).astype(value.dtype)
+            x = weight.from_hf(x, config, **kwargs).astype(dtype)
             if not weight.stacked:
                 return x
             return jax.lax.dynamic_update_index_in_dim(value, x, layer, 0)
