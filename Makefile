@@ -3,11 +3,13 @@
 # make check          lint, types and import floors
 #
 # Needs Python >= 3.12 and nothing else. With an NVIDIA driver the environment gets the CUDA 12
-# build of jax; CUDA=13 asks for the CUDA 13 build.
+# build of jax; CUDA=13 asks for the CUDA 13 build. EXTRAS=torch also installs PyTorch (several GB),
+# with which the tests compare live.
 
 PYTHON ?= $(shell command -v python3.12 || command -v python3.13 || command -v python3)
 VENV ?= .venv
 CUDA ?= 12
+EXTRAS ?=
 ARGS ?=
 
 HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
@@ -16,7 +18,7 @@ comma := ,
 
 # One stamp for each set of extras: setting up again happens when pyproject.toml changes.
 RUN_STAMP := $(VENV)/.installed-$(or $(CUDA_EXTRA),cpu)
-DEV_STAMP := $(RUN_STAMP)-dev
+DEV_STAMP := $(RUN_STAMP)-dev$(addprefix -,$(EXTRAS))
 
 .PHONY: train test check clean
 
@@ -42,7 +44,7 @@ $(RUN_STAMP): pyproject.toml | $(VENV)/bin/python
 	@touch $@
 
 $(DEV_STAMP): pyproject.toml | $(VENV)/bin/python
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev$(addprefix $(comma),$(CUDA_EXTRA))]"
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev$(addprefix $(comma),$(CUDA_EXTRA) $(EXTRAS))]"
 	@touch $@ $(RUN_STAMP)
 
 clean:

@@ -1,24 +1,25 @@
-"""A directory of HF weights, opened: which tensors it holds, and each of them when asked for."""
+"""A directory of HF weights: which tensors it holds, and all of them, one after the other."""
 
-import contextlib
 import json
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (registers bfloat16, which safetensors then returns)
 import numpy as np
-from safetensors import SafetensorError, safe_open
+
+from models.bin_file import BinFile
+from models.safetensors_file import SafetensorsFile
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+BIN_SINGLE = "pytorch_model.bin"
+BIN_INDEX = "pytorch_model.bin.index.json"
 
 
-class HFDirectory(contextlib.ExitStack):
-    """The config and tensors of a local HF checkpoint; a context manager that closes its files.
+class HFDirectory:
+    """The config and tensors of a local HF checkpoint: safetensors, or PyTorch's .bin files.
 
-    Tensors are read one at a time from memory-mapped files: nothing is held that was not asked
-    for.
+    Where both lie there, safetensors is read.
 
     Attributes:
       config: contents of config.json.
@@ -27,82 +28,63 @@ class HFDirectory(contextlib.ExitStack):
 
     Raises:
       FileNotFoundError: no such directory, no config.json, no weights, or an absent shard.
-      ValueError: a file is not what its name says, truncated, or not safetensors.
+      ValueError: a file is not what its name says, truncated, or holds other types.
     """
 
     def __init__(self, path: str | Path):
-        super().__init__()
         self.path = Path(path)
         if not self.path.is_dir():
             raise FileNotFoundError(f"{self.path} is not a directory with a HF checkpoint")
         self.config = read_json(self.path / "config.json")
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
-        self._files: dict[str, Any] = {}
-
-    def __enter__(self) -> "HFDirectory":
-        super().__enter__()
-        try:
-            for name in self._shards():
-                self._open(name)
-            self._check_index()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def tensor(self, name: str) -> np.ndarray:
-        """The tensor of this name, in the type it is stored in."""
-        return self._files[name].get_tensor(name)
-
-    def _shards(self) -> list[str]:
-        """File names that hold the weights."""
-        index = self.path / INDEX
-        if index.exists():
-            shards = sorted(set(self._weight_map().values()))
-            if absent := [s for s in shards if not (self.path / s).exists()]:
-                raise FileNotFoundError(f"{index} names absent files: {', '.join(absent)}")
-            return shards
-        if (self.path / SINGLE).exists():
-            return [SINGLE]
-        if found := sorted(p.name for p in self.path.glob("pytorch_model*.bin")):
+        self._names: dict[str, list[str]] = {}
+        shards, indexed = self._shards()
+        for shard in shards:
+            self._look_into(shard)
+        if absent := sorted(indexed - self.shapes.keys()):
             raise ValueError(
-                f"{self.path} holds {found[0]}, which is not read here: save it as safetensors"
+                f"the index in {self.path} names tensors that its files lack: {', '.join(absent)}"
             )
-        raise FileNotFoundError(f"{self.path} has neither {SINGLE} nor {INDEX}")
 
-    def _weight_map(self) -> dict[str, str]:
-        weight_map = read_json(self.path / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{self.path / INDEX} has no weight_map")
-        return weight_map
+    def read(self, names: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
+        """These tensors, in the type they are stored in, in the order of the files.
 
-    def _open(self, shard: str) -> None:
+        One file is open at a time, and one tensor is held.
+        """
+        for shard, held in self._names.items():
+            if wanted := [n for n in held if n in names]:
+                with _open(self.path / shard) as file:
+                    for name in wanted:
+                        yield name, file.tensor(name)
+
+    def _shards(self) -> tuple[list[str], set[str]]:
+        """(names of the files with weights, names of the tensors that an index promises)."""
+        for index, single in ((INDEX, SINGLE), (BIN_INDEX, BIN_SINGLE)):
+            if (self.path / index).exists():
+                weight_map = read_json(self.path / index).get("weight_map")
+                if not isinstance(weight_map, dict):
+                    raise ValueError(f"{self.path / index} has no weight_map")
+                shards = sorted(set(weight_map.values()))
+                if absent := [s for s in shards if not (self.path / s).exists()]:
+                    raise FileNotFoundError(
+                        f"{self.path / index} names absent files: {', '.join(absent)}"
+                    )
+                return shards, set(weight_map)
+            if (self.path / single).exists():
+                return [single], set()
+        raise FileNotFoundError(
+            f"{self.path} has neither {SINGLE} nor {INDEX} nor {BIN_SINGLE} nor {BIN_INDEX}"
+        )
+
+    def _look_into(self, shard: str) -> None:
         path = self.path / shard
-        try:
-            file = self.enter_context(safe_open(path, framework="np"))
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
-        for name in file.keys():  # noqa: SIM118  (not a dict)
-            if name in self._files:
-                raise ValueError(f"{path} holds {name}, which another file holds too")
-            part = file.get_slice(name)
-            self.shapes[name] = tuple(part.get_shape())
-            if part.get_dtype() not in DTYPES:
-                raise ValueError(
-                    f"{path}: {name} is stored as {part.get_dtype()}, must be one of "
-                    f"{', '.join(DTYPES)}"
-                )
-            self.dtypes[name] = DTYPES[part.get_dtype()]
-            self._files[name] = file
-
-    def _check_index(self) -> None:
-        if not (self.path / INDEX).exists():
-            return
-        if absent := sorted(self._weight_map().keys() - self.shapes.keys()):
-            raise ValueError(
-                f"{self.path / INDEX} names tensors that its files lack: {', '.join(absent)}"
-            )
+        with _open(path) as file:
+            if twice := sorted(file.shapes.keys() & self.shapes.keys()):
+                raise ValueError(f"{path} holds {twice[0]}, which another file holds too")
+            self.shapes |= file.shapes
+            self.dtypes |= file.dtypes
+            self._names[shard] = list(file.shapes)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -121,3 +103,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}")
     return value
+
+
+def _open(path: Path) -> SafetensorsFile | BinFile:
+    return BinFile(path) if path.suffix == ".bin" else SafetensorsFile(path)

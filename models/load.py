@@ -5,8 +5,6 @@ parameters as an orbax checkpoint, which loads without any rearrangement.
 """
 
 import functools
-import json
-import operator
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,12 +15,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
+from tqdm import tqdm
 
 from models import sharding
 from models.config import ModelConfig
 from models.hf_files import HFDirectory, read_json
 from models.internlm2 import InternLM2
-from models.weights import Weight, hf_tensors, is_known_extra, table
+from models.weights import Weight, hf_tensors, is_known_extra, resolve, table
 
 PARAMS = "params"  # the orbax checkpoint inside a converted directory, beside config.json
 
@@ -41,8 +40,11 @@ def load_hf(
     attn: str = "auto",
     mesh: Mesh | None = None,
     remat: str = "full",
+    progress: bool = False,
 ) -> InternLM2:
-    """Reads a local HF InternLM2 checkpoint: config.json and safetensors, one file or sharded.
+    """Reads a local HF InternLM2 checkpoint: config.json and weights, one file or sharded.
+
+    The weights are safetensors or pytorch_model*.bin, of which no code is run.
 
     Args:
       directory: where it lies.
@@ -51,6 +53,7 @@ def load_hf(
       attn: attention implementation, a name that `jaxattn.attention` knows.
       mesh: the devices to spread the weights over; None: the default device.
       remat: as for `InternLM2`.
+      progress: show a progress bar.
 
     Returns:
       The model.
@@ -60,37 +63,32 @@ def load_hf(
       ValueError: the config is not InternLM2's, or tensors are missing, unknown or misshapen (all
         of them named at once), or the mesh does not divide the model.
 
-    Memory: on the host one tensor at a time; on devices the model and one tensor.
+    Memory: on the host one tensor and the file that it is in; on devices the model and one tensor,
+    as it is stored and as it will be used.
     """
-    with HFDirectory(directory) as files:
-        config = ModelConfig.from_hf(files.config)
-        _check_tensors(files, config)
-        model = _abstract(config, mesh, dtype, param_dtype, attn, remat)
-        for weight in table(config):
-            owner, name = _resolve(model, weight.path)
-            param = getattr(owner, name)
-            value = jax.jit(
-                functools.partial(jnp.zeros, param.shape, param.dtype),
-                out_shardings=param.get_value().sharding,
-            )()
-            axes = sharding.weight_axes(param)[int(weight.stacked) :]
-            place = _placer(weight, axes, config)
-            layers = range(config.num_layers) if weight.stacked else (None,)
-            for i in layers:
-                x = _put(files.tensor(weight.hf.format(i=i)), weight, axes, mesh)
-                value = place(value, x, jnp.int32(0 if i is None else i))
-            setattr(owner, name, param.replace(value))
-        return model
+    files = HFDirectory(directory)
+    config = ModelConfig.from_hf(files.config)
+    _check_tensors(files, config)
+    model = abstract(
+        config, mesh=mesh, dtype=dtype, param_dtype=param_dtype, attn=attn, remat=remat
+    )
+    rows = {name: (weight, i) for name, weight, i in hf_tensors(config)}
+    slots = {weight.path: _Slot(model, weight, mesh) for weight in table(config)}
+    # In the order of the files, so that only one of them is open: a mapped file that has been
+    # read is in memory as a whole.
+    tensors = tqdm(
+        files.read(rows), desc="loading", total=len(rows), unit="tensor", disable=not progress
+    )
+    for name, x in tensors:
+        weight, i = rows[name]
+        slots[weight.path].put(x, 0 if i is None else i)
+    return fill(model, {path: slot.value for path, slot in slots.items()})
 
 
 def save_orbax(model: InternLM2, directory: Path) -> None:
-    """Writes config.json and the parameters into an existing, empty directory."""
-    (directory / "config.json").write_text(
-        json.dumps(model.config.to_hf(dtype=str(model.embed_VD.dtype)), indent=2) + "\n",
-        encoding="utf-8",
-    )
+    """Writes the parameters into an existing directory, where config.json belongs beside them."""
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((directory / PARAMS).resolve(), _named_params(model))
+        checkpointer.save((directory / PARAMS).resolve(), named_params(model))
 
 
 def load_orbax(
@@ -110,13 +108,12 @@ def load_orbax(
     """
     directory = Path(directory)
     config = ModelConfig.from_hf(read_json(directory / "config.json"))
-    model = _abstract(config, mesh, dtype, param_dtype, attn, remat)
+    model = abstract(
+        config, mesh=mesh, dtype=dtype, param_dtype=param_dtype, attn=attn, remat=remat
+    )
     with ocp.StandardCheckpointer() as checkpointer:
-        values = checkpointer.restore((directory / PARAMS).resolve(), _named_params(model))
-    for path, value in values.items():
-        owner, name = _resolve(model, path)
-        setattr(owner, name, getattr(owner, name).replace(value))
-    return model
+        values = checkpointer.restore((directory / PARAMS).resolve(), named_params(model))
+    return fill(model, values)
 
 
 def _check_tensors(files: HFDirectory, config: ModelConfig) -> None:
@@ -137,7 +134,15 @@ def _check_tensors(files: HFDirectory, config: ModelConfig) -> None:
         raise ValueError(f"tensors of {files.path} do not fit its config.json; {told}")
 
 
-def _abstract(config, mesh, dtype, param_dtype, attn, remat) -> InternLM2:
+def abstract(
+    config: ModelConfig,
+    *,
+    mesh: Mesh | None,
+    dtype: Any,
+    param_dtype: Any = None,
+    attn: str = "auto",
+    remat: str = "full",
+) -> InternLM2:
     """The model with a ShapeDtypeStruct that knows its sharding in place of every array."""
     param_dtype = jnp.dtype(dtype if param_dtype is None else param_dtype)
     model = jax.eval_shape(
@@ -159,43 +164,66 @@ def _default_device() -> jax.Device:
     return chosen if isinstance(chosen, jax.Device) else jax.devices()[0]
 
 
-def _resolve(model: InternLM2, path: str) -> tuple[Any, str]:
-    """(module, attribute) of a dotted path."""
-    owner, _, name = path.rpartition(".")
-    return (operator.attrgetter(owner)(model) if owner else model), name
+def fill(model: InternLM2, values: Mapping[str, jax.Array]) -> InternLM2:
+    """The model with its parameters replaced, by path."""
+    for path, value in values.items():
+        owner, name = resolve(model, path)
+        setattr(owner, name, getattr(owner, name).replace(value))
+    return model
 
 
-def _named_params(model: InternLM2) -> Mapping[str, Any]:
+def named_params(model: InternLM2) -> Mapping[str, Any]:
     """Every parameter's array (or ShapeDtypeStruct) by its path."""
     named = {}
     for weight in table(model.config):
-        owner, name = _resolve(model, weight.path)
+        owner, name = resolve(model, weight.path)
         named[weight.path] = getattr(owner, name).get_value()
     return named
 
 
-def _put(x: np.ndarray, weight: Weight, axes: sharding.Axes, mesh: Mesh | None) -> jax.Array:
-    """A HF tensor on the device(s), as it is, already split the way its parameter will be."""
-    if mesh is None:
-        return jax.device_put(x, _default_device())
-    # Merged axes are split by the first of them, the outermost: only that is ever sharded.
-    logical = dict(zip(weight.axes, axes, strict=True))
-    spec = sharding.spec([logical[dim[0]] for dim in weight.hf_axes.split(",")], mesh)
-    return jax.device_put(x, NamedSharding(mesh, spec))
+class _Slot:
+    """A parameter that is being filled, with what it takes to put a HF tensor into it."""
+
+    def __init__(self, model: InternLM2, weight: Weight, mesh: Mesh | None):
+        owner, name = resolve(model, weight.path)
+        param = getattr(owner, name)
+        axes = sharding.weight_axes(param)[int(weight.stacked) :]
+        # Merged axes are split by the first of them, the outermost: only that is ever sharded.
+        logical = dict(zip(weight.axes, axes, strict=True))
+        self._at: Any = _default_device()
+        if mesh is not None:
+            outer = [logical[dim[0]] for dim in weight.hf_axes.split(",")]
+            self._at = NamedSharding(mesh, sharding.spec(outer, mesh))
+        self._place = _placer(weight, logical, model.config, param.dtype)
+        self.value: Any = None
+        if weight.stacked:
+            self.value = jax.jit(
+                functools.partial(jnp.zeros, param.shape, param.dtype),
+                out_shardings=param.get_value().sharding,
+            )()
+
+    def put(self, x: np.ndarray, layer: int) -> None:
+        """Writes one layer, or the whole of a parameter that is not stacked."""
+        # As it is stored, and already split the way its parameter is.
+        on_device = jax.device_put(x, self._at)
+        # Waiting keeps what is under way, and so the host's memory, to one tensor.
+        self.value = jax.block_until_ready(self._place(self.value, on_device, jnp.int32(layer)))
 
 
-def _placer(weight: Weight, axes: sharding.Axes, config: ModelConfig):
-    """Jitted (parameter, HF tensor, layer) -> parameter with that layer written, in place."""
-    logical = dict(zip(weight.axes, axes, strict=True))
+def _placer(weight: Weight, logical: Mapping[str, str | None], config: ModelConfig, dtype: Any):
+    """Jitted (parameter, HF tensor, layer) -> parameter with that layer written, in place.
+
+    A parameter that is not stacked is None before.
+    """
 
     def place(value, x, layer):
-        with sharding.mesh_of(value):
+        with sharding.mesh_of(x):
             mesh = jax.sharding.get_abstract_mesh()
             kwargs = {}
             if not mesh.empty:
                 flat = weight.hf_axes.replace(",", "")
                 kwargs = {"out_sharding": sharding.spec([logical[a] for a in flat], mesh)}
-            x = weight.from_hf(x, config, **kwargs).astype(value.dtype)
+            x = weight.from_hf(x, config, **kwargs).astype(dtype)
             if not weight.stacked:
                 return x
             return jax.lax.dynamic_update_index_in_dim(value, x, layer, 0)

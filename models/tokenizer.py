@@ -106,6 +106,24 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     raise FileNotFoundError(f"{path} has neither tokenizer.json nor tokenizer.model")
 
 
+def save_fast(source: Path, destination: Path) -> None:
+    """Writes a directory's tokenizer as a tokenizer.json that loads anywhere without own code.
+
+    Args:
+      source: directory with tokenizer_config.json, and tokenizer.json or tokenizer.model.
+      destination: an existing directory.
+
+    Raises:
+      ValueError: the tokenizer cannot be read.
+    """
+    _read_fast(source).save_pretrained(destination)
+    path = destination / "tokenizer_config.json"
+    # transformers 5 writes its new name for this class, which transformers 4 does not know.
+    config = {**_read_config(path), "tokenizer_class": "PreTrainedTokenizerFast"}
+    config.pop("auto_map", None)
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 @dataclasses.dataclass
 class ByteTokenizer:
     """Bytes of UTF-8 as ids, laid out like the head of InternLM2's vocabulary.
@@ -215,6 +233,10 @@ def _from_sentencepiece(path: Path) -> FastTokenizer:
 
 
 def _from_directory(path: Path, *, name: str) -> FastTokenizer:
+    return FastTokenizer(_read_fast(path), name=name)
+
+
+def _read_fast(path: Path) -> Any:
     # Here, and not above: importing transformers takes more than a second and prints advice about
     # PyTorch, and the byte tokenizer needs none of it.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -223,10 +245,9 @@ def _from_directory(path: Path, *, name: str) -> FastTokenizer:
     # Not AutoTokenizer (refuses a config that names remote code) and not LlamaTokenizer (prefixes
     # a space, and appends the six chat tokens as new ids beyond the embedding).
     try:
-        fast = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+        return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
     except Exception as error:  # the Rust side raises bare Exception for a broken file
         raise ValueError(f"the tokenizer in {path} cannot be read: {error}") from error
-    return FastTokenizer(fast, name=name)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -9,7 +9,9 @@ query heads, then k, then v.
 
 import dataclasses
 import math
+import operator
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -41,6 +43,11 @@ class Weight:
         """Whether every layer has one, stacked in a leading axis of the parameter."""
         return "{i}" in self.hf
 
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Axes of the parameter (of one layer) in the order in which HF has them."""
+        return tuple(self.axes.index(a) for a in self.hf_axes.replace(",", ""))
+
     def hf_shape(self, config: ModelConfig) -> tuple[int, ...]:
         """Shape of the HF tensor."""
         sizes = _sizes(config)
@@ -60,8 +67,7 @@ class Weight:
 
     def to_hf(self, x: np.ndarray, config: ModelConfig) -> np.ndarray:
         """The HF tensor of a parameter (of one layer): the inverse of `from_hf`."""
-        flat = self.hf_axes.replace(",", "")
-        return x.transpose([self.axes.index(a) for a in flat]).reshape(self.hf_shape(config))
+        return x.transpose(self.order).reshape(self.hf_shape(config))
 
 
 def table(config: ModelConfig) -> tuple[Weight, ...]:
@@ -75,6 +81,12 @@ def hf_tensors(config: ModelConfig) -> Iterator[tuple[str, Weight, int | None]]:
     for weight in table(config):
         for i in range(config.num_layers) if weight.stacked else (None,):
             yield weight.hf.format(i=i), weight, i
+
+
+def resolve(model: Any, path: str) -> tuple[Any, str]:
+    """(module, attribute) of a parameter's path."""
+    owner, _, name = path.rpartition(".")
+    return (operator.attrgetter(owner)(model) if owner else model), name
 
 
 def is_known_extra(name: str, config: ModelConfig) -> bool:

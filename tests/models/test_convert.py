@@ -1,20 +1,25 @@
-"""python -m models.convert: what it writes loads back, and what fails leaves nothing behind."""
+"""python -m models.convert: there and back, and what fails leaves nothing behind."""
 
 import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from models import convert
+from models.hf_files import HFDirectory
 from models.load import load, load_hf, load_orbax
 
 
 @pytest.fixture
 def source(tmp_path, tiny_dir):
     shutil.copytree(tiny_dir, tmp_path / "src")
+    (tmp_path / "src" / "golden.npz").unlink()
     (tmp_path / "src" / "tokenizer.model").write_bytes(b"tokenizer")
+    (tmp_path / "src" / "modeling_internlm2.py").write_text("raise SystemExit('is not run')")
     return tmp_path / "src"
 
 
@@ -29,13 +34,53 @@ def test_a_converted_model_is_the_same(source, tmp_path, make_mesh, capsys):
         jax.tree.map(np.testing.assert_array_equal, got, want)
     assert got.output_DV.get_value().sharding.num_devices == 8
     assert {p.name for p in destination.iterdir()} == {
+        "README.md",
         "config.json",
         "generation_config.json",
+        "modeling_internlm2.py",
         "params",
         "tokenizer.model",
     }
-    assert json.loads((destination / "config.json").read_text())["torch_dtype"] == "float32"
+    for same in ("config.json", "modeling_internlm2.py"):
+        assert_same_json_or_text(destination / same, source / same)
     assert load_orbax(destination).norm_D.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+def test_there_and_back_is_byte_exact(source, tmp_path, stored):
+    """HF -> orbax -> HF: tensors, config and the files beside them, in each stored type."""
+    tensors = load_file(source / "model.safetensors")
+    tensors = {n: x.astype(jnp.dtype(stored)) for n, x in tensors.items()}
+    save_file(tensors, source / "model.safetensors")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"torch_dtype": stored}))
+    assert convert.main([str(source), str(tmp_path / "orbax")]) == 0
+    back = tmp_path / "back"
+    assert convert.main([str(tmp_path / "orbax"), str(back), "--max_shard_gb=1e-4"]) == 0
+    files = HFDirectory(back)
+    assert files.dtypes == dict.fromkeys(tensors, stored)
+    for name, x in files.read(tensors):
+        assert x.tobytes() == tensors[name].tobytes(), name
+    for path in source.iterdir():
+        if path.suffix != ".safetensors":
+            assert_same_json_or_text(back / path.name, path)
+    assert len(list(back.glob("model-0000?-of-0000?.safetensors"))) > 1
+
+
+def test_a_layout_turns_hf_into_hf(source, tmp_path):
+    """And names the files of the source; --dtype rounds."""
+    assert (
+        convert.main([str(source), str(tmp_path / "dst"), "--layout=internlm2", "--dtype=bfloat16"])
+        == 0
+    )
+    assert json.loads((tmp_path / "dst" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    got, want = load_hf(tmp_path / "dst"), load_hf(source)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_orbax_takes_no_dtype(source, tmp_path, capsys):
+    assert convert.main([str(source), str(tmp_path / "dst"), "--dtype=float16"]) == 1
+    assert "error: dtype=float16: orbax keeps the stored type" in capsys.readouterr().err
 
 
 def test_an_existing_destination_is_refused(source, tmp_path, capsys):
@@ -47,15 +92,17 @@ def test_an_existing_destination_is_refused(source, tmp_path, capsys):
     assert not list(destination.iterdir())
 
 
-@pytest.mark.parametrize("stage", ["load_hf", "save_orbax", "shutil.copyfile"])
+@pytest.mark.parametrize(
+    "stage", ["convert.load_hf", "convert.save_orbax", "companions.copy_beside"]
+)
 def test_a_failure_leaves_nothing_behind(source, tmp_path, monkeypatch, capsys, stage):
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(f"models.convert.{stage}", fail)
+    monkeypatch.setattr(f"models.{stage}", fail)
     before = sorted(tmp_path.iterdir())
     assert convert.main([str(source), str(tmp_path / "dst")]) == 1
-    assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
+    assert capsys.readouterr().err.endswith("error: [Errno 28] No space left on device\n")
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -81,3 +128,10 @@ def test_help_names_both_arguments(capsys):
     assert stop.value.code == 0
     out = capsys.readouterr().out
     assert "HF directory" in out and "must not exist" in out
+
+
+def assert_same_json_or_text(got, want):
+    if want.suffix == ".json":
+        assert json.loads(got.read_text()) == json.loads(want.read_text())
+    else:
+        assert got.read_bytes() == want.read_bytes()

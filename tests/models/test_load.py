@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from models import hf_files
 from models.config import ModelConfig
-from models.hf_files import HFDirectory
 from models.load import load, load_hf
 from models.weights import hf_tensors
 
@@ -147,13 +147,6 @@ def test_unreadable_types_are_refused(write, tensors):
         load_hf(write(tensors))
 
 
-def test_a_bin_checkpoint_is_refused_not_unpickled(tiny_dir, tmp_path):
-    shutil.copyfile(tiny_dir / "config.json", tmp_path / "config.json")
-    (tmp_path / "pytorch_model.bin").write_bytes(b"not touched")
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin, which is not read here"):
-        load_hf(tmp_path)
-
-
 def test_absent_directory_config_or_weights(tmp_path, tiny_dir):
     with pytest.raises(FileNotFoundError, match="is not a directory"):
         load_hf(tmp_path / "nowhere")
@@ -172,13 +165,19 @@ def test_a_mesh_that_does_not_fit(tiny_dir, make_mesh):
         load_hf(tiny_dir, mesh=make_mesh(1, 1, 8))
 
 
-def test_files_are_closed_after_an_error(write, tensors):
-    tensors.pop(WQKV)
-    files = HFDirectory(write(tensors))
-    with pytest.raises(KeyError), files:
-        files.tensor(WQKV)
-    with pytest.raises(Exception, match="closed"):
-        files.tensor("output.weight")
+def test_one_file_is_open_at_a_time(write, tensors, monkeypatch):
+    """While any tensor is read: so the host holds one shard, not the checkpoint."""
+    opened: list = []
+    open_file = hf_files._open
+
+    def record(path):
+        assert not any(file._exit_callbacks for file in opened)  # all have been closed
+        opened.append(open_file(path))
+        return opened[-1]
+
+    monkeypatch.setattr(hf_files, "_open", record)
+    assert same_as(load_hf(write(tensors, shards=3), dtype="float32"), tensors)
+    assert len(opened) == 6  # each once to look, once to read
 
 
 def _tiny(**kwargs) -> ModelConfig:
