@@ -22,7 +22,16 @@ class DataConfig:
     files: Annotated[
         tuple[str, ...], tyro.conf.arg(name="", metavar="FILE...", help_behavior_hint="")
     ] = ()
-    """Text, JSONL or Alpaca JSON files. Without any: the built-in corpus."""
+    """Files to train on: .txt, .json, .jsonl, the same as .gz or .zst, .parquet. Their format is
+    recognised by their content. Without any: the built-in corpus."""
+
+    overlong: Literal["drop", "head", "tail"] = "drop"
+    """What becomes of a chat longer than a row: left out, or cut to its head or its tail. Raw text
+    is split. All of it is counted and said."""
+
+    cache: Annotated[str | None, _chosen("DIR")] = None
+    """Where tokens are kept, so that a file is tokenised once. By default internlm2-jax in the
+    user's cache directory."""
 
     strict: bool = False
     """Stop at the first broken row, naming its file and line, instead of counting and skipping."""

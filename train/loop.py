@@ -18,7 +18,7 @@ from models.internlm2 import InternLM2, init
 from train.attention import dispatch_line
 from train.checkpoint import Checkpoints
 from train.config import Config
-from train.data import Batch, Loader, open_data
+from train.data import Batch, Loader, default_cache, open_data
 from train.defaults import Settled, settle
 from train.flops import causal_pairs
 from train.metrics import Metrics
@@ -47,6 +47,8 @@ def run(config: Config) -> None:
         start = _starting_step(config, settled, checkpoints, identity)
         with _open_data(config, settled) as loader:
             say(loader.report)
+            for note in loader.report.notes():
+                say(note)
             tx = optimizer(config.optim, settled.lr, config.steps)
             graphdef, like = abstract_state(_maker(config, settled), tx, settled.mesh)
             if start:
@@ -177,6 +179,8 @@ def _open_data(config: Config, settled: Settled) -> Loader:
         batch_size=settled.rows,
         seed=config.seed,
         strict=config.data.strict,
+        overlong=config.data.overlong,
+        cache=Path(config.data.cache) if config.data.cache else default_cache(),
     )
 
 

@@ -22,7 +22,8 @@ from models.tokenizer import Tokenizer
 from train.data.corpus import TINY_SHAKESPEARE
 from train.data.dataset import Dataset, tokenise
 from train.data.order import shuffled
-from train.data.packing import Batch, Overlong, Pieces, Rows, count_loss_tokens, cut, fill, pack
+from train.data.packing import Batch, Rows, fill, pack
+from train.data.pieces import Overlong, Pieces, cut
 from train.data.report import Report
 
 PREFETCH = 2  # batches made ahead: one in the making while one waits
@@ -37,19 +38,23 @@ def open_data(
     seed: int = 0,
     strict: bool = False,
     overlong: Overlong = "drop",
+    cache: Path | None = None,
+    workers: int | None = None,
     host_index: int = 0,
     host_count: int = 1,
 ) -> "Loader":
     """Reads, tokenises and packs files, and returns the batches.
 
     Args:
-        paths: `.txt`, `.json`, `.jsonl` files, mixed as one pool; None for the built-in text.
+        paths: files (source.read_parts), mixed as one pool; None for the built-in text.
         tokenizer: makes the ids.
         seq_len: places of a row, at least 2.
         batch_size: rows of a batch over all hosts.
         seed: of every shuffle, >= 0.
         strict: the first broken row is fatal instead of skipped and counted.
         overlong: what becomes of chats longer than a row (packing.cut).
+        cache: directory that keeps the tokens of `paths` (cache.py); None: the memory does.
+        workers: processes that fill the cache; by default one a core. The batches are the same.
         host_index: which host this is, 0..host_count-1.
         host_count: hosts that share each batch in equal parts.
 
@@ -64,7 +69,9 @@ def open_data(
         raise ValueError("no data files are named; name some, or none at all for built-in text")
     check_shares(batch_size, host_index, host_count)
     files = [Path(path) for path in paths] if paths else [TINY_SHAKESPEARE]
-    dataset = tokenise(files, tokenizer, strict=strict)
+    dataset = tokenise(
+        files, tokenizer, strict=strict, cache=cache if paths else None, workers=workers
+    )
     pieces = cut(dataset, seq_len, overlong=overlong)
     rows = pack(pieces.length, seq_len, seed=seed)
     return Loader(
@@ -218,7 +225,7 @@ def _report(dataset: Dataset, pieces: Pieces, rows: Rows, seq_len: int) -> Repor
         rows=len(rows),
         seq_len=seq_len,
         tokens=int(pieces.length.sum()),
-        loss_tokens=count_loss_tokens(dataset, pieces),
+        loss_tokens=int(pieces.targets.sum()),
         tail=int(per_row.min()),
         broken=dataset.broken,
         dropped=pieces.dropped,
@@ -227,9 +234,7 @@ def _report(dataset: Dataset, pieces: Pieces, rows: Rows, seq_len: int) -> Repor
 
 
 def _fingerprint(dataset: Dataset, pieces: Pieces, rows: Rows, seq_len: int, seed: int) -> str:
-    arrays: list[np.ndarray] = [dataset.tokens, dataset.trained]
-    arrays += [pieces.start, pieces.length, rows.pieces, rows.offsets]
-    digest = hashlib.blake2b(f"{seq_len} {seed}".encode(), digest_size=8)
-    for array in arrays:
+    digest = hashlib.blake2b(f"{seq_len} {seed} {dataset.digest}".encode(), digest_size=8)
+    for array in (pieces.start, pieces.length, pieces.continues, rows.pieces, rows.offsets):
         digest.update(np.ascontiguousarray(array))
     return digest.hexdigest()
