@@ -191,8 +191,8 @@ def _sharegpt(row: dict[str, Any]) -> Chat:
     system = _string(row, "system", optional=True)
     if system:
         prompt.append(("system", system))
-    if row.get("tools"):
-        prompt.append((f"system name={PLUGIN}", _json_text(row, "tools")))
+    if row.get("tools") and (tools := _json_text(row, "tools").strip()) != "[]":
+        prompt.append((f"system name={PLUGIN}", tools))
     heard = False
     for number, message in enumerate(_objects(row, "conversations"), start=1):
         where = f"message {number}: "

@@ -90,7 +90,7 @@ def cut(
     found = targets[document]
     for p in np.flatnonzero(counts[document] > 1):
         first, last = int(start[p]), int(start[p] + length[p])
-        found[p] = _count_split(dataset, int(document[p]), first, last, bool(continues[p]))
+        found[p] = count_split(dataset, int(document[p]), first, last, bool(continues[p]))
     columns = (start, length, continues, found, document)
     if times is not None and times.max() > 1:
         columns = tuple(np.repeat(column, times[document]) for column in columns)
@@ -111,15 +111,21 @@ def count_targets(dataset: Dataset, start: int, stop: int, continues: bool) -> i
     return int((dataset.tokens[start + 1 : stop + continues] >= 0).sum())
 
 
-def check_any(
-    dataset: Dataset, kept: Bool[np.ndarray, " D"], seq_len: int, overlong: Overlong
-) -> None:
+def count_split(dataset: Dataset, document: int, start: int, stop: int, continues: bool) -> int:
+    """The same, without reading a document of which every token is trained on (raw text)."""
+    begin, end = dataset.offsets[document], dataset.offsets[document + 1]
+    if dataset.targets[document] == end - begin - 1:
+        return stop - start - 1 + continues
+    return count_targets(dataset, start, stop, continues)
+
+
+def check_any(dataset: Dataset, kept: Bool[np.ndarray, " D"], seq_len: int, how: str) -> None:
     """Raises ValueError if no document is left to train on."""
     if not kept.any():
         longest = int(dataset.lengths.max())
         raise ValueError(
             f"none of the {len(kept):,} documents can be trained on at {seq_len=}: the longest has"
-            f" {longest:,} tokens and over-long ones are treated with {overlong!r}; raise seq_len"
+            f" {longest:,} tokens and over-long ones are treated with {how!r}; raise seq_len"
         )
 
 
@@ -128,11 +134,3 @@ def problem(dataset: Dataset, document: int | np.integer, reason: str) -> Proble
     file = dataset.files[dataset.file[document]].file
     length = int(dataset.offsets[document + 1] - dataset.offsets[document])
     return Problem(file, int(dataset.line[document]), f"{length:,} tokens, {reason}")
-
-
-def _count_split(dataset: Dataset, document: int, start: int, stop: int, continues: bool) -> int:
-    """As `count_targets`, without reading raw text, of which all but the first token is trained."""
-    begin, end = dataset.offsets[document], dataset.offsets[document + 1]
-    if dataset.targets[document] == end - begin - 1:
-        return stop - start - 1 + continues
-    return count_targets(dataset, start, stop, continues)

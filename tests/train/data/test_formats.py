@@ -122,6 +122,12 @@ def test_sharegpt_system_and_tools_as_objects():
     assert recognise(row) == ("sharegpt", Chat((Turn("", "A", prompt=prompt),)))
 
 
+@pytest.mark.parametrize("tools", ["[]", "", [], None])
+def test_sharegpt_without_tools(tools):
+    row = said("human", "gpt") | {"tools": tools}
+    assert recognise(row) == ("sharegpt", Chat((Turn("", "x", prompt=(("user", "x"),)),)))
+
+
 def test_negative_ids_are_tokens_without_loss():
     name, ids = recognise({"tokens": [1, -333, 0, 7]})
     assert (name, ids) == ("tokens", Ids((1, 333, 0, 7), (True, False, True, True)))

@@ -1,6 +1,5 @@
 """Packing neither loses, repeats nor reorders a token, and targets and losses survive it."""
 
-import itertools
 from collections import Counter
 
 import numpy as np
@@ -8,42 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.data.dataset import Dataset, Tokens
+from train.data.dataset import Dataset
 from train.data.packing import Rows, fill, pack
 from train.data.pieces import cut
-from train.data.report import FileReport
 
 PAD = 0
-
-
-def make_dataset(
-    documents: list[tuple[int, bool]], seed: int = 0, learn_from: int | None = None
-) -> Dataset:
-    """Documents of (length, splittable) with tokens that are all different, from 1.
-
-    Random ones are trained on, or those from index `learn_from`.
-    """
-    lengths = [length for length, _ in documents]
-    total = sum(lengths)
-    trained = np.random.default_rng(seed).random(total) < 0.6
-    offsets = np.cumsum([0, *lengths], dtype=np.int64)
-    trained[offsets[:-1]] = False  # <s>
-    trained[offsets[1:] - 1] = True  # so that every document has something to learn
-    if learn_from is not None:
-        trained = np.arange(total) >= learn_from
-    ids = np.arange(1, total + 1, dtype=np.int32)
-    signed = np.where(trained, ids, ~ids)
-    return Dataset(
-        tokens=Tokens(np.split(signed, offsets[1:-1:3])),  # parts of three documents
-        targets=np.array([trained[a + 1 : b].sum() for a, b in itertools.pairwise(offsets)]),
-        offsets=offsets,
-        splittable=np.array([flag for _, flag in documents], np.bool_),
-        file=np.zeros(len(lengths), np.int32),
-        line=np.arange(1, len(lengths) + 1, dtype=np.int64),
-        files=(FileReport("f", {}, len(lengths), len(lengths)),),
-        broken=(),
-        digest="",
-    )
 
 
 def ids_of(dataset: Dataset, start: int = 0, stop: int | None = None) -> list[int]:
@@ -68,7 +36,7 @@ def usable(docs: list[tuple[int, bool]]) -> list[int]:
 
 @settings(max_examples=150, deadline=None)
 @given(docs=documents, seed=st.integers(0, 99), window=st.integers(1, 70))
-def test_every_token_is_in_one_place_or_its_document_is_listed(docs, seed, window):
+def test_every_token_is_in_one_place_or_its_document_is_listed(make_dataset, docs, seed, window):
     dataset = make_dataset(docs)
     kept = usable(docs)
     if not kept:
@@ -87,7 +55,7 @@ def test_every_token_is_in_one_place_or_its_document_is_listed(docs, seed, windo
 
 @settings(max_examples=150, deadline=None)
 @given(docs=documents, seed=st.integers(0, 99))
-def test_segments_are_whole_documents_in_order(docs, seed):
+def test_segments_are_whole_documents_in_order(make_dataset, docs, seed):
     """Chats in one segment; texts in consecutive segments, each full but the last."""
     dataset = make_dataset(docs)
     kept = usable(docs)
@@ -117,7 +85,7 @@ def test_segments_are_whole_documents_in_order(docs, seed):
 
 @settings(max_examples=150, deadline=None)
 @given(docs=documents, overlong=st.sampled_from(["drop", "head", "tail"]))
-def test_targets_and_losses_are_those_of_the_uncut_document(docs, overlong):
+def test_targets_and_losses_are_those_of_the_uncut_document(make_dataset, docs, overlong):
     dataset = make_dataset(docs)
     if overlong == "drop" and not usable(docs):
         return
@@ -146,7 +114,7 @@ def test_rows_hold_every_piece_once_and_never_too_much(lengths, window):
         assert 0 < sum(lengths[piece] for piece in pieces) <= 50
 
 
-def test_over_long_chats_are_treated_as_chosen_and_named():
+def test_over_long_chats_are_treated_as_chosen_and_named(make_dataset):
     dataset = make_dataset([(30, False), (10, False)])
     pieces, _, batch = packed(dataset, overlong="drop")
     assert [str(p) for p in pieces.dropped] == ["f:1: 30 tokens, a row has 24"]
@@ -159,7 +127,7 @@ def test_over_long_chats_are_treated_as_chosen_and_named():
         assert set(range(first, first + 24)) <= set(batch.tokens.flatten().tolist())
 
 
-def test_a_chat_whose_answer_is_cut_off_is_dropped():
+def test_a_chat_whose_answer_is_cut_off_is_dropped(make_dataset):
     dataset = make_dataset([(30, False), (10, False)], learn_from=28)
     pieces, _, _ = packed(dataset, overlong="head")
     assert [str(p) for p in pieces.dropped] == ["f:1: 30 tokens, none is trained on"]
