@@ -9,20 +9,18 @@ these the error that writing the part's documents raised, or None.
 
 import pickle
 import sys
-from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from models.tokenizer import Tokenizer
 from train.data.encode import encode_part
-from train.data.source import Part
 
 
 def main() -> None:
     """Serves one process over stdin and stdout."""
     given, answers = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr  # what a library prints is no answer
-    tokenizer: Tokenizer = pickle.load(given)
-    while (job := _job(given)) is not None:
+    tokenizer: Tokenizer | None = _next(given)
+    while tokenizer is not None and (job := _next(given)) is not None:
         part, path = job
         try:
             encode_part(part, tokenizer).write(path)
@@ -32,7 +30,7 @@ def main() -> None:
         answers.flush()
 
 
-def _job(given: BinaryIO) -> tuple[Part, Path] | None:
+def _next(given: BinaryIO) -> Any:
     try:
         return pickle.load(given)
     except (EOFError, pickle.UnpicklingError):  # the other process ended, or was ended in mid-word
