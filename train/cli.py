@@ -72,6 +72,6 @@ def _message(box: str) -> str:
         del lines[0]
     end = next((i for i, line in enumerate(lines) if not line.strip("─-")), None)
     message = " ".join(lines[:end])
-    for config in ("Config", "BenchConfig"):
+    for config in ("Config", "BenchConfig", "PreviewConfig"):
         message = message.removeprefix(f"Error parsing {config}: ")
     return message

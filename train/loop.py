@@ -5,8 +5,9 @@ import functools
 import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from flax import nnx
@@ -18,8 +19,9 @@ from models.internlm2 import InternLM2, init
 from train.attention import dispatch_line
 from train.checkpoint import Checkpoints
 from train.config import Config
-from train.data import Batch, Loader, open_data
+from train.data import Batch, Loader, default_cache, open_data
 from train.defaults import Settled, settle
+from train.evaluate import Evaluation, OpenSets, Sets
 from train.flops import causal_pairs
 from train.metrics import Metrics
 from train.optim import optimizer, schedule
@@ -45,8 +47,11 @@ def run(config: Config) -> None:
     identity = _identity(config, settled)
     with Checkpoints(settled.out, keep=config.keep) as checkpoints:
         start = _starting_step(config, settled, checkpoints, identity)
-        with _open_data(config, settled) as loader:
-            say(loader.report)
+        with (
+            _open_data(config, settled, config.data.files, hold_out=config.data.hold_out) as loader,
+            OpenSets(_open_val(config, settled)) as val,
+        ):
+            _say_data(loader, val.sets)
             tx = optimizer(config.optim, settled.lr, config.steps)
             graphdef, like = abstract_state(_maker(config, settled), tx, settled.mesh)
             if start:
@@ -58,7 +63,16 @@ def run(config: Config) -> None:
             if start < config.steps:
                 step = _compile(config, settled, graphdef, tx, state)
                 save = functools.partial(checkpoints.save, identity=identity)
-                state = _train(config, settled, step, state, start, loader, save)
+                settled.out.mkdir(parents=True, exist_ok=True)
+                evaluate = Evaluation(
+                    val.sets,
+                    graphdef,
+                    accum=config.accum,
+                    mesh=settled.mesh,
+                    path=settled.out / "eval.jsonl",
+                    start=start,
+                )
+                state = _train(config, settled, step, state, start, loader, evaluate, save)
             batch = next(loader)
     params, done = state.params, int(state.step) == config.steps
     del state  # the optimizer's memory is worth having for the sample
@@ -73,10 +87,10 @@ def _train(
     state: TrainState,
     start: int,
     loader: Loader,
+    evaluate: Evaluation,
     save,
 ) -> TrainState:
     """Steps until the last one or a signal; every way out but an error saves."""
-    settled.out.mkdir(parents=True, exist_ok=True)
     metrics = Metrics(
         settled.out / "metrics.jsonl",
         model=settled.model,
@@ -95,6 +109,8 @@ def _train(
                 if waiting:
                     _check_finite(metrics.record(*waiting))
                 waiting = (number, values, causal_pairs(batch.segment_ids))
+                if number == config.steps or number % config.eval_every == 0:
+                    evaluate(number, state.params)
                 done = number == config.steps or stop.name is not None
                 if done or number % config.save_every == 0:
                     _check_finite(metrics.record(*waiting))
@@ -107,6 +123,16 @@ def _train(
     if stop.name is not None and number < config.steps:
         say(f"stopped by {stop.name} after step {number}; the same command goes on from there")
     return state
+
+
+def _say_data(loader: Loader, val: Sets) -> None:
+    say(loader.report)
+    for note in loader.report.notes():
+        say(note)
+    for name, of_val in val.items():
+        say(f"validation on {name}: {of_val.report}")
+        for note in of_val.report.notes():
+            say(note)
 
 
 def _say_dispatch(config: Config, settled: Settled, batch: Batch) -> None:
@@ -169,15 +195,37 @@ def _check_writable(out: Path) -> None:
         raise PermissionError(f"--out={out}: no permission to write in {there}")
 
 
-def _open_data(config: Config, settled: Settled) -> Loader:
+def _open_data(
+    config: Config,
+    settled: Settled,
+    files: tuple[str, ...],
+    *,
+    hold_out: float = 0.0,
+    split: Literal["train", "val"] = "train",
+) -> Loader:
     return open_data(
-        config.data.files or None,
+        files or None,
         settled.tokenizer,
         seq_len=config.seq_len,
         batch_size=settled.rows,
         seed=config.seed,
         strict=config.data.strict,
+        packing=config.data.packing if split == "train" else "fit",
+        overlong=config.data.overlong,
+        hold_out=hold_out,
+        split=split,
+        cache=Path(config.data.cache) if config.data.cache else default_cache(),
     )
+
+
+def _open_val(config: Config, settled: Settled) -> Iterator[tuple[str, Loader]]:
+    """Yields the name and the loader of every validation set."""
+    if share := config.data.hold_out:
+        loader = _open_data(config, settled, config.data.files, hold_out=share, split="val")
+        yield "held_out", loader
+        return
+    for file in config.data.val:
+        yield Path(file).stem, _open_data(config, settled, (file,))
 
 
 def _maker(config: Config, settled: Settled):

@@ -25,6 +25,12 @@ TINY = ModelConfig(
 )
 
 
+@pytest.fixture(autouse=True)
+def own_token_cache(tmp_path_factory, monkeypatch):
+    """No test reads or writes the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "user_cache"))
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Iterator[ModelConfig]:
     """The tiny model, also by name: `--model=tiny`."""

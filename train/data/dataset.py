@@ -1,11 +1,12 @@
-"""Files to one long array of tokens: read, recognise, tokenise, count what is broken.
+"""Files to one long sequence of tokens, which may be far larger than the memory."""
 
-The result does not depend on the sequence length: what a row can hold is packing.py's part.
-"""
-
+import bisect
 import dataclasses
+import hashlib
+import itertools
+import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,37 +14,61 @@ from jaxtyping import Bool, Int32, Int64
 from tqdm import tqdm
 
 from models.tokenizer import Tokenizer
-from train.data.formats import Chat, RowError, Text, recognise
+from train.data.cache import open_documents
+from train.data.documents import Documents
 from train.data.report import FileReport, Problem
-from train.data.source import Broken, Row, read_rows
-from train.data.template import Encoded, encode
 
-_CHUNK = 1 << 20  # bytes of rows tokenised at once: enough for every core, little memory
+
+class Tokens:
+    """Arrays of tokens, in memory or on disk, as if they were one after the other in one array."""
+
+    def __init__(self, arrays: Sequence[Int32[np.ndarray, " n"]]):
+        self._arrays = [array for array in arrays if len(array)]
+        self._starts = list(itertools.accumulate(map(len, self._arrays), initial=0))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, span: slice) -> Int32[np.ndarray, " n"]:
+        """Copies the tokens start..stop."""
+        start, stop, _ = span.indices(len(self))
+        pieces = []
+        number = bisect.bisect_right(self._starts, start) - 1
+        while start < stop:
+            first = self._starts[number]
+            piece = self._arrays[number][start - first : stop - first]
+            pieces.append(piece)
+            start += len(piece)
+            number += 1
+        return np.concatenate([np.zeros(0, np.int32), *pieces])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """D tokenised documents of N tokens together, one after the other.
+    """D tokenised documents, one after the other.
 
     Attributes:
-        tokens: int32 ids.
-        trained: bool, whether predicting this token counts (template.Encoded).
+        tokens: int32 ids where the token is trained on, that is where predicting it counts;
+            `~id`, which is negative, where it is not.
         offsets: int64, E = D + 1; document d is `tokens[offsets[d]:offsets[d + 1]]`.
+        targets: int64, tokens of each document that are trained on, the first one not counted.
         splittable: bool, true for raw text, false for a chat.
         file: int32, index of the document's file in `files`.
         line: int64, line of the file on which it begins.
         files: what was read.
         broken: rows that could not be used.
+        digest: hash of all tokens.
     """
 
-    tokens: Int32[np.ndarray, " N"]
-    trained: Bool[np.ndarray, " N"]
+    tokens: Tokens
     offsets: Int64[np.ndarray, " E"]
+    targets: Int64[np.ndarray, " D"]
     splittable: Bool[np.ndarray, " D"]
     file: Int32[np.ndarray, " D"]
     line: Int64[np.ndarray, " D"]
     files: tuple[FileReport, ...]
     broken: tuple[Problem, ...]
+    digest: str
 
     @property
     def lengths(self) -> Int64[np.ndarray, " D"]:
@@ -51,102 +76,76 @@ class Dataset:
         return np.diff(self.offsets)
 
 
-def tokenise(paths: Sequence[Path], tokenizer: Tokenizer, *, strict: bool = False) -> Dataset:
+def tokenise(
+    paths: Sequence[Path],
+    tokenizer: Tokenizer,
+    *,
+    strict: bool = False,
+    cache: Path | None = None,
+    workers: int | None = None,
+) -> Dataset:
     """Reads and tokenises files; shows a progress bar where stderr is a terminal.
 
     Args:
         paths: the files, in this order.
         tokenizer: makes the ids.
         strict: the first broken row is fatal.
+        cache: directory that keeps the tokens (cache.py); None: the memory does.
+        workers: processes that fill the cache; by default one a core. The result is the same.
 
     Raises:
         ValueError: a file is missing, empty, of an unknown kind, or has no usable row; a row is
             broken and `strict` is set. One line, with file and line.
+        OSError: the cache cannot be written.
     """
-    size = sum(path.stat().st_size for path in paths if path.exists())
-    with tqdm(total=size, desc="tokenise", unit="B", unit_scale=True, disable=None) as bar:
-        return _join([_tokenise_file(path, tokenizer, strict, bar) for path in paths])
-
-
-def _tokenise_file(path: Path, tokenizer: Tokenizer, strict: bool, bar: tqdm) -> Dataset:
-    documents: list[Encoded] = []
-    splittable: list[bool] = []
-    lines: list[int] = []
-    formats: Counter[str] = Counter()
+    workers = workers or len(os.sched_getaffinity(0))
+    size = sum(path.stat().st_size for path in paths if path.is_file())
+    parts: list[list[Documents]] = []
+    files: list[FileReport] = []
     broken: list[Problem] = []
+    with tqdm(total=size, desc="tokenise", unit="B", unit_scale=True, disable=None) as bar:
+        for path in paths:
+            parts.append(open_documents(path, tokenizer, cache=cache, workers=workers, bar=bar))
+            found = [
+                Problem(str(path), line, reason) for p in parts[-1] for line, reason in p.broken
+            ]
+            if strict and found:
+                raise ValueError(str(found[0]))
+            files.append(_file_report(path, parts[-1], found))
+            broken += found
+    return _join(parts, tuple(files), tuple(broken))
 
-    def skip(line: int, reason: str) -> None:
-        broken.append(Problem(str(path), line, reason))
-        if strict:
-            raise ValueError(str(broken[-1]))
 
-    for rows in _chunks(read_rows(path)):
-        usable: list[tuple[int, str, Text | Chat]] = []
-        for row in rows:
-            try:
-                usable.append((row.line, *recognise(_value(row))))
-            except RowError as error:
-                skip(row.line, str(error))
-        encoded = encode([sample for _, _, sample in usable], tokenizer)
-        for (line, name, sample), document in zip(usable, encoded, strict=True):
-            if len(document.tokens) < 2:
-                skip(line, "the text has no tokens")
-                continue
-            documents.append(document)
-            splittable.append(isinstance(sample, Text))
-            lines.append(line)
-            formats[name] += 1
-        bar.update(sum(row.size for row in rows))
-
-    count = len(documents) + len(broken)
-    if count == 0:
+def _file_report(path: Path, parts: list[Documents], broken: list[Problem]) -> FileReport:
+    rows = sum(part.rows for part in parts)
+    if rows == 0:
         raise ValueError(f"{path} holds no rows")
-    if not documents:
-        raise ValueError(f"{path}: none of its {count:,} rows can be used; the first: {broken[0]}")
+    if rows == len(broken):
+        raise ValueError(f"{path}: none of its {rows:,} rows can be used; the first: {broken[0]}")
+    formats = sum((Counter(part.formats) for part in parts), Counter())
+    return FileReport(str(path), dict(formats), rows, rows - len(broken))
+
+
+def _join(
+    files: list[list[Documents]], reports: tuple[FileReport, ...], broken: tuple[Problem, ...]
+) -> Dataset:
+    parts = [part for file in files for part in file]
+    counts = [sum(len(part.index) for part in file) for file in files]
+
+    def column(name: str) -> np.ndarray:
+        return np.concatenate([part.index[name] for part in parts])
+
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(bytes.fromhex(part.digest))
     return Dataset(
-        tokens=np.concatenate([document.tokens for document in documents]),
-        trained=np.concatenate([document.trained for document in documents]),
-        offsets=_offsets([len(document.tokens) for document in documents]),
-        splittable=np.array(splittable),
-        file=np.zeros(len(documents), np.int32),
-        line=np.array(lines, np.int64),
-        files=(FileReport(str(path), dict(formats), count, len(documents)),),
-        broken=tuple(broken),
+        tokens=Tokens([part.tokens for part in parts]),
+        offsets=np.concatenate([[0], np.cumsum(column("length"), dtype=np.int64)]),
+        targets=column("targets"),
+        splittable=column("splittable"),
+        file=np.repeat(np.arange(len(files), dtype=np.int32), counts),
+        line=column("line"),
+        files=reports,
+        broken=broken,
+        digest=digest.hexdigest(),
     )
-
-
-def _chunks(rows: Iterable[Row | Broken]) -> Iterator[list[Row | Broken]]:
-    """Groups rows into what is tokenised at once."""
-    chunk: list[Row | Broken] = []
-    size = 0
-    for row in rows:
-        chunk.append(row)
-        size += row.size
-        if size >= _CHUNK:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-def _value(row: Row | Broken) -> object:
-    if isinstance(row, Broken):
-        raise RowError(row.reason)
-    return row.value
-
-
-def _join(parts: list[Dataset]) -> Dataset:
-    return Dataset(
-        tokens=np.concatenate([part.tokens for part in parts]),
-        trained=np.concatenate([part.trained for part in parts]),
-        offsets=_offsets(np.concatenate([part.lengths for part in parts])),
-        splittable=np.concatenate([part.splittable for part in parts]),
-        file=np.repeat(np.arange(len(parts), dtype=np.int32), [len(part.line) for part in parts]),
-        line=np.concatenate([part.line for part in parts]),
-        files=tuple(file for part in parts for file in part.files),
-        broken=tuple(problem for part in parts for problem in part.broken),
-    )
-
-
-def _offsets(lengths: Sequence[int] | Int64[np.ndarray, " D"]) -> Int64[np.ndarray, " E"]:
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])

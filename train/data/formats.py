@@ -8,7 +8,22 @@ r"""Rows to samples: recognises what a row means by its keys, never by the name 
 | alpaca       | instruction, output     | input = instruction + "\n" + input, also where the     |
 |              |                         | input is empty; `system` where the row has one         |
 | qa           | question, answer        | one turn                                               |
+| sharegpt     | conversations           | from and value; see below                              |
+| tokens       | tokens                  | InternEvo: ids; -id is a token that is not trained on. |
+|              |                         | One with such tokens is a chat, else raw text          |
 | text         | text                    | raw text for pre-training                              |
+
+ShareGPT's speakers, and what they are in InternLM2's chat (the published template for tools):
+
+| from                           | message                                                       |
+| ------------------------------ | ------------------------------------------------------------- |
+| system                         | `system`; a row's own `system` key comes first                |
+| the row's `tools`              | `system name=<|plugin|>`, the JSON as it stands               |
+| human, user                    | `user`                                                        |
+| observation, tool              | `environment name=<|plugin|>`                                 |
+| function_call                  | `assistant`: `<|action_start|><|plugin|>` + newline + call +  |
+|                                | `<|action_end|>`; trained on, like an answer                  |
+| gpt, assistant, chatgpt        | `assistant`                                                   |
 
 The first format whose keys are all present is taken, in this order: the original Alpaca rows
 also carry a rendered `text`. A row that fits none, or whose values are of the wrong type or
@@ -16,8 +31,19 @@ empty, raises `RowError`.
 """
 
 import dataclasses
+import json
 from collections.abc import Callable
 from typing import Any
+
+PLUGIN, ACTION, ACTION_END = "<|plugin|>", "<|action_start|>", "<|action_end|>"
+SPEAKERS = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "observation": f"environment name={PLUGIN}",
+    "tool": f"environment name={PLUGIN}",
+}
+ANSWERS = ("gpt", "assistant", "chatgpt", "function_call")
 
 
 class RowError(ValueError):
@@ -29,6 +55,7 @@ class Text:
     """Raw text: one document, which may be split when it is longer than a row."""
 
     text: str
+    splittable = True
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,12 +67,15 @@ class Turn:
         output: what the assistant answers; not empty.
         system: system text before the user's, empty for none.
         loss: whether the answer is trained on.
+        prompt: (role, text) of the messages before the answer, where they are not just a system
+            text and a user's; `input` and `system` are empty then.
     """
 
     input: str
     output: str
     system: str = ""
     loss: bool = True
+    prompt: tuple[tuple[str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,9 +83,28 @@ class Chat:
     """A conversation of one or more turns: never split."""
 
     turns: tuple[Turn, ...]
+    splittable = False
 
 
-def recognise(row: object) -> tuple[str, Text | Chat]:
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ids:
+    """A document that is tokens already.
+
+    Attributes:
+        tokens: ids; nothing is added to them.
+        trained: whether predicting each one counts.
+    """
+
+    tokens: tuple[int, ...]
+    trained: tuple[bool, ...]
+
+    @property
+    def splittable(self) -> bool:
+        """A document without masked tokens is raw text; one with them is a chat."""
+        return all(self.trained)
+
+
+def recognise(row: object) -> tuple[str, Text | Chat | Ids]:
     """Returns the name of a row's format and the sample it means.
 
     Raises:
@@ -131,6 +180,60 @@ def _alpaca(row: dict[str, Any]) -> Chat:
     return Chat((Turn(f"{instruction}\n{context}", answer, system),))
 
 
+def _sharegpt(row: dict[str, Any]) -> Chat:
+    """Reads speakers in any order that has something to answer before each answer.
+
+    Messages before an answer are one prompt, each with its own role; what follows the last answer
+    has nothing to train and is left out.
+    """
+    turns: list[Turn] = []
+    prompt: list[tuple[str, str]] = []
+    system = _string(row, "system", optional=True)
+    if system:
+        prompt.append(("system", system))
+    if row.get("tools") and (tools := _json_text(row, "tools").strip()) != "[]":
+        prompt.append((f"system name={PLUGIN}", tools))
+    heard = False
+    for number, message in enumerate(_objects(row, "conversations"), start=1):
+        where = f"message {number}: "
+        speaker = _string(message, "from", where)
+        if speaker in SPEAKERS:
+            heard = heard or speaker != "system"
+            prompt.append((SPEAKERS[speaker], _string(message, "value", where)))
+        elif speaker in ANSWERS:
+            if not heard:
+                raise RowError(f"{where}{speaker!r} answers before anyone asked")
+            answer = _answer(message, "value", where)
+            if speaker == "function_call":
+                answer = f"{ACTION}{PLUGIN}\n{answer}{ACTION_END}"
+            loss = _flag(message, "loss", where)
+            turns.append(Turn("", answer, loss=loss, prompt=tuple(prompt)))
+            prompt = []
+        else:
+            known = ", ".join((*SPEAKERS, *ANSWERS))
+            raise RowError(f"{where}unknown speaker {speaker!r} (known: {known})")
+    if not turns:
+        raise RowError("no answer of 'gpt' or 'function_call'")
+    return Chat(tuple(turns))
+
+
+def _json_text(row: dict[str, Any], key: str) -> str:
+    value = row[key]
+    return _string(row, key) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _tokens(row: dict[str, Any]) -> Ids:
+    ids = row["tokens"]
+    if not isinstance(ids, list):
+        raise RowError(f"'tokens' must be a list, this is {_type_name(ids)}")
+    for number, token in enumerate(ids, start=1):
+        if type(token) is not int or abs(token) >= 2**31:
+            raise RowError(f"'tokens' {number} must be an id, this is {token!r:.40}")
+    if ids and max(ids[1:], default=-1) < 0:
+        raise RowError("'tokens' has none that is trained on")
+    return Ids(tuple(map(abs, ids)), tuple(token >= 0 for token in ids))
+
+
 def _question_answer(row: dict[str, Any]) -> Chat:
     return Chat((Turn(_string(row, "question"), _answer(row, "answer")),))
 
@@ -139,11 +242,13 @@ def _text(row: dict[str, Any]) -> Text:
     return Text(_answer(row, "text"))
 
 
-FORMATS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], Text | Chat]]] = {
+FORMATS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], Text | Chat | Ids]]] = {
     "conversation": (("conversation",), _conversation),
     "messages": (("messages",), _messages),
     "alpaca": (("instruction", "output"), _alpaca),
     "qa": (("question", "answer"), _question_answer),
+    "sharegpt": (("conversations",), _sharegpt),
+    "tokens": (("tokens",), _tokens),
     "text": (("text",), _text),
 }
 

@@ -14,16 +14,22 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import Int64
 
 from models.tokenizer import Tokenizer
 from train.data.corpus import TINY_SHAKESPEARE
 from train.data.dataset import Dataset, tokenise
 from train.data.order import shuffled
-from train.data.packing import Batch, Overlong, Pieces, Rows, count_loss_tokens, cut, fill, pack
+from train.data.packing import Batch, Rows, fill, pack
+from train.data.pieces import Overlong, Pieces, cut
 from train.data.report import Report
+from train.data.share import Split, parse_source, times
+from train.data.stream import Stream, stream
+
+Packing = Stream | Literal["fit"]
 
 PREFETCH = 2  # batches made ahead: one in the making while one waits
 
@@ -36,20 +42,32 @@ def open_data(
     batch_size: int,
     seed: int = 0,
     strict: bool = False,
+    packing: Packing = "fit",
     overlong: Overlong = "drop",
+    hold_out: float = 0.0,
+    split: Split = "train",
+    cache: Path | None = None,
+    workers: int | None = None,
     host_index: int = 0,
     host_count: int = 1,
 ) -> "Loader":
     """Reads, tokenises and packs files, and returns the batches.
 
     Args:
-        paths: `.txt`, `.json`, `.jsonl` files, mixed as one pool; None for the built-in text.
+        paths: files (source.read_parts), mixed as one pool; None for the built-in text.
+            `file:2` is twice in every epoch, `file:0.3` a random 30% of it once (share.py).
         tokenizer: makes the ids.
         seq_len: places of a row, at least 2.
         batch_size: rows of a batch over all hosts.
         seed: of every shuffle, >= 0.
         strict: the first broken row is fatal instead of skipped and counted.
-        overlong: what becomes of chats longer than a row (packing.cut).
+        packing: "fit" puts whole documents into rows (packing.py), "concat" and "xtuner" cut a
+            stream of all tokens (stream.py).
+        overlong: what becomes of chats longer than a row (pieces.cut), with "fit".
+        hold_out: share of each file's documents that is not trained on.
+        split: "val" for the batches of what `hold_out` holds out.
+        cache: directory that keeps the tokens of `paths` (cache.py); None: the memory does.
+        workers: processes that fill the cache; by default one a core. The batches are the same.
         host_index: which host this is, 0..host_count-1.
         host_count: hosts that share each batch in equal parts.
 
@@ -63,10 +81,19 @@ def open_data(
     if paths is not None and not paths:
         raise ValueError("no data files are named; name some, or none at all for built-in text")
     check_shares(batch_size, host_index, host_count)
-    files = [Path(path) for path in paths] if paths else [TINY_SHAKESPEARE]
-    dataset = tokenise(files, tokenizer, strict=strict)
-    pieces = cut(dataset, seq_len, overlong=overlong)
-    rows = pack(pieces.length, seq_len, seed=seed)
+    sources = [parse_source(path) for path in paths or [TINY_SHAKESPEARE]]
+    files = [path for path, _ in sources]
+    dataset = tokenise(
+        files, tokenizer, strict=strict, cache=cache if paths else None, workers=workers
+    )
+    taken = times(
+        dataset, [weight for _, weight in sources], seed=seed, hold_out=hold_out, split=split
+    )
+    if packing == "fit":
+        pieces = cut(dataset, seq_len, overlong=overlong, times=taken)
+        rows = pack(pieces.length, seq_len, seed=seed)
+    else:
+        pieces, rows = stream(dataset, seq_len, how=packing, seed=seed, times=taken)
     return Loader(
         dataset,
         pieces,
@@ -134,6 +161,19 @@ class Loader(Iterator[Batch]):
     def epoch(self) -> float:
         """Passes over the data so far, as a fraction."""
         return self._row / len(self._rows)
+
+    @property
+    def lengths(self) -> Int64[np.ndarray, " P"]:
+        """Tokens of every piece of a document in an epoch."""
+        return self._pieces.length
+
+    def once(self) -> Iterator[Batch]:
+        """Yields every row once, in batches; rows that fill the last batch up have no loss."""
+        for row in range(0, len(self._rows), self.batch_size):
+            batch = self._make(row)
+            first = row + self._skipped
+            batch.loss_mask[max(0, len(self._rows) - first) :] = 0
+            yield batch
 
     def state(self) -> dict[str, Any]:
         """Returns the position of the next batch, small and fit for JSON."""
@@ -209,17 +249,20 @@ def check_shares(batch_size: int, host_index: int, host_count: int) -> None:
 
 
 def _report(dataset: Dataset, pieces: Pieces, rows: Rows, seq_len: int) -> Report:
-    per_document = np.bincount(pieces.document)
+    per_document = np.bincount(pieces.document, minlength=len(dataset.line))
+    _, first = np.unique(pieces.start, return_index=True)  # a weight may repeat a piece
+    apart = np.bincount(pieces.document[first])
     per_row = np.add.reduceat(pieces.length[rows.pieces], rows.offsets[:-1])
     return Report(
         files=dataset.files,
         documents=int((per_document > 0).sum()),
-        split=int((per_document > 1).sum()),
+        split=int((apart > 1).sum()),
         rows=len(rows),
         seq_len=seq_len,
         tokens=int(pieces.length.sum()),
-        loss_tokens=count_loss_tokens(dataset, pieces),
+        loss_tokens=int(pieces.targets.sum()),
         tail=int(per_row.min()),
+        left_out=len(dataset.line) - int((per_document > 0).sum()) - len(pieces.dropped),
         broken=dataset.broken,
         dropped=pieces.dropped,
         truncated=pieces.truncated,
@@ -227,9 +270,7 @@ def _report(dataset: Dataset, pieces: Pieces, rows: Rows, seq_len: int) -> Repor
 
 
 def _fingerprint(dataset: Dataset, pieces: Pieces, rows: Rows, seq_len: int, seed: int) -> str:
-    arrays: list[np.ndarray] = [dataset.tokens, dataset.trained]
-    arrays += [pieces.start, pieces.length, rows.pieces, rows.offsets]
-    digest = hashlib.blake2b(f"{seq_len} {seed}".encode(), digest_size=8)
-    for array in arrays:
+    digest = hashlib.blake2b(f"{seq_len} {seed} {dataset.digest}".encode(), digest_size=8)
+    for array in (pieces.start, pieces.length, pieces.continues, rows.pieces, rows.offsets):
         digest.update(np.ascontiguousarray(array))
     return digest.hexdigest()

@@ -1,7 +1,6 @@
-"""Which tokens go into which row: documents to pieces, pieces to rows of `seq_len` places.
+"""Which piece goes into which row, and what a row looks like.
 
-1. `cut` turns documents into pieces no longer than a row. A raw text is split into consecutive
-   pieces; a chat never is: one that is too long is dropped or cut, as chosen, and counted.
+1. `cut` (pieces.py) turns documents into pieces no longer than a row.
 2. `pack` puts whole pieces into rows: best-fit decreasing within a bounded window of pieces.
 3. `fill` writes rows out. A token's target is the next token of its *document*, looked up
    before anything was cut: the last token of a piece has the first one of the next piece as
@@ -16,16 +15,14 @@ placed first. The order of rows is therefore shuffled anew in every epoch (loade
 
 import bisect
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Bool, Float32, Int, Int32, Int64
+from jaxtyping import Array, Float32, Int, Int32, Int64
 
 from train.data.dataset import Dataset
 from train.data.order import shuffled
-from train.data.report import Problem
-
-Overlong = Literal["drop", "head", "tail"]
+from train.data.pieces import Pieces
 
 WINDOW = 16_384  # pieces that are sorted together: 2.9 M tokens of Alpaca, 87 rows of 32,768
 
@@ -49,28 +46,6 @@ class Batch(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pieces:
-    """P stretches of tokens, each to stand in one row as one segment.
-
-    Attributes:
-        start: int64, index of the first token in `Dataset.tokens`.
-        length: int64, tokens, 1..seq_len.
-        continues: bool, whether the document goes on after it, so that its last token has a
-            target.
-        document: int64, index of its document.
-        dropped: documents that became no piece, and why.
-        truncated: documents cut to a row, and how.
-    """
-
-    start: Int64[np.ndarray, " P"]
-    length: Int64[np.ndarray, " P"]
-    continues: Bool[np.ndarray, " P"]
-    document: Int64[np.ndarray, " P"]
-    dropped: tuple[Problem, ...]
-    truncated: tuple[Problem, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Rows:
     """R = E - 1 rows of P pieces; row r holds `pieces[offsets[r]:offsets[r + 1]]`, in order."""
 
@@ -79,55 +54,6 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
-
-
-def cut(dataset: Dataset, seq_len: int, *, overlong: Overlong = "drop") -> Pieces:
-    """Divides documents into pieces of at most `seq_len` tokens.
-
-    Args:
-        dataset: the documents.
-        seq_len: places of a row.
-        overlong: what becomes of a chat longer than a row: "drop" leaves it out, "head" keeps
-            its first `seq_len` tokens (as XTuner does: the answer may lose its end), "tail" its
-            last (the prompt may lose its beginning). Raw text is split and loses nothing.
-
-    Raises:
-        ValueError: no document is left.
-    """
-    begin, end = dataset.offsets[:-1].copy(), dataset.offsets[1:].copy()
-    cropped = ~dataset.splittable & (dataset.lengths > seq_len)
-    if overlong == "tail":
-        begin[cropped] = end[cropped] - seq_len
-    stop = np.where(cropped & (overlong == "head"), begin + seq_len, end)
-    too_long = cropped & (overlong == "drop")
-    untrained = ~too_long & (_count_targets(dataset, begin, stop, stop < end) == 0)
-    kept = ~untrained & ~too_long
-    if not kept.any():
-        longest = int(dataset.lengths.max())
-        raise ValueError(
-            f"none of the {len(kept):,} documents can be trained on at {seq_len=}: the longest has"
-            f" {longest:,} tokens and over-long ones are treated with {overlong!r}; raise seq_len"
-        )
-
-    counts = np.where(kept, -(-(stop - begin) // seq_len), 0)
-    document = np.repeat(np.arange(len(counts)), counts)
-    number = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
-    start = begin[document] + number * seq_len
-    length = np.minimum(stop[document] - start, seq_len)
-
-    return Pieces(
-        start=start,
-        length=length,
-        continues=start + length < end[document],
-        document=document,
-        dropped=tuple(
-            [_problem(dataset, d, f"a row has {seq_len:,}") for d in np.flatnonzero(too_long)]
-            + [_problem(dataset, d, "none is trained on") for d in np.flatnonzero(untrained)]
-        ),
-        truncated=tuple(
-            _problem(dataset, d, f"the {overlong} is kept") for d in np.flatnonzero(cropped & kept)
-        ),
-    )
 
 
 def pack(
@@ -145,18 +71,19 @@ def pack(
         seed: of the shuffle.
         window: pieces placed together.
     """
-    order = shuffled(len(lengths), seed).tolist()
-    rows: list[list[int]] = []
+    order = shuffled(len(lengths), seed)
+    packed: list[Int64[np.ndarray, " n"]] = []
+    counts: list[int] = []
     carried: list[int] = []
     for at in range(0, len(order), window):
-        placed, free = _best_fit(carried + order[at : at + window], lengths, seq_len)
-        emptiest = free[-1][1]
-        carried = placed.pop(emptiest)
-        rows += placed
-    rows.append(carried)
+        here = carried + order[at : at + window].tolist()
+        rows, free = _best_fit(here, lengths, seq_len)
+        carried = rows.pop(free[-1][1])
+        packed.append(np.array([piece for row in rows for piece in row], np.int64))
+        counts += map(len, rows)
     return Rows(
-        pieces=np.array([piece for row in rows for piece in row], np.int64),
-        offsets=np.cumsum([0] + [len(row) for row in rows], dtype=np.int64),
+        pieces=np.concatenate([*packed, np.array(carried, np.int64)]),
+        offsets=np.cumsum([0, *counts, len(carried)], dtype=np.int64),
     )
 
 
@@ -185,26 +112,15 @@ def fill(
         for number, piece in enumerate(segment, start=1):
             start, n = int(pieces.start[piece]), int(pieces.length[piece])
             targets = n if pieces.continues[piece] else n - 1
-            following = slice(start + 1, start + 1 + targets)
-            batch.tokens[b, at : at + n] = dataset.tokens[start : start + n]
-            batch.targets[b, at : at + targets] = dataset.tokens[following]
-            batch.loss_mask[b, at : at + targets] = dataset.trained[following]
+            signed = dataset.tokens[start : start + targets + 1]
+            tokens = np.where(signed < 0, ~signed, signed)
+            batch.tokens[b, at : at + n] = tokens[:n]
+            batch.targets[b, at : at + targets] = tokens[1:]
+            batch.loss_mask[b, at : at + targets] = signed[1:] >= 0
             batch.segment_ids[b, at : at + n] = number
             batch.positions[b, at : at + n] = count[:n]
             at += n
     return batch
-
-
-def count_loss_tokens(dataset: Dataset, pieces: Pieces) -> int:
-    """Returns the sum of the loss mask over all rows."""
-    stop = pieces.start + pieces.length
-    return int(_count_targets(dataset, pieces.start, stop, pieces.continues).sum())
-
-
-def _problem(dataset: Dataset, document: np.integer, reason: str) -> Problem:
-    file = dataset.files[dataset.file[document]].file
-    length = int(dataset.lengths[document])
-    return Problem(file, int(dataset.line[document]), f"{length:,} tokens, {reason}")
 
 
 def _best_fit(
@@ -225,14 +141,3 @@ def _best_fit(
         rows[row].append(pieces[index])
         bisect.insort(free, (space - size, row))
     return rows, free
-
-
-def _count_targets(
-    dataset: Dataset,
-    start: Int64[np.ndarray, " P"],
-    stop: Int64[np.ndarray, " P"],
-    continues: Bool[np.ndarray, " P"],
-) -> Int64[np.ndarray, " P"]:
-    """Returns how many trained targets the stretches start..stop have."""
-    before = np.concatenate([[0], np.cumsum(dataset.trained, dtype=np.int64)])
-    return before[stop + continues] - before[start + 1]

@@ -47,7 +47,7 @@ class FileReport:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """The data of a run: read rows = `documents` in training + `broken` + `dropped`.
+    """The data of a run: rows read = `documents` + `broken` + `dropped` + `left_out`.
 
     Attributes:
         files: one entry a file.
@@ -58,6 +58,7 @@ class Report:
         tokens: tokens in training, without padding.
         loss_tokens: tokens that are predicted: the sum of the loss mask over all rows.
         tail: tokens in the emptiest row, the flushed remainder of the packing.
+        left_out: documents that a weight below 1 or the validation set takes away.
         broken: rows that could not be used.
         dropped: documents left out because of their length.
         truncated: documents cut to `seq_len`; counted in `documents`.
@@ -71,6 +72,7 @@ class Report:
     tokens: int
     loss_tokens: int
     tail: int
+    left_out: int
     broken: tuple[Problem, ...]
     dropped: tuple[Problem, ...]
     truncated: tuple[Problem, ...]
@@ -89,9 +91,10 @@ class Report:
 
     def __str__(self) -> str:
         truncated, dropped, broken = map(len, (self.truncated, self.dropped, self.broken))
+        left_out = f", {self.left_out:,} left out" if self.left_out else ""
         return (
             f"{self.documents:,} documents ({self.split:,} split, {truncated:,} truncated,"
-            f" {dropped:,} dropped, {broken:,} broken), {self.tokens:,} tokens,"
+            f" {dropped:,} dropped, {broken:,} broken{left_out}), {self.tokens:,} tokens,"
             f" {self.loss_tokens:,} with loss, in {self.rows:,} rows of {self.seq_len:,}"
             f" ({self.efficiency:.1%} full)"
         )

@@ -32,10 +32,10 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from models.tokenizer import Tokenizer
-from train.data.formats import Chat, Text
+from train.data.formats import Chat, Ids, Text, Turn
 
-SYSTEM = "<|im_start|>system\n{}<|im_end|>\n"
-PROMPT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+MESSAGE = "<|im_start|>{}\n{}<|im_end|>\n"
+OPEN_ANSWER = "<|im_start|>assistant\n"
 ANSWER = "{}<|im_end|>"
 SEPARATOR = "\n"
 
@@ -54,13 +54,17 @@ class Encoded:
     trained: Bool[np.ndarray, " N"]
 
 
-def encode(samples: Sequence[Text | Chat], tokenizer: Tokenizer) -> list[Encoded]:
+def encode(samples: Sequence[Text | Chat | Ids], tokenizer: Tokenizer) -> list[Encoded]:
     """Tokenises samples, all their pieces in one batch for the tokenizers that are parallel."""
-    rendered = [render(sample) for sample in samples]
+    rendered = [[] if isinstance(sample, Ids) else render(sample) for sample in samples]
     ids = iter(tokenizer.encode_batch([text for pieces in rendered for text, _ in pieces]))
     return [
-        _join(list(itertools.islice(ids, len(pieces))), [flag for _, flag in pieces], tokenizer)
-        for pieces in rendered
+        Encoded(np.array(sample.tokens, np.int32), np.array(sample.trained, np.bool_))
+        if isinstance(sample, Ids)
+        else _join(
+            list(itertools.islice(ids, len(pieces))), [flag for _, flag in pieces], tokenizer
+        )
+        for sample, pieces in zip(samples, rendered, strict=True)
     ]
 
 
@@ -70,13 +74,19 @@ def render(sample: Text | Chat) -> list[tuple[str, bool]]:
         return [(sample.text.strip(), True)]
     pieces = []
     for turn in sample.turns:
-        system = SYSTEM.format(turn.system) if turn.system else ""
+        messages = turn.prompt or _messages(turn)
+        prompt = "".join(MESSAGE.format(role, text) for role, text in messages)
         pieces += [
-            (system + PROMPT.format(turn.input), False),
+            (prompt + OPEN_ANSWER, False),
             (ANSWER.format(turn.output), turn.loss),
             (SEPARATOR, False),
         ]
     return pieces
+
+
+def _messages(turn: Turn) -> list[tuple[str, str]]:
+    system = [("system", turn.system)] if turn.system else []
+    return [*system, ("user", turn.input)]
 
 
 def _join(ids: list[list[int]], trained: list[bool], tokenizer: Tokenizer) -> Encoded:

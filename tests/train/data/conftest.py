@@ -1,12 +1,16 @@
 """The byte tokenizer, and a way to write data files."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from models.tokenizer import Tokenizer, load_tokenizer
+from train.data.dataset import Dataset, Tokens
+from train.data.report import FileReport
 
 
 @pytest.fixture
@@ -33,3 +37,39 @@ def write(tmp_path: Path) -> Callable[[str, object], Path]:
         return path
 
     return write_file
+
+
+@pytest.fixture(scope="session")
+def make_dataset() -> Callable[..., Dataset]:
+    """Makes a dataset without files."""
+    return _make_dataset
+
+
+def _make_dataset(
+    documents: list[tuple[int, bool]], seed: int = 0, learn_from: int | None = None
+) -> Dataset:
+    """Documents of (length, splittable) with tokens that are all different, from 1.
+
+    Random ones are trained on, or those from index `learn_from`.
+    """
+    lengths = [length for length, _ in documents]
+    total = sum(lengths)
+    trained = np.random.default_rng(seed).random(total) < 0.6
+    offsets = np.cumsum([0, *lengths], dtype=np.int64)
+    trained[offsets[:-1]] = False  # <s>
+    trained[offsets[1:] - 1] = True  # so that every document has something to learn
+    if learn_from is not None:
+        trained = np.arange(total) >= learn_from
+    ids = np.arange(1, total + 1, dtype=np.int32)
+    signed = np.where(trained, ids, ~ids)
+    return Dataset(
+        tokens=Tokens(np.split(signed, offsets[1:-1:3])),  # parts of three documents
+        targets=np.array([trained[a + 1 : b].sum() for a, b in itertools.pairwise(offsets)]),
+        offsets=offsets,
+        splittable=np.array([flag for _, flag in documents], np.bool_),
+        file=np.zeros(len(lengths), np.int32),
+        line=np.arange(1, len(lengths) + 1, dtype=np.int64),
+        files=(FileReport("f", {}, len(lengths), len(lengths)),),
+        broken=(),
+        digest="",
+    )

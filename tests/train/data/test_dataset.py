@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from train.data import dataset as dataset_module
+from train.data import encode as encode_module
 from train.data.dataset import tokenise
 
 GOOD = {"question": "Q", "answer": "A"}
@@ -19,8 +19,9 @@ def test_documents_keep_their_order_file_and_line(write, tokenizer):
     assert dataset.splittable.tolist() == [True, False, True]
     assert dataset.file.tolist() == [0, 0, 1]
     assert dataset.line.tolist() == [1, 3, 2]
-    assert dataset.tokens[-4:].tolist() == [1, *tokenizer.encode("two")]
-    assert dataset.tokens.dtype == np.int32
+    assert dataset.tokens[-4:].tolist() == [~1, *tokenizer.encode("two")]  # <s> is not trained on
+    assert dataset.tokens[:].dtype == np.int32
+    assert dataset.targets.tolist() == [3, 2, 3]
     assert [(file.rows, file.documents, file.formats) for file in dataset.files] == [
         (3, 2, {"text": 1, "qa": 1}),
         (1, 1, {"text": 1}),
@@ -90,8 +91,9 @@ def test_text_without_tokens_is_a_broken_row(write, tokenizer):
 def test_rows_beyond_one_chunk_are_all_there(write, tokenizer, monkeypatch):
     path = write("a.jsonl", [{"text": f"text {i}"} for i in range(100)])
     whole = tokenise([path], tokenizer)
-    monkeypatch.setattr(dataset_module, "_CHUNK", 50)
+    monkeypatch.setattr(encode_module, "_CHUNK", 50)
     chunked = tokenise([path], tokenizer)
-    assert np.array_equal(whole.tokens, chunked.tokens)
+    assert np.array_equal(whole.tokens[:], chunked.tokens[:])
+    assert whole.digest == chunked.digest
     assert whole.files == chunked.files
     assert np.array_equal(whole.line, chunked.line)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from train.data.formats import Chat, RowError, Text, Turn, recognise
+from train.data.formats import Chat, Ids, RowError, Text, Turn, recognise
 
 
 @pytest.mark.parametrize(
@@ -94,3 +94,66 @@ def test_rows_that_cannot_be_used_say_why(row, reason):
         recognise(row)
     assert reason in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_sharegpt_with_tools():
+    """Every speaker in its place; a call is an answer, what the tool says is not."""
+    row = {
+        "tools": '[{"name": "add"}]',
+        "conversations": [
+            {"from": "human", "value": "1 + 1?"},
+            {"from": "function_call", "value": '{"name": "add"}'},
+            {"from": "observation", "value": "2"},
+            {"from": "gpt", "value": "Two."},
+            {"from": "human", "value": "thanks"},
+        ],
+    }
+    call = '<|action_start|><|plugin|>\n{"name": "add"}<|action_end|>'
+    asked = (("system name=<|plugin|>", '[{"name": "add"}]'), ("user", "1 + 1?"))
+    told = (("environment name=<|plugin|>", "2"),)
+    turns = (Turn("", call, prompt=asked), Turn("", "Two.", prompt=told))
+    assert recognise(row) == ("sharegpt", Chat(turns))
+
+
+def test_sharegpt_system_and_tools_as_objects():
+    said = [{"from": "user", "value": "Q"}, {"from": "assistant", "value": "A"}]
+    row = {"system": "S", "tools": [{"name": "ü"}], "conversations": said}
+    prompt = (("system", "S"), ("system name=<|plugin|>", '[{"name": "ü"}]'), ("user", "Q"))
+    assert recognise(row) == ("sharegpt", Chat((Turn("", "A", prompt=prompt),)))
+
+
+@pytest.mark.parametrize("tools", ["[]", "", [], None])
+def test_sharegpt_without_tools(tools):
+    row = said("human", "gpt") | {"tools": tools}
+    assert recognise(row) == ("sharegpt", Chat((Turn("", "x", prompt=(("user", "x"),)),)))
+
+
+def test_negative_ids_are_tokens_without_loss():
+    name, ids = recognise({"tokens": [1, -333, 0, 7]})
+    assert (name, ids) == ("tokens", Ids((1, 333, 0, 7), (True, False, True, True)))
+    assert not ids.splittable  # a chat
+    assert recognise({"tokens": [1, 2]})[1].splittable
+
+
+def said(*speakers: str) -> dict:
+    return {"conversations": [{"from": speaker, "value": "x"} for speaker in speakers]}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (said("gpt"), "message 1: 'gpt' answers before anyone asked"),
+        (said("system", "gpt"), "message 2: 'gpt' answers before anyone asked"),
+        (said("human"), "no answer of 'gpt' or 'function_call'"),
+        (said("human", "bard"), "message 2: unknown speaker 'bard'"),
+        ({"conversations": [{"value": "x"}]}, "message 1: 'from' must be a string"),
+        ({"tokens": 7}, "'tokens' must be a list, this is a number"),
+        ({"tokens": [1, True]}, "'tokens' 2 must be an id, this is True"),
+        ({"tokens": [1, 2**31]}, "'tokens' 2 must be an id"),
+        ({"tokens": [1, -2]}, "'tokens' has none that is trained on"),
+    ],
+)
+def test_broken_sharegpt_and_tokens(row, reason):
+    with pytest.raises(RowError) as error:
+        recognise(row)
+    assert reason in str(error.value)

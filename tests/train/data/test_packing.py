@@ -8,30 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.data.dataset import Dataset
-from train.data.packing import Rows, count_loss_tokens, cut, fill, pack
-from train.data.report import FileReport
+from train.data.packing import Rows, fill, pack
+from train.data.pieces import cut
 
 PAD = 0
 
 
-def make_dataset(documents: list[tuple[int, bool]], seed: int = 0) -> Dataset:
-    """Documents of (length, splittable) with tokens that are all different, from 1."""
-    lengths = [length for length, _ in documents]
-    total = sum(lengths)
-    trained = np.random.default_rng(seed).random(total) < 0.6
-    offsets = np.cumsum([0, *lengths], dtype=np.int64)
-    trained[offsets[:-1]] = False  # <s>
-    trained[offsets[1:] - 1] = True  # so that every document has something to learn
-    return Dataset(
-        tokens=np.arange(1, total + 1, dtype=np.int32),
-        trained=trained,
-        offsets=offsets,
-        splittable=np.array([flag for _, flag in documents], np.bool_),
-        file=np.zeros(len(lengths), np.int32),
-        line=np.arange(1, len(lengths) + 1, dtype=np.int64),
-        files=(FileReport("f", {}, len(lengths), len(lengths)),),
-        broken=(),
-    )
+def ids_of(dataset: Dataset, start: int = 0, stop: int | None = None) -> list[int]:
+    signed = dataset.tokens[start:stop]
+    return np.where(signed < 0, ~signed, signed).tolist()
 
 
 documents = st.lists(st.tuples(st.integers(2, 60), st.booleans()), min_size=1, max_size=60)
@@ -51,7 +36,7 @@ def usable(docs: list[tuple[int, bool]]) -> list[int]:
 
 @settings(max_examples=150, deadline=None)
 @given(docs=documents, seed=st.integers(0, 99), window=st.integers(1, 70))
-def test_every_token_is_in_one_place_or_its_document_is_listed(docs, seed, window):
+def test_every_token_is_in_one_place_or_its_document_is_listed(make_dataset, docs, seed, window):
     dataset = make_dataset(docs)
     kept = usable(docs)
     if not kept:
@@ -60,7 +45,7 @@ def test_every_token_is_in_one_place_or_its_document_is_listed(docs, seed, windo
         return
     pieces, _, batch = packed(dataset, seed=seed, window=window)
     expected = Counter(
-        int(t) for i in kept for t in dataset.tokens[dataset.offsets[i] : dataset.offsets[i + 1]]
+        t for i in kept for t in ids_of(dataset, dataset.offsets[i], dataset.offsets[i + 1])
     )
     assert Counter(batch.tokens[batch.segment_ids > 0].tolist()) == expected
     assert (batch.tokens[batch.segment_ids == 0] == PAD).all()
@@ -70,7 +55,7 @@ def test_every_token_is_in_one_place_or_its_document_is_listed(docs, seed, windo
 
 @settings(max_examples=150, deadline=None)
 @given(docs=documents, seed=st.integers(0, 99))
-def test_segments_are_whole_documents_in_order(docs, seed):
+def test_segments_are_whole_documents_in_order(make_dataset, docs, seed):
     """Chats in one segment; texts in consecutive segments, each full but the last."""
     dataset = make_dataset(docs)
     kept = usable(docs)
@@ -100,12 +85,13 @@ def test_segments_are_whole_documents_in_order(docs, seed):
 
 @settings(max_examples=150, deadline=None)
 @given(docs=documents, overlong=st.sampled_from(["drop", "head", "tail"]))
-def test_targets_and_losses_are_those_of_the_uncut_document(docs, overlong):
+def test_targets_and_losses_are_those_of_the_uncut_document(make_dataset, docs, overlong):
     dataset = make_dataset(docs)
     if overlong == "drop" and not usable(docs):
         return
     pieces, _, batch = packed(dataset, overlong=overlong)
     last = set((dataset.offsets[1:]).tolist())  # token value of each document's last token
+    signed = dataset.tokens[:]
     here = batch.segment_ids > 0
     fields = (batch.tokens[here], batch.targets[here], batch.loss_mask[here])
     for token, target, loss in zip(*fields, strict=True):
@@ -113,10 +99,10 @@ def test_targets_and_losses_are_those_of_the_uncut_document(docs, overlong):
             assert (target, loss) == (PAD, 0)
         else:
             assert target == token + 1
-            assert loss == dataset.trained[token]  # index `token` is the token after it
+            assert loss == (signed[token] >= 0)  # index `token` is the token after it
     assert (batch.targets[~here] == PAD).all()
     assert (batch.loss_mask[~here] == 0).all()
-    assert batch.loss_mask.sum() == count_loss_tokens(dataset, pieces)
+    assert batch.loss_mask.sum() == pieces.targets.sum()
 
 
 @settings(max_examples=60, deadline=None)
@@ -128,7 +114,7 @@ def test_rows_hold_every_piece_once_and_never_too_much(lengths, window):
         assert 0 < sum(lengths[piece] for piece in pieces) <= 50
 
 
-def test_over_long_chats_are_treated_as_chosen_and_named():
+def test_over_long_chats_are_treated_as_chosen_and_named(make_dataset):
     dataset = make_dataset([(30, False), (10, False)])
     pieces, _, batch = packed(dataset, overlong="drop")
     assert [str(p) for p in pieces.dropped] == ["f:1: 30 tokens, a row has 24"]
@@ -141,9 +127,8 @@ def test_over_long_chats_are_treated_as_chosen_and_named():
         assert set(range(first, first + 24)) <= set(batch.tokens.flatten().tolist())
 
 
-def test_a_chat_whose_answer_is_cut_off_is_dropped():
-    dataset = make_dataset([(30, False), (10, False)])
-    dataset.trained[:28] = False
+def test_a_chat_whose_answer_is_cut_off_is_dropped(make_dataset):
+    dataset = make_dataset([(30, False), (10, False)], learn_from=28)
     pieces, _, _ = packed(dataset, overlong="head")
     assert [str(p) for p in pieces.dropped] == ["f:1: 30 tokens, none is trained on"]
     assert pieces.truncated == ()

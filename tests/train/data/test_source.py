@@ -2,7 +2,8 @@
 
 import pytest
 
-from train.data.source import Broken, Row, has_document_per_line, read_rows
+from train.data.rows import Broken, Row, read_rows
+from train.data.source import has_document_per_line
 
 
 def values(path):
@@ -123,7 +124,7 @@ def test_a_line_of_many_megabytes_is_one_row(write):
         ("a.txt", "", "is empty"),
         ("a.jsonl", "\n \n", "is empty"),
         ("a.json", b"\xef\xbb\xbf", "is empty"),
-        ("a.parquet", "PAR1", "unknown kind of file '.parquet' (known: .txt, .json, .jsonl)"),
+        ("a.csv", "a,b", "unknown kind of file '.csv' (known: .txt, .json, .jsonl, .parquet; "),
     ],
 )
 def test_files_without_rows_are_one_clear_error(write, name, content, message):

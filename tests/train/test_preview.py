@@ -1,0 +1,66 @@
+"""The preview shows what is learned, and its report adds up."""
+
+import json
+
+import numpy as np
+import pytest
+
+from models.tokenizer import load_tokenizer
+from train.data import open_data
+from train.preview import histogram, main, show_row, show_table
+
+
+@pytest.fixture
+def path(tmp_path):
+    rows = [{"question": f"Q{i}", "answer": f"A{i}"} for i in range(9)]
+    rows += [{"question": "Q", "answer": ""}, {"question": "long " * 50, "answer": "A"}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.fixture
+def batch(path):
+    with open_data([path], load_tokenizer("byte"), seq_len=64, batch_size=1) as loader:
+        yield next(loader)
+
+
+def test_answers_alone_stand_between_marks(batch):
+    text = show_row(batch, 0, load_tokenizer("byte"), color=False)
+    count = int(batch.segment_ids.max())
+    assert text.count("--- document") == count == text.count("«") == text.count("»")
+    assert "<|im_start|>assistant\n«A" in text and "<|im_end|>»\n" in text
+    assert f"--- {int((batch.segment_ids == 0).sum())} places of padding" in text
+
+
+def test_colours(batch):
+    assert "assistant\n\033[32mA" in show_row(batch, 0, load_tokenizer("byte"), color=True)
+
+
+def test_the_table_has_ids_and_what_is_learned(batch):
+    head, *lines = show_table(batch, 0, load_tokenizer("byte"), 1000)
+    tokens = int((batch.segment_ids > 0).sum())
+    assert len(lines) == tokens
+    assert lines[0].split() == ["0", "1", "0", "1", "'<s>'"]
+    assert sum(" yes " in line for line in lines) == batch.loss_mask.sum()
+
+
+def test_histogram_holds_every_length():
+    lines = list(histogram(np.array([1, 2, 3, 4, 5, 100])))
+    assert sum(int(line.split("tokens")[1].split()[0]) for line in lines) == 6
+    assert "65 ..       128 tokens" in lines[-1]
+
+
+def test_the_whole_preview(path, capsys):
+    assert main(["--data", str(path), "--seq_len=64", "--rows=2", "--tokens=3", "--no_color"]) == 0
+    said = capsys.readouterr().out
+    assert "=== row 2 of" in said and "9 documents (0 split" in said
+    assert f"broken: {path}:10: 'answer' is empty" in said
+    assert f"dropped: {path}:11: " in said
+    assert "attention work that the document mask saves" in said
+
+
+def test_bad_flags_and_data_are_one_line(capsys, tmp_path):
+    assert main(["--seq_lne=3"]) == 2
+    assert main(["--data", str(tmp_path / "nowhere.txt")]) == 1
+    assert capsys.readouterr().err.count("\n") == 2
