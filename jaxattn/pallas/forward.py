@@ -2,7 +2,7 @@
 
 R rows = B * T queries end to end, C columns = B * S keys, N query heads, K kv heads, H head dim.
 A program owns tiles of `CONSUMERS * group` queries x `heads` query heads of one kv head, one after
-another, and walks over the live tiles of keys. See README.md beside jaxattn for the dataflow.
+another, and walks over the live tiles of keys. jaxattn/README.md draws the dataflow.
 
 | barrier | arrives                           | waits         | asserts                           |
 | ------- | --------------------------------- | ------------- | --------------------------------- |
@@ -40,8 +40,6 @@ PROGRAMS = 132
 PRODUCER = CONSUMERS
 # Registers a thread: the producer needs few, 24 + 2 * 240 = 3 * 168 is all there is.
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240
-
-
 # Slots for what belongs to an item: its Q, its row of the work list, its rows' visible ranges. With
 # two, the producer fetches an item while the one before is still worked on.
 ITEM_SLOTS = 2
