@@ -6,6 +6,7 @@ from jaxattn.api import (
     Dispatch,
     attention,
     describe,
+    device_memory,
     prepare,
     resolve,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "Mask",
     "attention",
     "describe",
+    "device_memory",
     "prepare",
     "resolve",
 ]

@@ -201,6 +201,14 @@ def target_device() -> jax.Device:
     return default if isinstance(default, jax.Device) else jax.devices()[0]
 
 
+def device_memory(device: jax.Device) -> int:
+    """Bytes that jax may use on a device; for a CPU the machine's memory."""
+    stats = device.memory_stats() if device.platform == "gpu" else None
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def _check_shapes(q: Shaped, k: Shaped, v: Shaped, mask: Mask) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if len(x.shape) != 4:
@@ -234,21 +242,13 @@ def _why_not(name: str, device: jax.Device, q: Shaped, k: Shaped, mask: Mask | N
     if name == "eager":
         batch, t, num_heads = _local(q).shape[:3]
         need = eager.score_bytes(batch, t, k.shape[1], num_heads)
-        have = _memory_bytes(device)
+        have = device_memory(device)
         if need > have:
             return (
                 f"the score matrix of {t} x {k.shape[1]} tokens would need {need / 2**30:.0f} GiB "
                 f"a layer, this device has {have / 2**30:.0f} GiB; use impl='pallas' or impl='xla'"
             )
     return None
-
-
-def _memory_bytes(device: jax.Device) -> int:
-    """Memory of the device in bytes: what its allocator may use, or the machine's for a CPU."""
-    stats = device.memory_stats() if device.platform == "gpu" else None
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"]
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _spec(x: Shaped) -> PartitionSpec:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import DTypeLike
 
+from jaxattn import device_memory
 from models.config import PRESETS, ModelConfig
 from models.internlm2 import REMAT
 from models.tokenizer import Tokenizer, load_tokenizer
@@ -95,7 +96,7 @@ def settle(config: Config) -> Settled:
 
     name = config.model
     if name is None:
-        have = memory.available(device) if on_gpu else None
+        have = device_memory(device) if on_gpu else None
         name, why = choose_model(needed(PRESETS[GPU_MODEL], "xla").total, have, device.device_kind)
         notes.append(f"model {name}: {why}")
     model, weights = _read_model(name)
@@ -103,7 +104,7 @@ def settle(config: Config) -> Settled:
         config.attn, model, mesh, rows=rows // config.accum, seq_len=config.seq_len, dtype=dtype
     )
     plan = needed(model, attn)
-    memory.check_fits(plan, memory.available(device), rows=rows // config.accum, accum=config.accum)
+    memory.check_fits(plan, device_memory(device), rows=rows // config.accum, accum=config.accum)
     tokenizer = _read_tokenizer(config.tokenizer, weights)
     if tokenizer.vocab_size > model.vocab_size:
         raise ValueError(

@@ -6,9 +6,7 @@ a GPU, and refuses what cannot fit before minutes are spent on finding out.
 """
 
 import dataclasses
-import os
 
-import jax
 from jax.sharding import Mesh
 
 from jaxattn import eager
@@ -100,14 +98,6 @@ def plan(
         logits=chunk * (8 + itemsize) + table // tensor * (4 + itemsize),
         scores=eager.score_bytes(*local) if attn == "eager" else 0,
     )
-
-
-def available(device: jax.Device) -> int:
-    """Bytes that jax may use on a device; for a CPU the machine's memory."""
-    stats = device.memory_stats() if device.platform == "gpu" else None
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"]
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def check_fits(needed: Plan, have: int, *, rows: int, accum: int) -> None:

@@ -162,7 +162,7 @@ def test_pallas_needs_a_positive_scale(monkeypatch):
 @CPU
 def test_eager_is_refused_where_its_scores_cannot_fit(monkeypatch):
     """The message has what it would need, what there is, and what to use; nothing is allocated."""
-    monkeypatch.setattr(api, "_memory_bytes", lambda device: 80 << 30)
+    monkeypatch.setattr(api, "device_memory", lambda device: 80 << 30)
     q = jax.ShapeDtypeStruct((1, 32_768, 32, 128), jnp.bfloat16)
     k = jax.ShapeDtypeStruct((1, 32_768, 8, 128), jnp.bfloat16)
     with pytest.raises(NotImplementedError, match=r"384 GiB a layer, this device has 80 GiB"):
