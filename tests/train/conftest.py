@@ -71,7 +71,7 @@ def tiny_run(tiny) -> Iterator[Callable[..., Config]]:
     As long as it lives, runs that differ in their directory alone share one compiled step.
     """
     compiled = {}
-    compile_step = loop._compile
+    compile_step = loop.compile_training
 
     def compile_once(config, *rest):
         key = dataclasses.replace(config, out=None)
@@ -92,7 +92,7 @@ def tiny_run(tiny) -> Iterator[Callable[..., Config]]:
         )
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_compile", compile_once)
+        patch.setattr(loop, "compile_training", compile_once)
         yield config
 
 

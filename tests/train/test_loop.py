@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from train import loop
+from train import stepping
 from train.checkpoint import Checkpoints
 from train.loop import run
 
@@ -103,7 +103,7 @@ def test_sigterm_saves_and_the_next_run_goes_on(tiny_run, finished, tmp_path, ca
     """Two signals: the run ends after the step, with a checkpoint of exactly that step."""
     out = tmp_path / "stopped"
     with monkeypatch.context() as patch:
-        put_batch = loop.put_batch
+        put_batch = stepping.put_batch
         calls = []
 
         def put_and_signal(*args, **kwargs):
@@ -112,7 +112,7 @@ def test_sigterm_saves_and_the_next_run_goes_on(tiny_run, finished, tmp_path, ca
                 os.kill(os.getpid(), signal.SIGTERM)
             return put_batch(*args, **kwargs)
 
-        patch.setattr(loop, "put_batch", put_and_signal)
+        patch.setattr(stepping, "put_batch", put_and_signal)
         run(tiny_run(out))
     assert "stopped by SIGTERM after step 5; the same command goes on" in capsys.readouterr().out
     assert Checkpoints(out, keep=2).latest == 5
@@ -134,7 +134,7 @@ def test_finished_run_says_so_and_trains_nothing(tiny_run, finished, capsys):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_run, tmp_path, monkeypatch):
     """The checkpoint before it stays the latest."""
-    put_batch = loop.put_batch
+    put_batch = stepping.put_batch
     calls = []
 
     def put_nan(batch, **kwargs):
@@ -142,7 +142,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_run, tmp_path, monkeypatch
         mask = batch.loss_mask * np.float32(np.nan if len(calls) == 5 else 1)
         return put_batch(batch._replace(loss_mask=mask), **kwargs)
 
-    monkeypatch.setattr(loop, "put_batch", put_nan)
+    monkeypatch.setattr(stepping, "put_batch", put_nan)
     with pytest.raises(FloatingPointError, match="step 5: loss nan.*smaller --optim.lr"):
         run(tiny_run(tmp_path / "out"))
     checkpoints = Checkpoints(tmp_path / "out", keep=2)

@@ -1,0 +1,53 @@
+"""Whether a run begins or goes on, and that its directory allows it."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from train.announce import say
+from train.checkpoint import Checkpoints
+from train.config import Config
+from train.defaults import Settled
+
+
+def identity_of(config: Config, settled: Settled) -> dict[str, Any]:
+    """What a checkpoint must share for a run to go on from it; `Loader.restore` adds the data."""
+    return {
+        **{f"model.{k}": v for k, v in dataclasses.asdict(settled.model).items()},
+        "tokenizer": settled.tokenizer.fingerprint,
+        "seq_len": config.seq_len,
+        "seed": config.seed,
+    }
+
+
+def starting_step(
+    config: Config, settled: Settled, checkpoints: Checkpoints, identity: dict[str, Any]
+) -> int:
+    """The step to go on from, after checking that going on, or beginning, is possible."""
+    _check_writable(settled.out)
+    if checkpoints.latest is None:
+        return 0
+    if not config.resume:
+        raise ValueError(
+            f"{settled.out} holds a checkpoint of step {checkpoints.latest}, and --no_resume would "
+            "overwrite it: choose another --out"
+        )
+    checkpoints.check(identity)
+    if checkpoints.latest > config.steps:
+        raise ValueError(
+            f"{settled.out} is at step {checkpoints.latest}, beyond --steps={config.steps}: "
+            "choose another --out or more --steps"
+        )
+    say(f"resuming from step {checkpoints.latest} of {settled.out}")
+    if checkpoints.latest == config.steps:
+        say(f"all {config.steps} steps are done: to train on, give more --steps")
+    return checkpoints.latest
+
+
+def _check_writable(out: Path) -> None:
+    there = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"--out={out}: {there} is a file")
+    if not os.access(there, os.W_OK):
+        raise PermissionError(f"--out={out}: no permission to write in {there}")
