@@ -20,12 +20,12 @@ from models.config import PRESETS
 from models.internlm2 import InternLM2, init
 from train import device, memory
 from train.attention import resolve_attention
-from train.config import MeshConfig, OptimConfig
 from train.data import Batch
 from train.flops import causal_pairs, peak_flops, training_flops
 from train.mesh import make_mesh, row_shards
 from train.metrics import peak_memory
 from train.optim import optimizer, schedule
+from train.sections import MeshConfig, OptimConfig
 from train.state import abstract_state, new_state, params_of
 from train.step import compile_step, make_step, put_batch
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from train.config import OptimConfig
+from train.sections import OptimConfig
 
 
 def schedule(config: OptimConfig, lr: float, steps: int) -> optax.Schedule:

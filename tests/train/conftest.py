@@ -12,8 +12,9 @@ import pytest
 from models.config import PRESETS, ModelConfig
 from models.internlm2 import InternLM2, init
 from train import loop
-from train.config import Config, OptimConfig
+from train.config import Config
 from train.data import Batch
+from train.sections import OptimConfig
 
 TINY = ModelConfig(
     vocab_size=320,

@@ -12,9 +12,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from train.checkpoint import Checkpoints
-from train.config import MeshConfig, OptimConfig
 from train.mesh import make_mesh
 from train.optim import optimizer
+from train.sections import MeshConfig, OptimConfig
 from train.state import TrainState, new_state
 
 IDENTITY = {"model.hidden_size": 64, "tokenizer": "byte", "seed": 0}

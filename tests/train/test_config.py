@@ -2,7 +2,8 @@
 
 import pytest
 
-from train.config import Config, MeshConfig, OptimConfig
+from train.config import Config
+from train.sections import MeshConfig, OptimConfig
 
 
 @pytest.mark.parametrize(

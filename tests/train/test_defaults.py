@@ -4,8 +4,9 @@ import jax.numpy as jnp
 import pytest
 
 from models.config import PRESETS
-from train.config import Config, MeshConfig, OptimConfig
+from train.config import Config
 from train.defaults import choose_model, settle
+from train.sections import MeshConfig, OptimConfig
 
 
 def test_cpu_defaults():

@@ -11,11 +11,12 @@ from flax import nnx
 
 from models.tokenizer import load_tokenizer
 from train import loop
-from train.config import Config, DataConfig, MeshConfig
+from train.config import Config
 from train.data import open_data
 from train.evaluate import Evaluation
 from train.loss import cross_entropy
 from train.mesh import make_mesh
+from train.sections import DataConfig, MeshConfig
 
 
 @pytest.fixture

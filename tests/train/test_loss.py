@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from train.config import MeshConfig
 from train.loss import cross_entropy
 from train.mesh import make_mesh
+from train.sections import MeshConfig
 
 B, T, D, V = 8, 13, 16, 24
 

@@ -7,9 +7,9 @@ from flax import nnx
 from models.config import PRESETS
 from models.internlm2 import InternLM2
 from train import memory
-from train.config import MeshConfig, OptimConfig
 from train.mesh import make_mesh
 from train.optim import optimizer
+from train.sections import MeshConfig, OptimConfig
 from train.state import abstract_state
 
 BIG = PRESETS["internlm2-1.8b"]

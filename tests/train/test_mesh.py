@@ -4,8 +4,8 @@ import jax
 import pytest
 from jax.sharding import AxisType
 
-from train.config import MeshConfig
 from train.mesh import check_rows, make_mesh, row_shards
+from train.sections import MeshConfig
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.config import OptimConfig
 from train.optim import decayed, optimizer, schedule
+from train.sections import OptimConfig
 
 
 def test_schedule_rises_to_the_peak_and_falls_to_the_ratio():

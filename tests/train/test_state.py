@@ -7,9 +7,9 @@ import pytest
 from flax import nnx
 
 from models.internlm2 import InternLM2
-from train.config import MeshConfig, OptimConfig
 from train.mesh import make_mesh
 from train.optim import optimizer
+from train.sections import MeshConfig, OptimConfig
 from train.state import abstract_state, new_state, params_of
 
 
