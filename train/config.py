@@ -61,9 +61,15 @@ class Config:
     eval_every: int = 100
     """Steps between evaluations on --data.val, every row of it; the last step always makes one."""
 
-    remat: str = "attention"
-    """What the backward pass finds in memory: none of a block recomputed ("none"), q, k, v and the
-    output of attention kept ("qkv"), only the output ("attention"), nothing kept ("full")."""
+    remat: Annotated[str | None, chosen("NAME")] = None
+    """What the backward pass finds in memory: none of a block recomputed ("none"), what matrix
+    products and attention gave kept ("dots"), q, k, v and the output of attention ("qkv"), only
+    the output ("attention"), nothing kept ("full"). By default the first of dots, attention, full
+    that fits the device."""
+
+    scan_layers: Annotated[bool | None, chosen("BOOL")] = None
+    """One compiled block for all layers, which compiles faster, instead of each layer of its own,
+    which runs faster. By default not on a GPU."""
 
     dtype: Annotated[Literal["bfloat16", "float32"] | None, chosen("bfloat16|float32")] = None
     """Compute type; weights and optimizer stay float32. By default bfloat16 on a GPU, float32

@@ -132,5 +132,12 @@ def _per_token(model: ModelConfig, tensor: int, remat: str, attn: str) -> tuple[
     qkv = out + 2 * model.num_kv_heads * model.head_dim // tensor
     everything = 4 * model.hidden_size + out + qkv + 4 * model.intermediate_size // tensor
     named = out if attn == "pallas" else 0  # only the kernel names its output
-    kept = {"none": everything, "qkv": qkv + named, "attention": named, "full": 0}[remat]
+    dots = qkv + model.hidden_size + 2 * model.intermediate_size // tensor
+    kept = {
+        "none": everything,
+        "dots": dots + named,
+        "qkv": qkv + named,
+        "attention": named,
+        "full": 0,
+    }[remat]
     return model.hidden_size + kept, everything

@@ -59,7 +59,8 @@ def model_maker(config: Config, settled: Settled):
         rngs=nnx.Rngs(params=config.seed),
         attn=settled.attn,
         dtype=settled.dtype,
-        remat=config.remat,
+        remat=settled.remat,
+        scan=settled.scan,
     )
 
 

@@ -222,17 +222,18 @@ def test_sharded_weights_need_no_current_mesh(make_mesh, exact):
         assert grad.sharding.spec == weight.sharding.spec
 
 
-@pytest.mark.parametrize("remat", ["none", "qkv"])  # "full" is the default
-def test_remat_changes_memory_and_nothing_else(exact, remat):
+@pytest.mark.parametrize("remat", ["none", "dots", "qkv"])  # "full" is the default
+@pytest.mark.parametrize("scan", [True, False])
+def test_remat_and_scan_change_memory_and_speed_alone(exact, remat, scan):
     model = jax.tree.map(lambda x: x, small())
-    model.remat = remat
+    model.remat, model.scan = remat, scan
     _, grads = run(model)
     for got, want in zip(grads, one_device()[1], strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
 
 
 def test_remat_policies_save_what_they_name():
-    """Residual bytes per policy: full < qkv < none ("attention" names what only a kernel has)."""
+    """Residual bytes: full < qkv < dots < none ("attention" names what only a kernel has)."""
 
     def residual_bytes(remat):
         model = jax.eval_shape(
@@ -241,15 +242,19 @@ def test_remat_policies_save_what_they_name():
         pull = jax.eval_shape(lambda m: jax.vjp(lambda m: m.hidden(BATCH["tokens"]), m)[1], model)
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pull))
 
-    sizes = {remat: residual_bytes(remat) for remat in ("full", "qkv", "none")}
+    sizes = {remat: residual_bytes(remat) for remat in ("full", "qkv", "dots", "none")}
     B, T, heads = *BATCH["tokens"].shape, SMALL.num_heads + 2 * SMALL.num_kv_heads
     saved = SMALL.num_layers * B * T * heads * SMALL.head_dim * 4
     assert sizes["qkv"] - sizes["full"] == pytest.approx(saved, rel=0.02)
-    assert sizes["none"] > sizes["qkv"]
+    saved = SMALL.num_layers * B * T * (SMALL.hidden_size + 2 * SMALL.intermediate_size) * 4
+    assert sizes["dots"] - sizes["qkv"] == pytest.approx(saved, rel=0.02)
+    assert sizes["none"] > sizes["dots"]
 
 
 def test_an_unknown_remat_is_refused():
-    with pytest.raises(ValueError, match="remat='some' must be one of none, qkv, attention, full"):
+    with pytest.raises(
+        ValueError, match="remat='some' must be one of none, dots, qkv"
+    ):
         InternLM2(SMALL, rngs=nnx.Rngs(0), remat="some")
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from models.config import PRESETS
 from train.config import Config
-from train.defaults import choose_model, settle
+from train.defaults import choose_model, choose_remat, settle
 from train.sections import MeshConfig, OptimConfig
 
 
@@ -27,6 +27,8 @@ def test_flags_win(tiny):
             accum=2,
             attn="sdpa",
             dtype="bfloat16",
+            remat="qkv",
+            scan_layers=False,
             out="here",
             optim=OptimConfig(lr=1.0),
             mesh=MeshConfig(data=2),
@@ -35,7 +37,18 @@ def test_flags_win(tiny):
     assert settled.notes == () and settled.model is PRESETS["tiny"]
     assert (settled.rows, settled.attn, settled.lr, str(settled.out)) == (16, "xla", 1.0, "here")
     assert settled.dtype == jnp.dtype("bfloat16")
+    assert (settled.remat, settled.scan) == ("qkv", False)
     assert dict(settled.mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+
+
+def test_remat_is_the_fastest_that_fits(tiny):
+    need = {"dots": 70, "attention": 37, "full": 34}
+    assert choose_remat(need, 139) == "dots"
+    assert choose_remat(need, 75) == "attention"  # a tenth is left for what no plan knows
+    assert choose_remat(need, 30) == "full"  # which the memory check then refuses
+    settled = settle(Config(model="tiny"))
+    assert settled.remat == "dots" and "remat dots: the fastest that fits" in settled.notes[-1]
+    assert settled.scan  # on a CPU
 
 
 @pytest.mark.parametrize(
@@ -45,7 +58,11 @@ def test_flags_win(tiny):
         ({"model": "tests"}, ValueError, "--model=tests .* a directory without config.json"),
         ({"attn": "palas"}, ValueError, "unknown attention implementation 'palas'"),
         ({"attn": "pallas"}, NotImplementedError, "'pallas' cannot run.*Hopper.*use impl='xla'"),
-        ({"remat": "some"}, ValueError, "--remat=some must be one of none, qkv, attention, full"),
+        (
+            {"remat": "some"},
+            ValueError,
+            "--remat=some must be one of none, dots, qkv",
+        ),
         ({"batch_size": 6}, ValueError, "--batch_size=6 must be a multiple of 8"),
         ({"tokenizer": "nowhere"}, OSError, "nowhere does not exist"),
         (
