@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxattn.bench import document_lengths
+from jaxattn.bench_shapes import document_lengths
 from models.config import PRESETS
 from models.internlm2 import InternLM2, init
 from train import device, memory
