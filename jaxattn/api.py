@@ -95,15 +95,18 @@ def prepare(mask: Mask, q: Shaped, k: Shaped, *, impl: str = "auto") -> Mask:
         return mask
 
     def run(mask):
-        return pallas.prepare(mask, q_local, k_local)
+        return pallas.prepare(mask, q_local, k_local).plan
 
     mesh = jax.sharding.get_abstract_mesh()
     q_local, k_local = _local(q), _local(k)
     if mesh.empty or not mesh.explicit_axes:
-        return run(mask)
+        return dataclasses.replace(mask, plan=run(mask))
     # Every device plans its own rows; the plans of all lie end to end, split as the rows are.
     rows = PartitionSpec(_spec(q)[0])
-    return jax.shard_map(run, in_specs=(rows,), out_specs=rows, check_vma=False)(mask)
+    plan = jax.shard_map(run, in_specs=(_mask_spec(mask, rows),), out_specs=rows, check_vma=False)(
+        mask
+    )
+    return dataclasses.replace(mask, plan=plan)
 
 
 def resolve(impl: str, q: Shaped, k: Shaped, mask: Mask | None = None) -> tuple[str, str]:
@@ -237,6 +240,8 @@ def _why_not(name: str, device: jax.Device, q: Shaped, k: Shaped, mask: Mask | N
             return f"cuDNN needs an NVIDIA GPU, this is a {device.platform} device; use impl='xla'"
         if mask is not None and mask.segment_ids is not None:
             return "it has no document mask (segment_ids given); use impl='pallas' or impl='xla'"
+        if mask is not None and mask.blocks is not None:
+            return "it has no block mask (blocks given); use impl='pallas' or impl='xla'"
         if q.dtype not in (jnp.bfloat16, jnp.float16):
             return f"it takes bfloat16 and float16, not {q.dtype}; use impl='xla'"
     if name == "eager":
@@ -280,6 +285,13 @@ def _over_devices(run: Callable[..., Array], q: Array, k: Array, v: Array, mask:
         if _spec(x) != spec:
             raise ValueError(f"{name} is sharded {_spec(x)}, must be as q: {spec}")
     rows = PartitionSpec(spec[0])
-    return jax.shard_map(run, in_specs=(spec, spec, spec, rows), out_specs=spec, check_vma=False)(
-        q, k, v, mask
-    )
+    in_specs = (spec, spec, spec, _mask_spec(mask, rows))
+    return jax.shard_map(run, in_specs=in_specs, out_specs=spec, check_vma=False)(q, k, v, mask)
+
+
+def _mask_spec(mask: Mask, rows: PartitionSpec) -> Mask:
+    """How a mask is split: by batch rows, but a block pattern for all rows not at all."""
+    specs = jax.tree.map(lambda _: rows, mask)
+    if mask.blocks is not None and mask.blocks.ndim == 2:
+        specs = dataclasses.replace(specs, blocks=PartitionSpec())
+    return specs

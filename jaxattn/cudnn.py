@@ -17,8 +17,8 @@ def attention(
     """`jax.nn.dot_product_attention(implementation="cudnn")`, causal and window masks only.
 
     Raises:
-      NotImplementedError: the mask has documents. jax.nn has no public document mask for cuDNN,
-        and a dense one would be T x S in memory and slow.
+      NotImplementedError: the mask has documents or a block pattern. jax.nn has no public mask
+        for either with cuDNN, and a dense one would be T x S in memory and slow.
 
     References:
       jax.nn.dot_product_attention.
@@ -26,6 +26,10 @@ def attention(
     if mask.segment_ids is not None:
         raise NotImplementedError(
             "cudnn has no document mask (segment_ids given); use impl='pallas' or impl='xla'"
+        )
+    if mask.blocks is not None:
+        raise NotImplementedError(
+            "cudnn has no block mask (blocks given); use impl='pallas' or impl='xla'"
         )
     window = None
     if mask.window is not None:

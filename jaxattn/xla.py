@@ -3,6 +3,8 @@
 B batch, T query pos, S key pos, N query heads, K kv heads, H head dim, C queries in a slice.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -37,12 +39,7 @@ def attention(
     q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, rest), (0, 0), (0, 0)))
     if mask.segment_ids is not None:
         ids_BT = jnp.pad(mask.segment_ids, ((0, 0), (0, rest)))
-        mask = Mask(
-            segment_ids=ids_BT,
-            kv_segment_ids=mask.key_ids,
-            causal=mask.causal,
-            window=mask.window,
-        )
+        mask = dataclasses.replace(mask, segment_ids=ids_BT, kv_segment_ids=mask.key_ids)
 
     @jax.checkpoint  # keep the slices' inputs only: their scores are the memory we came to save
     def attend(start, q_BCNH):

@@ -133,11 +133,12 @@ def backward(
     stride = lse_NR.shape[1]
     col_tiles = -(-C // tiles.block_kv)  # "rows" of the block map are keys here
     dq_rows, dq_cols = dq_part(H, tiles)
-    by_id = work.row_ids is not None
+    by_id, by_list = work.row_ids is not None, work.cols is not None
 
     def kernel(q_gmem, k_gmem, v_gmem, do_gmem, lse_gmem, delta_gmem, dq_gmem, *refs, **smem):
-        # The ids, of keys and queries, are there if the mask has documents.
-        work_gmem, ends_gmem, *ids_gmem, dk_gmem, dv_gmem = refs
+        # The queries to visit, if there is a pattern; ids of keys and queries, if documents.
+        work_gmem, ends_gmem, *optional, dk_gmem, dv_gmem = refs
+        cols_gmem, ids_gmem = optional[:by_list], optional[by_list:]
         k_smem, v_smem, q_smem, do_smem = (smem[f"{x}_smem"] for x in ("k", "v", "q", "do"))
         ds_smem, dq_smem, ends_smem = (smem[f"{x}_smem"] for x in ("ds", "dq", "ends"))
         lse_smem, delta_smem = smem["lse_smem"], smem["delta_smem"]
@@ -168,8 +169,12 @@ def backward(
                 def _(t):
                     body(kv_head * (N // K) + g, t, g * count + t)
 
+        def column(t):
+            """First query of the t-th tile: they are neighbours, or listed."""
+            return cols_gmem[0][start + t] if by_list else start + t * tiles.block_q
+
         def first_query(t):
-            return pl.multiple_of(start + t * tiles.block_q, block_map.ALIGN)
+            return pl.multiple_of(column(t), block_map.ALIGN)
 
         @pl.when(warpgroup == PRODUCER)
         def producer():
@@ -211,7 +216,7 @@ def backward(
             plgpu.barrier_wait(ends_full)
 
             def masked(s, t):
-                query = start + t * tiles.block_q
+                query = column(t)
                 ids = None
                 if by_id:
                     key_ids, query_ids = ids_gmem
@@ -339,7 +344,7 @@ def backward(
     )
     flat = [x.reshape(x.shape[0], -1) for x in (q_RNH, k_CKH, v_CKH, do_RNH)]
     dq_sum = jax.new_ref(jnp.zeros((R, N * H), f32))
-    ids = (work.row_ids, work.col_ids) if by_id else ()
+    optional = [x for x in (work.cols, work.row_ids, work.col_ids) if x is not None]
     dk, dv = run(
         *flat,
         lse_NR.reshape(-1),
@@ -347,7 +352,7 @@ def backward(
         dq_sum,
         work.work,
         work.ends,
-        *ids,
+        *optional,
     )
     dq = (dq_sum[...] * scale).astype(dtype).reshape(R, N, H)
     return dq, dk.reshape(C, K, H), dv.reshape(C, K, H)

@@ -72,9 +72,11 @@ def attention(
     plan = mask.plan
     if plan is None:
         plan = prepare(mask, q_BTNH, k_BSKH).plan
-    merged = [_merge_rows(x) for x in (q_BTNH, k_BSKH, v_BSKH)]
+    B, T = q_BTNH.shape[:2]
+    length, kv_length = (block_map.stride(mask, x.shape[1]) for x in (q_BTNH, k_BSKH))
+    merged = [_merge_rows(q_BTNH, length), *(_merge_rows(x, kv_length) for x in (k_BSKH, v_BSKH))]
     o_RNH = _flash(*merged, plan, scale)
-    return o_RNH[: q_BTNH.shape[0] * q_BTNH.shape[1]].reshape(q_BTNH.shape)
+    return o_RNH[: B * length].reshape(B, length, *q_BTNH.shape[2:])[:, :T]
 
 
 def prepare(mask: Mask, q: Shaped, k: Shaped) -> Mask:
@@ -118,8 +120,9 @@ def _plan(mask: Mask, sizes: tuple[int, int, int], tiles: Tiles) -> Plan:
     return Plan(queries=queries, keys=keys, tiles=tiles)
 
 
-def _merge_rows(x: Array) -> Array:
-    """[B, T, heads, H] as [B * T, heads, H], padded to the copy engine's 8 rows."""
+def _merge_rows(x: Array, length: int) -> Array:
+    """[B, T, heads, H] as [B * length, heads, H], padded to the copy engine's 8 rows."""
+    x = jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)))
     x = x.reshape(-1, *x.shape[2:])
     return jnp.pad(x, ((0, -x.shape[0] % block_map.ALIGN), (0, 0), (0, 0)))
 

@@ -33,6 +33,7 @@ class Problem:
       kv_ids: segment ids of the keys [B, S], or None: those of the queries.
       causal: whether queries see no later keys.
       window: sliding window in tokens, or None.
+      blocks: block pattern, [T / 128, S / 128] or one for each batch row, or None.
     """
 
     q: np.ndarray
@@ -43,6 +44,7 @@ class Problem:
     kv_ids: np.ndarray | None = None
     causal: bool = True
     window: int | None = None
+    blocks: np.ndarray | None = None
 
     @property
     def mask(self) -> Mask:
@@ -52,6 +54,7 @@ class Problem:
             kv_segment_ids=None if self.kv_ids is None else jnp.asarray(self.kv_ids, jnp.int32),
             causal=self.causal,
             window=self.window,
+            blocks=None if self.blocks is None else jnp.asarray(self.blocks),
         )
 
 
@@ -88,6 +91,8 @@ def visible_pairs(problem: Problem) -> np.ndarray:
         kv_ids = np.ones((b, s), int) if problem.ids is None else problem.ids
     i, j = np.arange(t)[None, :, None], np.arange(s)[None, None, :]
     pairs = sees(i, j, ids[:, :, None], kv_ids[:, None, :], problem.causal, problem.window)
+    if problem.blocks is not None:
+        pairs = pairs & problem.blocks[..., i // 128, j // 128].reshape(-1, t, s)
     return np.broadcast_to(pairs, (b, t, s))
 
 

@@ -31,9 +31,9 @@ def _lower(function, *args) -> str:
     return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
-def _gradients(ids=None, window=None):
+def _gradients(ids=None, window=None, blocks=None):
     def loss(q, k, v):
-        mask = Mask(segment_ids=ids, window=window)
+        mask = Mask(segment_ids=ids, window=window, blocks=blocks)
         return attention(q, k, v, mask, impl="pallas").astype(jnp.float32).sum()
 
     return jax.grad(loss, argnums=(0, 1, 2))
@@ -56,6 +56,17 @@ def test_forward_and_backward_lower(heads, head_dim, dtype, documents):
     """For both head_dims and dtypes, every group, with and without documents and a window."""
     ids = jnp.ones((1, 300), jnp.int32) if documents else None
     text = _lower(_gradients(ids, 50 if documents else None), *_qkv(*heads, head_dim, dtype))
+    assert text.count("mosaic_gpu") >= 2, "both kernels are in the program"
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "documents"),
+    [((2, 2), 128, False), ((4, 1), 128, True), ((8, 1), 64, True)],
+)
+def test_block_patterns_lower(heads, head_dim, documents):
+    """With a pattern the kernels look their columns up, with and without documents."""
+    ids = jnp.ones((1, 300), jnp.int32) if documents else None
+    text = _lower(_gradients(ids, blocks=jnp.ones((3, 3), bool)), *_qkv(*heads, head_dim))
     assert text.count("mosaic_gpu") >= 2, "both kernels are in the program"
 
 

@@ -252,9 +252,7 @@ def test_remat_policies_save_what_they_name():
 
 
 def test_an_unknown_remat_is_refused():
-    with pytest.raises(
-        ValueError, match="remat='some' must be one of none, dots, qkv"
-    ):
+    with pytest.raises(ValueError, match="remat='some' must be one of none, dots, qkv"):
         InternLM2(SMALL, rngs=nnx.Rngs(0), remat="some")
 
 
