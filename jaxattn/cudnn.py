@@ -39,3 +39,18 @@ def attention(
         local_window_size=window,
         implementation="cudnn",
     )
+
+
+def why_not(*, deterministic: bool, return_lse: bool) -> str | None:
+    """What jax.nn cannot ask of cuDNN; None if it can."""
+    if deterministic:
+        return (
+            "jax.nn cannot ask cuDNN for a backward pass that gives the same bits in every run "
+            "(deterministic=True); use impl='pallas' or impl='xla'"
+        )
+    if return_lse:
+        return (
+            "jax.nn rounds cuDNN's log-sum-exp to 16 bits and drops its gradient "
+            "(return_lse=True); use impl='pallas' or impl='xla'"
+        )
+    return None

@@ -20,7 +20,8 @@ def attention(
     mask: Mask,
     *,
     scale: float,
-) -> Float[Array, "B T N H"]:
+    return_lse: bool = False,
+) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """softmax(scale * q k^T + mask) v by two einsums and an fp32 softmax.
 
     Products accumulate in fp32; the probabilities are rounded to the input dtype before the
@@ -50,7 +51,12 @@ def attention(
     )
     sees_any_BT = visible_BTS.any(axis=-1)[:, :, None, None, None]
     o_BTKGH = jnp.where(sees_any_BT, o_BTKGH, 0.0)
-    return o_BTKGH.astype(q_BTNH.dtype).reshape(B, T, N, H)
+    o_BTNH = o_BTKGH.astype(q_BTNH.dtype).reshape(B, T, N, H)
+    if not return_lse:
+        return o_BTNH
+    lse_BTKG = jnp.moveaxis(jax.nn.logsumexp(s_BKGTS, axis=-1), 3, 1)
+    lse_BTKG = jnp.where(visible_BTS.any(axis=-1)[:, :, None, None], lse_BTKG, -jnp.inf)
+    return o_BTNH, lse_BTKG.reshape(B, T, N)
 
 
 def score_bytes(batch: int, t: int, s: int, num_heads: int) -> int:
