@@ -101,7 +101,13 @@ def settle(config: Config) -> Settled:
         notes.append(f"model {name}: {why}")
     model, weights = _read_model(name)
     attn = resolve_attention(
-        config.attn, model, mesh, rows=rows // config.accum, seq_len=config.seq_len, dtype=dtype
+        config.attn,
+        model,
+        mesh,
+        rows=rows // config.accum,
+        seq_len=config.seq_len,
+        dtype=dtype,
+        deterministic=config.deterministic,
     )
     plan = needed(model, attn)
     memory.check_fits(plan, device_memory(device), rows=rows // config.accum, accum=config.accum)

@@ -302,8 +302,10 @@ def backward(
                         plgpu.barrier_arrive(q_free[i])
 
                     def key_gradients(ds16):
-                        # 5. dK += dS^T Q alone.
+                        # 5. dK += dS^T Q alone. The fence stands between this consumer's reads
+                        # of lse and delta and the copies that overwrite them.
                         plgpu.wgmma(dk_acc, ds16, q_tile)
+                        plgpu.commit_smem()
                         plgpu.wgmma_wait(1)  # dV is done
                         plgpu.barrier_arrive(do_free[i])
                         plgpu.wgmma_wait(0)  # dK is done
