@@ -149,6 +149,8 @@ class InternLM2(nnx.Module):
       config: the architecture.
       rngs: its `params` stream draws the weights: normal(0, initializer_range), norms 1, biases 0.
       attn: attention implementation, a name that `jaxattn.attention` knows.
+      deterministic: attention's gradients are the same bits in every run, as `jaxattn.attention`
+        promises them.
       dtype: type of activations and of the weights in use.
       param_dtype: type of the stored weights.
       remat: what the backward pass recomputes, a key of `REMAT`.
@@ -167,6 +169,7 @@ class InternLM2(nnx.Module):
         *,
         rngs: nnx.Rngs,
         attn: str = "auto",
+        deterministic: bool = False,
         dtype=jnp.bfloat16,
         param_dtype=jnp.float32,
         remat: str = "full",
@@ -177,6 +180,7 @@ class InternLM2(nnx.Module):
         V, D, std = config.vocab_size, config.hidden_size, config.initializer_range
         self.config = config
         self.attn = attn
+        self.deterministic = deterministic
         self.dtype = jnp.dtype(dtype)
         self.remat = remat
         self.scan = scan
@@ -229,7 +233,10 @@ class InternLM2(nnx.Module):
             mask = self.prepare_mask(tokens.shape, segments)
 
             def attend(q_BTNH, k_BTKH, v_BTKH, _):
-                return attention(q_BTNH, k_BTKH, v_BTKH, mask, impl=self.attn), None
+                out_BTNH = attention(
+                    q_BTNH, k_BTKH, v_BTKH, mask, impl=self.attn, deterministic=self.deterministic
+                )
+                return out_BTNH, None
 
             rope = rope_table(positions, self.config, segment_ids=segments)
             x_BTD, _ = self.run_blocks(self.embed(tokens), rope, attend, scan=self.scan)
@@ -365,7 +372,7 @@ def init(
       config: the architecture.
       seed: of the weights.
       mesh: None: the default device.
-      **kwargs: attn, dtype, param_dtype, remat of `InternLM2`.
+      **kwargs: attn, deterministic, dtype, param_dtype, remat of `InternLM2`.
 
     Raises:
       ValueError: the mesh does not divide the model.

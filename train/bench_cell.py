@@ -9,6 +9,7 @@ import json
 import statistics
 import sys
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +80,7 @@ def measure(cell: Cell) -> dict:
     model, mesh = PRESETS[cell.model], make_mesh(MeshConfig())
     rows = max(1, cell.tokens // cell.seq_len) * row_shards(mesh)
     dtype = jnp.dtype(cell.dtype)
-    shape = {"rows": rows, "seq_len": cell.seq_len}
+    shape: Any = {"rows": rows, "seq_len": cell.seq_len}
     attn = resolve_attention(cell.attn, model, mesh, **shape, dtype=dtype, documents=cell.packed)
     plan = memory.plan(
         model, mesh, **shape, accum=1, remat=cell.remat, itemsize=dtype.itemsize, attn=attn

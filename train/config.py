@@ -28,6 +28,10 @@ class Config:
     """Attention: auto, pallas (flash_attention_2), cudnn, xla (sdpa), eager. What is named runs,
     or the run stops and says why."""
 
+    deterministic: bool = False
+    """Attention's gradients are the same bits in every run, at 7 products for 5. On a GPU, the
+    other sums of the step want XLA_FLAGS=--xla_gpu_deterministic_ops=true for that."""
+
     seq_len: int = 512
     """Tokens in a packed row."""
 

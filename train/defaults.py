@@ -113,7 +113,13 @@ def settle(config: Config) -> Settled:
         notes.append(f"model {name}: {why}")
     model, weights = _read_model(name)
     attn = resolve_attention(
-        config.attn, model, mesh, rows=rows // config.accum, seq_len=config.seq_len, dtype=dtype
+        config.attn,
+        model,
+        mesh,
+        rows=rows // config.accum,
+        seq_len=config.seq_len,
+        dtype=dtype,
+        deterministic=config.deterministic,
     )
     remat, plan = config.remat, needed(model, attn, config.remat or REMAT_BY_SPEED[-1])
     if remat is None:

@@ -58,6 +58,7 @@ def model_maker(config: Config, settled: Settled):
         settled.model,
         rngs=nnx.Rngs(params=config.seed),
         attn=settled.attn,
+        deterministic=config.deterministic,
         dtype=settled.dtype,
         remat=settled.remat,
         scan=settled.scan,

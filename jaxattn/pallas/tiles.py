@@ -59,11 +59,20 @@ class BackwardTiles:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DqTiles(ForwardTiles):
+    """Tile sizes of the deterministic backward's dq kernel: rows as in the forward's.
+
+    Where `heads` and `block_kv` are the forward's too, both kernels share one block map.
+    """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiles:
-    """Tile sizes of both kernels."""
+    """Tile sizes of all kernels."""
 
     forward: ForwardTiles
     backward: BackwardTiles
+    dq: DqTiles
 
     def __str__(self) -> str:
         """For log lines: queries x keys of a program's tile, heads that share it."""
@@ -91,10 +100,10 @@ def rule_tiles(num_heads: int, num_kv_heads: int, head_dim: int) -> Tiles:
     takes 128 queries, because dQ is split between the warpgroups by rows and wgmma wants 64.
     """
     small = head_dim == 64
+    heads, stages = math.gcd(num_heads // num_kv_heads, 8), 4 if small else 2
     return Tiles(
-        forward=ForwardTiles(
-            heads=math.gcd(num_heads // num_kv_heads, 8), block_kv=128, stages=4 if small else 2
-        ),
+        forward=ForwardTiles(heads=heads, block_kv=128, stages=stages),
+        dq=DqTiles(heads=heads, block_kv=128, stages=stages),
         backward=BackwardTiles(block_q=128 if small else 64, block_kv=128, stages=2),
     )
 
@@ -103,15 +112,20 @@ def rule_tiles(num_heads: int, num_kv_heads: int, head_dim: int) -> Tiles:
 def tuned_tiles(path: pathlib.Path) -> dict[tuple[int, int, int], Tiles]:
     """Tiles by (query heads, kv heads, head dim) from a table of `jaxattn.tune`.
 
-    Empty where there is no such file yet.
+    Empty where there is no such file yet. The dq kernel of the deterministic backward is not
+    tuned: its tiles are the rule's.
     """
     if not path.exists():
         return {}
+    rows = json.loads(path.read_text())
+    layouts = [(row["num_heads"], row["num_kv_heads"], row["head_dim"]) for row in rows]
     return {
-        (row["num_heads"], row["num_kv_heads"], row["head_dim"]): Tiles(
-            forward=ForwardTiles(**row["forward"]), backward=BackwardTiles(**row["backward"])
+        layout: dataclasses.replace(
+            rule_tiles(*layout),
+            forward=ForwardTiles(**row["forward"]),
+            backward=BackwardTiles(**row["backward"]),
         )
-        for row in json.loads(path.read_text())
+        for layout, row in zip(layouts, rows, strict=True)
     }
 
 

@@ -190,6 +190,24 @@ def test_what_an_implementation_cannot(impl, changes, mask, message, monkeypatch
         attention(q, k, v, mask, impl=impl)
 
 
+def test_cudnn_promises_no_repeatable_bits(monkeypatch):
+    """Asked to be deterministic it is refused, by `resolve` too, before a run starts."""
+    monkeypatch.setattr(api, "target_device", hopper)
+    q, k, v = _qkv(h=128, dtype=jnp.bfloat16)
+    for ask in (lambda **x: attention(q, k, v, **x), lambda **x: resolve(q=q, k=k, **x)):
+        with pytest.raises(NotImplementedError, match="deterministic=True.*use impl='pallas'"):
+            ask(impl="cudnn", deterministic=True)
+    assert resolve("auto", q, k, deterministic=True)[0] == "pallas"
+
+
+@pytest.mark.parametrize("impl", ["eager", "xla"])
+def test_one_form_is_deterministic_too(impl):
+    """Implementations with one form take the keyword and compute the same."""
+    q, k, v = _qkv()
+    got = attention(q, k, v, impl=impl, deterministic=True)
+    np.testing.assert_array_equal(got, attention(q, k, v, impl=impl))
+
+
 def test_pallas_needs_a_positive_scale(monkeypatch):
     monkeypatch.setattr(api, "target_device", hopper)
     q, k, v = _qkv(h=128, dtype=jnp.bfloat16)

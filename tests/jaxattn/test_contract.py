@@ -212,14 +212,14 @@ def test_interpreted_cases_reach_every_branch_of_the_kernels():
     missing |= {"forward skips before", "forward skips behind"}
     for name in reversed(CASES):
         if missing and name not in NOT_INTERPRETED:
-            missing -= _branches(problem_of(name))
+            missing -= branches(problem_of(name))
     assert not missing
 
 
 _plan = jax.jit(op.prepare, static_argnums=(1, 2))
 
 
-def _branches(problem: Problem) -> set[str]:
+def branches(problem: Problem) -> set[str]:
     """What the kernels meet in this problem."""
     q, k = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (problem.q, problem.k))
     plan = _plan(problem.mask, q, k).plan

@@ -146,6 +146,21 @@ def test_a_pattern_of_all_blocks_changes_nothing(seed):
             np.testing.assert_array_equal(x.view(np.uint16), y.view(np.uint16), of)
 
 
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_random_problem_deterministic(name, pattern, seed):
+    """The same 60 problems by the deterministic backward; only dq may differ from the other's."""
+    problem = _random(name, pattern, seed)
+    got = outputs(problem, "pallas", deterministic=True)
+    check_zeros(problem, got)
+    check_error(problem, got, f"(SEED={seed})")
+    for x, y, of in zip(got, outputs(problem, "pallas"), NAMES, strict=True):
+        if of != "dq":
+            np.testing.assert_array_equal(
+                x.view(np.uint16), y.view(np.uint16), f"{of} (SEED={seed})"
+            )
+
+
 def test_thousand_documents(seed):
     """1,000 documents of 1 to 7 tokens in a row, in which a tile has dozens."""
     rng = np.random.default_rng(seed)
@@ -211,6 +226,31 @@ def test_twenty_runs_agree(name, pattern, seed):
                 np.testing.assert_array_equal(
                     x.view(np.uint16), y.view(np.uint16), f"{of}, run {run} (SEED={seed})"
                 )
+
+
+@pytest.mark.parametrize(
+    "pattern", [one_document, short_documents, any_order], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "causal, 32 heads on 8, several items a program",
+        "causal, group of 6, B=3",
+        "head_dim 64",
+        "wide window to both sides",
+    ],
+)
+def test_twenty_deterministic_runs_are_equal(name, pattern, seed):
+    """o, dq, dk and dv are the same bits in each of 20 runs."""
+    problem = _random(name, pattern, seed)
+    first = outputs(problem, "pallas", deterministic=True)
+    check_error(problem, first, f"(SEED={seed})")
+    for run in range(20):
+        again = outputs(problem, "pallas", deterministic=True)
+        for x, y, of in zip(first, again, NAMES, strict=True):
+            np.testing.assert_array_equal(
+                x.view(np.uint16), y.view(np.uint16), f"{of}, run {run} (SEED={seed})"
+            )
 
 
 @functools.cache

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models import sharding
+from jaxattn import attention
+from models import internlm2, sharding
 from models.config import PRESETS, ModelConfig, RopeScaling
 from models.internlm2 import InternLM2, init
 from models.load import load_hf
@@ -298,3 +299,22 @@ def test_init_does_not_depend_on_the_mesh(make_mesh):
     spread = init(SMALL, mesh=make_mesh(2, 2, 2), attn="xla", dtype=jnp.float32)
     assert spread.output_DV.sharding.num_devices == 8
     jax.tree.map(np.testing.assert_array_equal, spread, small())
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_deterministic_reaches_attention(deterministic, monkeypatch):
+    """Every attention of a forward pass is asked for what the model was made for."""
+    asked = []
+
+    def attend(*args, **kwargs):
+        asked.append(kwargs["deterministic"])
+        return attention(*args, **kwargs)
+
+    monkeypatch.setattr(internlm2, "attention", attend)
+    model = nnx.eval_shape(
+        lambda: InternLM2(
+            SMALL, rngs=nnx.Rngs(0), attn="xla", deterministic=deterministic, dtype=jnp.float32
+        )
+    )
+    jax.eval_shape(lambda model: model(jnp.zeros((1, 8), jnp.int32)), model)
+    assert asked == [deterministic]  # one trace for all layers

@@ -2,10 +2,16 @@
 
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
+import jaxattn
 from models.config import PRESETS
+from tests.jaxattn.interpret import hopper
+from train.attention import resolve_attention
 from train.config import Config
 from train.defaults import choose_model, choose_remat, settle
+from train.mesh import make_mesh
+from train.parts import model_maker
 from train.sections import MeshConfig, OptimConfig
 
 
@@ -49,6 +55,23 @@ def test_remat_is_the_fastest_that_fits(tiny):
     settled = settle(Config(model="tiny"))
     assert settled.remat == "dots" and "remat dots: the fastest that fits" in settled.notes[-1]
     assert settled.scan  # on a CPU
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_deterministic_reaches_the_model(deterministic, tiny):
+    config = Config(model="tiny", deterministic=deterministic)
+    model = nnx.eval_shape(model_maker(config, settle(config)))
+    assert model.deterministic is deterministic
+
+
+def test_deterministic_cudnn_is_refused(tiny, monkeypatch):
+    """Before a run starts: the model is not made, nothing is written."""
+    monkeypatch.setattr(jaxattn.api, "target_device", hopper)
+    shape = {"rows": 8, "seq_len": 64, "dtype": jnp.bfloat16, "documents": False}
+    mesh = make_mesh(MeshConfig())
+    assert resolve_attention("cudnn", PRESETS["tiny"], mesh, **shape) == "cudnn"
+    with pytest.raises(NotImplementedError, match="deterministic=True.*use impl='pallas'"):
+        resolve_attention("cudnn", PRESETS["tiny"], mesh, **shape, deterministic=True)
 
 
 @pytest.mark.parametrize(

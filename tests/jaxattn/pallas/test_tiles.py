@@ -5,7 +5,7 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from jaxattn.pallas import backward, forward, tiles
+from jaxattn.pallas import backward, backward_dq, forward, tiles
 from jaxattn.pallas.tiles import SMEM_BYTES, BackwardTiles, ForwardTiles, Tiles
 
 HEADS = [(k * group, k) for k in range(1, 65) for group in range(1, 64 // k + 1)]
@@ -16,6 +16,8 @@ def _check(choice: Tiles, num_heads: int, num_kv_heads: int, head_dim: int) -> N
     for scratch in (
         forward.scratch(head_dim, bf16, choice.forward),
         backward.scratch(head_dim, bf16, choice.backward),
+        backward.scratch(head_dim, bf16, choice.backward, with_dq=False),
+        backward_dq.scratch(head_dim, bf16, choice.dq),
     ):
         assert tiles.scratch_bytes(scratch) <= SMEM_BYTES
     assert (num_heads // num_kv_heads) % choice.forward.heads == 0
@@ -56,6 +58,7 @@ def test_table_comes_before_the_rule(monkeypatch, tmp_path):
     assert tiles.choose_tiles(32, 8, 128) == Tiles(
         forward=ForwardTiles(heads=2, block_kv=64, stages=4),
         backward=BackwardTiles(block_q=64, block_kv=128, stages=2),
+        dq=tiles.rule_tiles(32, 8, 128).dq,
     )
     assert tiles.choose_tiles(16, 8, 128) == tiles.rule_tiles(16, 8, 128)
     assert tiles.choose_tiles(32, 8, 64) == tiles.rule_tiles(32, 8, 64)
