@@ -178,8 +178,10 @@ def check_zeros(problem: Problem, got: tuple[np.ndarray, ...]) -> None:
         assert not x[rows].any(), f"{name} is not 0 where nothing is seen"
 
 
-def check_error(problem: Problem, got: tuple[np.ndarray, ...], note: str = "") -> None:
-    """Max and mean error are at most `FACTOR` times those of the plain einsum in the same dtype.
+def check_error(
+    problem: Problem, got: tuple[np.ndarray, ...], note: str = "", *, factor: float = FACTOR
+) -> None:
+    """Max and mean error are at most `factor` times those of the plain einsum in the same dtype.
 
     The max, one number of thousands, has half a rounding of the largest value on top: a result
     next to the middle between two numbers of the dtype falls to either side, however good its
@@ -190,8 +192,8 @@ def check_error(problem: Problem, got: tuple[np.ndarray, ...], note: str = "") -
         error, plain_error = np.abs(x.astype(np.float64) - w), np.abs(p - w)
         tie = float(jnp.finfo(x.dtype).eps) / 2 * np.abs(w).max()
         for measure, slack in ((np.max, tie + NOISE), (np.mean, NOISE)):
-            allowed = FACTOR * measure(plain_error) + slack
+            allowed = factor * measure(plain_error) + slack
             assert measure(error) <= allowed, (
-                f"{name}: {measure.__name__} error {measure(error):.3e} exceeds {FACTOR} x the "
+                f"{name}: {measure.__name__} error {measure(error):.3e} exceeds {factor} x the "
                 f"plain einsum's {measure(plain_error):.3e} + {slack:.3e} {note}"
             )
