@@ -12,6 +12,8 @@ from train.defaults import Settled
 from train.evaluate import Sets
 
 say = functools.partial(print, flush=True)
+note = tqdm.write
+"""Says something while the progress bar is shown, above it."""
 
 
 def introduce(config: Config, settled: Settled) -> None:
@@ -42,4 +44,4 @@ def say_data(loader: Loader, val: Sets) -> None:
 def say_dispatch(config: Config, settled: Settled, batch: Batch) -> None:
     """Says which attention runs on a batch, and why; the progress bar stays below."""
     micro = batch.segment_ids[: settled.rows // config.accum]
-    tqdm.write(dispatch_line(config.attn, settled.model, settled.mesh, micro, dtype=settled.dtype))
+    note(dispatch_line(config.attn, settled.model, settled.mesh, micro, dtype=settled.dtype))

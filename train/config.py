@@ -7,7 +7,7 @@ model (`train.defaults`), and the choice is said in the log.
 import dataclasses
 from typing import Annotated, Literal
 
-from train.sections import DataConfig, MeshConfig, OptimConfig, chosen, require
+from train.sections import DataConfig, GuardConfig, MeshConfig, OptimConfig, chosen, require
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,6 +70,8 @@ class Config:
     elsewhere."""
 
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+
+    guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
 
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 

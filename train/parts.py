@@ -81,7 +81,8 @@ def compile_training(
         rows=settled.rows, seq_len=config.seq_len, accum=config.accum, mesh=settled.mesh
     )
     begun = time.perf_counter()
-    step = make_step(graphdef, tx, schedule(config.optim, settled.lr, config.steps))
+    rate = schedule(config.optim, settled.lr, config.steps)
+    step = make_step(graphdef, tx, rate, spike=config.guard.spike)
     compiled = compile_step(step, like, batch)
     say(f"compiled the step in {time.perf_counter() - begun:.1f} s")
     return compiled

@@ -51,12 +51,17 @@ class DataConfig:
     """Where tokens are kept, so that a file is tokenised once. By default internlm2-jax in the
     user's cache directory."""
 
+    stall_minutes: float = 10.0
+    """How long to wait for a batch before the run saves and stops. A first look at files, which
+    tokenises them, has no limit."""
+
     strict: bool = False
     """Stop at the first broken row, naming its file and line, instead of counting and skipping."""
 
     def __post_init__(self):
         """Checks ranges."""
         _ = self.hold_out
+        require(self.stall_minutes > 0, "--data.stall_minutes", self.stall_minutes, "above 0")
 
     @property
     def hold_out(self) -> float:
@@ -104,6 +109,23 @@ class OptimConfig:
         require(0 <= self.warmup <= 1, "--optim.warmup", self.warmup, "a share in [0, 1]")
         require(0 <= self.min_lr_ratio <= 1, "--optim.min_lr_ratio", self.min_lr_ratio, "in [0, 1]")
         require(self.clip > 0, "--optim.clip", self.clip, "above 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What a step may not do. Gradients that are not finite never change anything."""
+
+    spike: float = 10.0
+    """Skip the update where the gradient norm is above this many times its running mean, once 20
+    updates are done; inf never skips for that."""
+
+    patience: int = 5
+    """Steps skipped in a row after which the run saves and stops, naming their documents."""
+
+    def __post_init__(self):
+        """Checks ranges."""
+        require(self.spike > 1, "--guard.spike", self.spike, "above 1")
+        require(self.patience >= 1, "--guard.patience", self.patience, "at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

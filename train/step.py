@@ -7,6 +7,7 @@ A microbatch, B row of a microbatch, T position, D embed. A `Batch` has arrays [
 segment_ids may be None: one document a row, without padding.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from models.sharding import spec
 from train.data import Batch
+from train.guard import judge
 from train.loss import cross_entropy
 from train.state import Params, TrainState
 
@@ -26,7 +28,11 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
 def make_step(
-    graphdef: nnx.GraphDef, tx: optax.GradientTransformation, schedule: optax.Schedule
+    graphdef: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    spike: float = math.inf,
 ) -> Step:
     """The training step, for `compile_step`.
 
@@ -34,11 +40,12 @@ def make_step(
         graphdef: the model's, from `train.state.abstract_state`.
         tx: the optimizer.
         schedule: its learning rate, for the metrics.
+        spike: gradient norms above this many times the usual one are skipped (`train.guard`).
 
     Returns:
         (state, batch [A, B, T]) -> (new state, float32 scalars: loss, the mean over the step's
         loss tokens; grad_norm before clipping; lr; loss_tokens; tokens, those that are not
-        padding).
+        padding; skipped, steps so far that changed nothing, and in_a_row, those at its end).
     """
 
     def micro_loss(params: Params, micro, count: jax.Array) -> jax.Array:
@@ -59,20 +66,29 @@ def make_step(
         zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
         return jax.lax.scan(add, zeros, batch)[0]
 
+    def update(grads: Params, params: Params, opt_state: optax.OptState):
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
     def step(state: TrainState, batch: Batch):
         loss_tokens = jnp.sum(batch.loss_mask)
         # A batch without a single target has loss 0 and gradient 0, not NaN.
         loss, grads = loss_and_grads(state.params, batch, jnp.maximum(loss_tokens, 1.0))
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        norm, done = optax.tree.norm(grads), state.step - state.guard.skipped
+        good, guard = judge(state.guard, updates=done, loss=loss, norm=norm, spike=spike)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.tree.norm(grads),
-            "lr": schedule(state.step),
+            "grad_norm": norm,
+            "lr": schedule(done),
             "loss_tokens": loss_tokens,
             "tokens": _count_tokens(batch),
+            "skipped": guard.skipped.astype(jnp.float32),
+            "in_a_row": guard.in_a_row.astype(jnp.float32),
         }
-        params: Any = optax.apply_updates(state.params, updates)
-        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        params, opt_state = jax.lax.cond(
+            good, update, lambda _, *old: old, grads, state.params, state.opt_state
+        )
+        return TrainState(state.step + 1, params, opt_state, guard), metrics
 
     return step
 

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from train.checkpoint import Checkpoints
+from train.guard import new_guard
 from train.mesh import make_mesh
 from train.optim import optimizer
 from train.sections import MeshConfig, OptimConfig
@@ -25,7 +26,9 @@ def state_on(mesh, step=0, size=64) -> TrainState:
     where = NamedSharding(mesh, P("fsdp"))
     w = jax.device_put(jax.random.normal(jax.random.key(step), (size, 8)), where)
     tx = optimizer(OptimConfig(), 1e-3, 10)
-    begin = TrainState(step=jnp.int32(step), params={"w": w}, opt_state=tx.init({"w": w}))
+    begin = TrainState(
+        step=jnp.int32(step), params={"w": w}, opt_state=tx.init({"w": w}), guard=new_guard()
+    )
     everywhere = NamedSharding(mesh, P())
     like = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where if a.ndim else everywhere),
@@ -36,6 +39,7 @@ def state_on(mesh, step=0, size=64) -> TrainState:
         step=jax.device_put(jnp.int32(step), everywhere),
         params=state.params,
         opt_state=state.opt_state,
+        guard=state.guard,
     )
 
 
@@ -119,7 +123,7 @@ def test_a_full_disk_is_one_line_and_the_last_good_one_stays(tmp_path, mesh):
 def test_too_little_room_is_found_before_writing(tmp_path, mesh, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10, 5, 5))
     checkpoints = Checkpoints(tmp_path / "new", keep=2)
-    with pytest.raises(OSError, match="a checkpoint needs 6,156 bytes, .* has 5"):
+    with pytest.raises(OSError, match="a checkpoint needs 6,168 bytes, .* has 5"):
         checkpoints.check_space(structs(state_on(mesh)))
     assert list(tmp_path.iterdir()) == []
 

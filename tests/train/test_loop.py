@@ -1,10 +1,12 @@
 """A run: its losses are known, and being killed, stopped or run twice does not change them."""
 
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -15,7 +17,9 @@ import pytest
 
 from train import stepping
 from train.checkpoint import Checkpoints
+from train.data import Loader
 from train.loop import run
+from train.sections import DataConfig
 
 GOLDEN = Path(__file__).parent / "golden_losses.json"
 
@@ -132,18 +136,71 @@ def test_finished_run_says_so_and_trains_nothing(tiny_run, finished, capsys):
     assert losses(finished) == before
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tiny_run, tmp_path, monkeypatch):
-    """The checkpoint before it stays the latest."""
+@pytest.fixture
+def nan_in(monkeypatch):
+    """Makes the loss of chosen batches NaN, counted from 1."""
     put_batch = stepping.put_batch
-    calls = []
 
-    def put_nan(batch, **kwargs):
-        calls.append(1)
-        mask = batch.loss_mask * np.float32(np.nan if len(calls) == 5 else 1)
-        return put_batch(batch._replace(loss_mask=mask), **kwargs)
+    def inject(which) -> None:
+        calls = []
 
-    monkeypatch.setattr(stepping, "put_batch", put_nan)
-    with pytest.raises(FloatingPointError, match="step 5: loss nan.*smaller --optim.lr"):
-        run(tiny_run(tmp_path / "out"))
-    checkpoints = Checkpoints(tmp_path / "out", keep=2)
-    assert checkpoints.latest == 3
+        def put(batch, **kwargs):
+            calls.append(1)
+            mask = batch.loss_mask * np.float32(np.nan if len(calls) in which else 1)
+            return put_batch(batch._replace(loss_mask=mask), **kwargs)
+
+        monkeypatch.setattr(stepping, "put_batch", put)
+
+    return inject
+
+
+def test_a_nan_in_one_batch_is_skipped_and_said(tiny_run, finished, tmp_path, nan_in, capsys):
+    """The losses before it are the usual ones, those after it finite, and training ends."""
+    nan_in([5])
+    out = tmp_path / "out"
+    run(tiny_run(out))
+    assert "step 5 skipped: loss nan, gradient norm nan; documents " in capsys.readouterr().out
+    assert losses(out)[:4] == losses(finished)[:4] and np.isnan(losses(out)[4])
+    assert np.isfinite(losses(out)[5:]).all() and losses(out)[7] < losses(out)[0]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines] == [0] * 4 + [1] * 4
+    [skipped] = (out / "skipped.jsonl").read_text().splitlines()
+    assert json.loads(skipped)["step"] == 5
+    assert json.loads(skipped)["documents"][0].endswith("tinyshakespeare.txt:1")
+
+
+def test_a_nan_in_every_batch_stops_the_run(tiny_run, tmp_path, nan_in, capsys):
+    """After 5 in a row, with the reason; the weights before them are saved, and go on."""
+    nan_in(range(2, 100))
+    out = tmp_path / "out"
+    config = tiny_run(out)
+    with pytest.raises(FloatingPointError) as error:
+        run(config)
+    message = str(error.value)
+    assert "5 steps in a row were skipped (--guard.patience=5), the last one step 6: " in message
+    assert "loss nan, gradient norm nan; documents " in message and "shakespeare.txt:1" in message
+    assert "smaller --optim.lr" in message and "\n" not in message
+    assert len((out / "skipped.jsonl").read_text().splitlines()) == 5
+    assert Checkpoints(out, keep=2).latest == 7  # one more was on its way
+    jax.tree.map(np.testing.assert_array_equal, params(out, 7), params(out, 6))
+    nan_in([])
+    run(config)
+    assert np.isfinite(losses(out)[7])
+
+
+def test_data_that_stalls_saves_and_stops_the_run(tiny_run, tmp_path, monkeypatch):
+    """One line, in bounded time, and what was trained is not lost."""
+    make, release = Loader._make, threading.Event()
+
+    def stall(self, row):
+        if row >= 4 * 8:
+            release.wait(60)
+        return make(self, row)
+
+    monkeypatch.setattr(Loader, "_make", stall)
+    out = tmp_path / "out"
+    config = dataclasses.replace(tiny_run(out), data=DataConfig(stall_minutes=0.02))
+    with pytest.raises(TimeoutError, match="no batch in 1.2 seconds; it was to read .*txt:1$"):
+        run(config)
+    release.set()
+    assert Checkpoints(out, keep=2).latest == 4

@@ -115,6 +115,35 @@ def test_batch_without_targets_is_no_nan(trainer, packed_rows):
     assert all(np.isfinite(p).all() for p in jax.tree.leaves(params))
 
 
+def test_a_skipped_step_is_as_if_its_batch_had_not_been(trainer):
+    """Parameters, moments and their count are bitwise those of a run without the NaN."""
+    step, like = trainer.step(ONE)
+    good = put_batch(trainer.rows, accum=1, mesh=like.mesh)
+    mask = trainer.rows.loss_mask * np.float32(np.nan)
+    bad = put_batch(trainer.rows._replace(loss_mask=mask), accum=1, mesh=like.mesh)
+    ends = {}
+    for name, batches in {"with": [good, bad, good], "without": [good, good]}.items():
+        state = trainer.state(like)
+        for batch in batches:
+            state, metrics = step(state, batch)
+        assert (metrics["skipped"], metrics["in_a_row"]) == (len(batches) - 2, 0)
+        assert int(state.step) == len(batches)
+        ends[name] = jax.tree.map(np.asarray, (state.params, state.opt_state, metrics["lr"]))
+    jax.tree.map(np.testing.assert_array_equal, ends["with"], ends["without"])
+
+
+def test_skipping_takes_no_memory(trainer, monkeypatch):
+    """The step with its guard against one that always updates."""
+    guarded, like = trainer.step(ONE)
+    monkeypatch.setattr("jax.lax.cond", lambda _, update, __, *args: update(*args))
+    trainer.steps.pop((ONE, 1, "xla"))
+    free, _ = trainer.step(ONE)
+    trainer.steps.pop((ONE, 1, "xla"))
+    a, b = guarded.memory_analysis(), free.memory_analysis()
+    assert a.temp_size_in_bytes <= 1.02 * b.temp_size_in_bytes
+    assert a.alias_size_in_bytes == b.alias_size_in_bytes
+
+
 def test_state_is_donated_and_keeps_its_place(trainer):
     """No second copy of weights and moments; every array stays sharded as it was."""
     step, like = trainer.step((2, 2, 2))
