@@ -7,7 +7,15 @@ model (`train.defaults`), and the choice is said in the log.
 import dataclasses
 from typing import Annotated, Literal
 
-from train.sections import DataConfig, GuardConfig, MeshConfig, OptimConfig, chosen, require
+from train.sections import (
+    DataConfig,
+    DistConfig,
+    GuardConfig,
+    MeshConfig,
+    OptimConfig,
+    chosen,
+    require,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,8 +60,15 @@ class Config:
     save_every: int = 500
     """Steps between checkpoints; the last step always makes one."""
 
+    save_minutes: float = 30.0
+    """Minutes after which a checkpoint is made even if --save_every has not come round."""
+
     keep: int = 2
     """Checkpoints to keep, newest first."""
+
+    keep_best: int = 1
+    """Checkpoints to keep beside those: the ones with the lowest validation loss (the mean over the
+    sets), among those made at a step of --eval_every."""
 
     log_every: int = 1
     """Steps between lines of metrics.jsonl."""
@@ -75,6 +90,8 @@ class Config:
 
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
+    dist: DistConfig = dataclasses.field(default_factory=DistConfig)
+
     traceback: bool = False
     """Show where in the code an error came from."""
 
@@ -92,11 +109,13 @@ class Config:
             ("seed", 0),
             ("save_every", 1),
             ("keep", 1),
+            ("keep_best", 0),
             ("log_every", 1),
             ("eval_every", 1),
         ):
             value = getattr(self, name)
             require(value is None or value >= least, f"--{name}", value, f"at least {least}")
+        require(self.save_minutes > 0, "--save_minutes", self.save_minutes, "above 0")
         if self.batch_size is not None and self.batch_size % self.accum:
             raise ValueError(
                 f"--batch_size={self.batch_size} must be a multiple of --accum={self.accum}"

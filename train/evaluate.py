@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from train.data import Batch, Loader
 from train.loss import cross_entropy
+from train.say import note
 from train.state import Params
 from train.step import put_batch
 
@@ -45,7 +45,7 @@ class Evaluation:
         """
         self._sets, self._accum, self._mesh, self._path = sets, accum, mesh, path
         self._sums = jax.jit(make_sums(graphdef))
-        if sets:
+        if sets and jax.process_index() == 0:
             old = path.read_text().splitlines(keepends=True) if path.exists() else []
             kept = [line for line in old if line.endswith("\n")]
             path.write_text("".join(line for line in kept if json.loads(line)["step"] <= start))
@@ -60,9 +60,10 @@ class Evaluation:
                 total, count = total + float(sums[0]), count + float(sums[1])
             losses[name] = total / count
             line = {"step": step, "set": name, "loss": losses[name], "loss_tokens": int(count)}
-            with self._path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            tqdm.write(f"step {step}: loss {losses[name]:.4f} on {name}")
+            if jax.process_index() == 0:
+                with self._path.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+            note(f"step {step}: loss {losses[name]:.4f} on {name}")
         return losses
 
     def _on_devices(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:

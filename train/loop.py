@@ -1,5 +1,6 @@
 """The story of a run: settle, read, compile, begin or resume, train, save, show a sample."""
 
+import dataclasses
 import functools
 
 from train.announce import introduce, say_data
@@ -32,7 +33,7 @@ def run(config: Config) -> None:
     settled = settle(config)
     introduce(config, settled)
     identity = identity_of(config, settled)
-    with Checkpoints(settled.out, keep=config.keep) as checkpoints:
+    with Checkpoints(settled.out, keep=config.keep, keep_best=config.keep_best) as checkpoints:
         start = starting_step(config, settled, checkpoints, identity)
         with (
             open_set(config, settled, config.data.files, hold_out=config.data.hold_out) as loader,
@@ -42,14 +43,17 @@ def run(config: Config) -> None:
             tx = optimizer(config.optim, settled.lr, config.steps)
             graphdef, like = abstract_state(model_maker(config, settled), tx, settled.mesh)
             if start:
-                loader.restore(checkpoints.position())
-                state = checkpoints.restore(like)
+                state, position = checkpoints.restore(like)
+                loader.restore(position)
+                start = int(state.step)
             else:
                 checkpoints.check_space(like)
                 state = new_state(first_params(config, settled, like), tx, like)
             if start < config.steps:
                 step = compile_training(config, settled, graphdef, tx, state)
-                save = functools.partial(checkpoints.save, identity=identity)
+                save = functools.partial(
+                    checkpoints.save, identity=identity, config=dataclasses.asdict(config)
+                )
                 settled.out.mkdir(parents=True, exist_ok=True)
                 evaluate = Evaluation(
                     val.sets,

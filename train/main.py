@@ -8,7 +8,9 @@ import jax
 from train import device
 from train.cli import fail, parse
 from train.config import Config
+from train.hosts import connect
 from train.loop import run
+from train.peers import Peers, leave
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,20 +27,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse(Config, sys.argv[1:] if argv is None else argv, "train.main")
     except ValueError as error:
         return fail(error, 2)
-    device.set_up(keep_compiled=True)
     try:
-        run(config)
+        connect(config.dist)
+        device.set_up(keep_compiled=True)
+        with Peers():
+            run(config)
     except (ValueError, NotImplementedError, OSError, FloatingPointError) as error:
         if config.traceback:
             raise
-        return fail(error, 1)
+        return _failed(error)
     except jax.errors.JaxRuntimeError as error:
-        if config.traceback or "RESOURCE_EXHAUSTED" not in str(error):
+        if config.traceback:
             raise
-        return fail(
-            f"out of memory; a larger --accum or a shorter --seq_len needs less: {error}", 1
+        if "RESOURCE_EXHAUSTED" in str(error):
+            return _failed(
+                f"out of memory; a larger --accum or a shorter --seq_len needs less: {error}"
+            )
+        if jax.process_count() == 1:
+            raise
+        return _failed(
+            "another process of the run has ended or does not answer; start all of them again, "
+            f"and they go on from the last checkpoint ({str(error).splitlines()[0]:.200})"
         )
     return 0
+
+
+def _failed(error: object) -> int:
+    """Says what went wrong. One of several processes leaves at once, which ends the others."""
+    if not jax.distributed.is_initialized():
+        return fail(error, 1)
+    leave(str(error))
 
 
 if __name__ == "__main__":

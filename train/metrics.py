@@ -5,6 +5,7 @@ one during which a checkpoint was begun, carry what was waited for.
 """
 
 import json
+import os
 import resource
 import sys
 import time
@@ -38,12 +39,15 @@ class Metrics:
         self._devices = jax.local_devices()
         peak = peak_flops(self._devices[0])
         self._peak = None if peak is None else peak * jax.device_count()
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= start]
-        path.write_text("".join(kept))
-        self._file = path.open("a")
+        first = jax.process_index() == 0  # of several processes; the others only wait for values
+        if first:
+            kept = [line for line in _lines(path) if json.loads(line)["step"] <= start]
+            path.write_text("".join(kept))
+        self._file = path.open("a") if first else open(os.devnull, "w")  # noqa: SIM115
         self._bar = tqdm(
             total=steps,
             initial=start,
+            disable=not first,
             unit="step",
             dynamic_ncols=True,
             mininterval=0.2 if sys.stderr.isatty() else 10,  # a log file wants fewer lines

@@ -9,11 +9,12 @@ from flax import nnx
 
 from models import load
 from models.internlm2 import InternLM2, init
-from train.announce import say
 from train.config import Config
 from train.data import Loader, default_cache, open_data
 from train.defaults import Settled
+from train.hosts import share
 from train.optim import schedule
+from train.say import say
 from train.state import Params, TrainState, params_of
 from train.step import Step, batch_struct, compile_step, make_step
 
@@ -27,6 +28,7 @@ def open_set(
     split: Literal["train", "val"] = "train",
 ) -> Loader:
     """Opens files, or the built-in text where there are none, as batches of this run."""
+    index, count = share(settled.mesh)
     return open_data(
         files or None,
         settled.tokenizer,
@@ -39,6 +41,8 @@ def open_set(
         hold_out=hold_out,
         split=split,
         cache=Path(config.data.cache) if config.data.cache else default_cache(),
+        host_index=index,
+        host_count=count,
     )
 
 

@@ -5,10 +5,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from train.announce import say
 from train.checkpoint import Checkpoints
 from train.config import Config
 from train.defaults import Settled
+from train.say import say
 
 
 def identity_of(config: Config, settled: Settled) -> dict[str, Any]:

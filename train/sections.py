@@ -146,3 +146,36 @@ class MeshConfig:
         for name in ("data", "fsdp", "tensor"):
             size = getattr(self, name)
             require(size is None or size >= 1, f"--mesh.{name}", size, "at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistConfig:
+    """Several processes. Under srun, mpirun or in an indexed Kubernetes job nothing is needed."""
+
+    coordinator: Annotated[str | None, chosen("HOST:PORT")] = None
+    """Where the processes meet: the host of process 0, and a free port."""
+
+    processes: Annotated[int | None, chosen("INT")] = None
+    """How many there are. 1 trains alone, whatever started it."""
+
+    id: Annotated[int | None, chosen("INT")] = None
+    """Which of them this is, from 0."""
+
+    timeout_minutes: float = 2.0
+    """How long to wait for one that does not come or no longer answers."""
+
+    def __post_init__(self):
+        """Checks that the flags go together."""
+        alone = self.processes == 1 and self.coordinator is None and self.id is None
+        given = [x is not None for x in (self.coordinator, self.processes, self.id)]
+        if any(given) and not all(given) and not alone:
+            raise ValueError("--dist.coordinator, --dist.processes and --dist.id go together")
+        if self.coordinator is not None:
+            port = self.coordinator.rpartition(":")[2]
+            require(port.isdigit(), "--dist.coordinator", self.coordinator, "HOST:PORT")
+        if self.processes is not None:
+            require(self.processes >= 1, "--dist.processes", self.processes, "at least 1")
+        if self.id is not None and self.processes is not None:
+            bound = f"from 0 to {self.processes - 1}: there are --dist.processes={self.processes}"
+            require(0 <= self.id < self.processes, "--dist.id", self.id, bound)
+        require(self.timeout_minutes > 0, "--dist.timeout_minutes", self.timeout_minutes, "above 0")

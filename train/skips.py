@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from train.announce import note
+import jax
+
 from train.data import Loader
+from train.say import note
 
 NAMED = 5
 """Documents that a line of the log names; skipped.jsonl has all of them."""
@@ -30,7 +32,8 @@ class Skips:
             start: step the run goes on from.
         """
         self._path, self._loader, self._patience = path, loader, patience
-        if path.exists():
+        self._writes = jax.process_index() == 0
+        if self._writes and path.exists():
             whole = [
                 line for line in path.read_text().splitlines(keepends=True) if line[-1] == "\n"
             ]
@@ -50,9 +53,10 @@ class Skips:
             return
         reason = f"loss {line['loss']:.4g}, gradient norm {line['grad_norm']:.4g}"
         documents = self._loader.documents(position)
-        with self._path.open("a") as file:
+        if self._writes:
             wrong = {"step": line["step"], "reason": reason, "documents": documents}
-            file.write(json.dumps(wrong) + "\n")
+            with self._path.open("a") as file:
+                file.write(json.dumps(wrong) + "\n")
         more = f" and {len(documents) - NAMED:,} more" if len(documents) > NAMED else ""
         what = f"{reason}; documents {', '.join(documents[:NAMED])}{more}"
         if line["in_a_row"] < self._patience:

@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from models.sharding import spec
 from train.data import Batch
 from train.guard import judge
+from train.hosts import share
 from train.loss import cross_entropy
 from train.state import Params, TrainState
 
@@ -117,14 +118,20 @@ def put_batch(batch: Batch, *, accum: int, mesh: Mesh) -> Batch:
     """Splits the loader's rows into microbatches [A, B, T], and these over the devices.
 
     Args:
-        batch: numpy arrays [A * B, T].
+        batch: numpy arrays [A * B, T]; of several processes each has its own part of the rows
+            (`train.hosts.share`), and which rows share a microbatch depends on their number.
         accum: A.
         mesh: the devices.
     """
+    _, parts = share(mesh)
 
     def put(a: np.ndarray) -> jax.Array:
         rows, T = a.shape
-        return jax.device_put(a.reshape(accum, rows // accum, T), _rows_over(mesh))
+        return jax.make_array_from_process_local_data(
+            _rows_over(mesh),
+            a.reshape(accum, rows // accum, T),
+            (accum, rows * parts // accum, T),
+        )
 
     return jax.tree.map(put, batch)
 

@@ -1,18 +1,26 @@
 """The loop over steps: draw a batch, step, evaluate, save; until the last one or a signal."""
 
 import contextlib
+import time
+from collections.abc import Callable
 
-from train.announce import say, say_dispatch
+import jax
+
+from train.announce import say_dispatch
 from train.config import Config
 from train.data import Loader
 from train.defaults import Settled
 from train.evaluate import Evaluation
 from train.flops import causal_pairs
+from train.hosts import Agreement, share
 from train.metrics import Metrics
+from train.say import say
 from train.signals import stop_on_signals
 from train.skips import Skips
 from train.state import TrainState
 from train.step import Step, put_batch
+
+SAVE, STOP = 1, 2  # what a process may wish for between two steps
 
 
 def train(
@@ -23,7 +31,7 @@ def train(
     start: int,
     loader: Loader,
     evaluate: Evaluation,
-    save,
+    save: Callable[..., None],
 ) -> TrainState:
     """Steps until the last one or a signal.
 
@@ -52,7 +60,9 @@ def train(
             position, *shown = ended
             skips.look(metrics.record(*shown), position)
 
-    number, done = start, False
+    agreed = Agreement(settled.mesh)
+    _, parts = share(settled.mesh)
+    number, done, saved_at = start, False, time.monotonic()
     with contextlib.closing(metrics), stop_on_signals() as stop:
         try:
             while not done:
@@ -62,18 +72,31 @@ def train(
                 if number == start + 1:
                     say_dispatch(config, settled, batch)
                 state, values = step(state, put_batch(batch, accum=config.accum, mesh=settled.mesh))
-                show((position, number, values, causal_pairs(batch.segment_ids)))
+                # Other processes' documents are taken to be like these.
+                show((position, number, values, causal_pairs(batch.segment_ids) * parts))
+                losses = {}
                 if number == config.steps or number % config.eval_every == 0:
-                    evaluate(number, state.params)
-                done = number == config.steps or stop.name is not None
-                if done or number % config.save_every == 0:
+                    losses = evaluate(number, state.params)
+                late = time.monotonic() - saved_at > 60 * config.save_minutes
+                wish = agreed(STOP if stop.name is not None else SAVE if late else 0)
+                done = number == config.steps or wish == STOP
+                if done or wish == SAVE or number % config.save_every == 0:
                     show()
-                    save(state, data=loader.state())
-        except (FloatingPointError, TimeoutError):
+                    loss = sum(losses.values()) / len(losses) if losses else None
+                    save(state, data=loader.state(), loss=loss)
+                    saved_at = time.monotonic()
+                    agreed.forget()
+        except FloatingPointError:  # on all processes at the same step
             if waiting is not None:
                 metrics.record(*waiting[1:])
             save(state, data=loader.state())
             raise
+        except TimeoutError:  # on one of several processes, which cannot save alone
+            if jax.process_count() == 1 and number > start:
+                show()
+                save(state, data=loader.state())
+            raise
     if number < config.steps:
-        say(f"stopped by {stop.name} after step {number}; the same command goes on from there")
+        why = stop.name or "a signal to another process"
+        say(f"stopped by {why} after step {number}; the same command goes on from there")
     return state

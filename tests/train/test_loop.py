@@ -1,20 +1,17 @@
-"""A run: its losses are known, and being killed, stopped or run twice does not change them."""
+"""A run: its losses are known, and being stopped or run twice does not change them."""
 
 import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
-import warnings
 from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
+from tests.train.runs import losses, params
 from train import stepping
 from train.checkpoint import Checkpoints
 from train.data import Loader
@@ -22,38 +19,6 @@ from train.loop import run
 from train.sections import DataConfig
 
 GOLDEN = Path(__file__).parent / "golden_losses.json"
-
-KILLED = """
-import json, os, signal, sys
-from models.config import PRESETS, ModelConfig
-from train.main import main
-from train.metrics import Metrics
-
-record = Metrics.record
-
-def record_or_die(self, step, *rest):
-    if step == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return record(self, step, *rest)
-
-Metrics.record = record_or_die
-PRESETS["tiny"] = ModelConfig(**json.loads(sys.argv[1]))
-main(sys.argv[2:])
-"""
-
-
-def losses(out: Path) -> list[float]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    return [line["loss"] for line in lines]
-
-
-def params(out: Path, step: int):
-    """The parameters in a checkpoint, as numpy, without the code under test."""
-    with ocp.PyTreeCheckpointer() as reader, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sharding info not provided")
-        state = reader.restore(out / "checkpoints" / str(step) / "state")
-    return jax.tree.map(np.asarray, state["params"])
 
 
 def same_end(out: Path, finished: Path) -> None:
@@ -69,6 +34,12 @@ def test_golden_losses(finished):
     golden = json.loads(GOLDEN.read_text())
     np.testing.assert_allclose(losses(finished), golden, rtol=1e-4)
     assert golden[-1] < golden[0]
+
+
+def test_same_seed_same_losses_bit_for_bit(tiny_run, finished, tmp_path):
+    """From the beginning, in another directory, on the same machine."""
+    run(tiny_run(tmp_path / "again"))
+    same_end(tmp_path / "again", finished)
 
 
 def test_leaves_checkpoints_metrics_and_a_sample(finished):
@@ -87,20 +58,6 @@ def test_says_what_it_does(finished):
     line = "dispatch internlm2 attn forward: xla (asked for as sdpa) on cpu; tiles "
     assert said.count(line) == 1
     assert "memory plan:" in said and "compiled the step in" in said and "380,812 tokens" in said
-
-
-def test_killed_run_ends_bitwise_as_if_it_had_not_been(tiny, tiny_run, finished, tmp_path, capsys):
-    """SIGKILL in step 5, at the earliest right after the checkpoint of step 3 was begun."""
-    out = tmp_path / "killed"
-    same = [f"--{k}={v}" for k, v in vars(tiny_run(out)).items() if type(v) in (str, int)]
-    arguments = [json.dumps(vars(tiny)), *same, "--optim.lr=1e-2"]
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert Checkpoints(out, keep=2).latest in (None, 3)
-    run(tiny_run(out))
-    same_end(out, finished)
 
 
 def test_sigterm_saves_and_the_next_run_goes_on(tiny_run, finished, tmp_path, capsys, monkeypatch):
@@ -181,8 +138,8 @@ def test_a_nan_in_every_batch_stops_the_run(tiny_run, tmp_path, nan_in, capsys):
     assert "loss nan, gradient norm nan; documents " in message and "shakespeare.txt:1" in message
     assert "smaller --optim.lr" in message and "\n" not in message
     assert len((out / "skipped.jsonl").read_text().splitlines()) == 5
-    assert Checkpoints(out, keep=2).latest == 7  # one more was on its way
-    jax.tree.map(np.testing.assert_array_equal, params(out, 7), params(out, 6))
+    assert Checkpoints(out, keep=2).latest == 6
+    jax.tree.map(np.testing.assert_array_equal, params(out, 6), params(out, 3))
     nan_in([])
     run(config)
     assert np.isfinite(losses(out)[7])
