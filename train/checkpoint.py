@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
+from train.checksum import checksum
 from train.orbax_errors import cause, quiet_orbax
 from train.say import say
 from train.state import TrainState
@@ -95,8 +96,16 @@ class Checkpoints:
         Raises:
             ValueError: if none can be read.
         """
-        state = self._read_latest("state", ocp.args.StandardRestore(like))
-        return state, self._read_latest("run", ocp.args.JsonRestore())["data"]
+        while True:
+            state = self._read_latest("state", ocp.args.StandardRestore(like))
+            step = self.latest
+            run = self._read_latest("run", ocp.args.JsonRestore())
+            if step != self.latest:
+                continue  # its other half could not be read
+            if run.get("checksum") in (None, checksum(state)):
+                return state, run["data"]
+            del state
+            self._put_aside(ValueError("a number in it has changed since it was written"))
 
     def check_space(self, state: TrainState) -> None:
         """Finds a full disk before a byte is written; what fills it later, the writing finds.
@@ -144,6 +153,7 @@ class Checkpoints:
             "identity": dict(identity),
             "config": config,
             "loss": loss,
+            "checksum": checksum(state),
             "code": code_version(),
         }
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))

@@ -39,6 +39,10 @@ class Config:
     seq_len: int = 512
     """Tokens in a packed row."""
 
+    rope_factor: Annotated[float | None, chosen("FLOAT")] = None
+    """Factor of the model's rotary scaling, instead of its own; --seq_len may be as many times its
+    trained length. A model without scaling gets dynamic (NTK) scaling."""
+
     batch_size: Annotated[int | None, chosen("INT")] = None
     """Rows in a step. By default as many as make 2,048 tokens, or 32,768 per GPU."""
 
@@ -84,6 +88,10 @@ class Config:
     """Compute type; weights and optimizer stay float32. By default bfloat16 on a GPU, float32
     elsewhere."""
 
+    z_loss: float = 0.0
+    """Factor of the squared log of the softmax's denominator, which is added to the loss to keep
+    the logits small: 1e-4 in PaLM. The loss that is shown is without it."""
+
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
 
     guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
@@ -115,6 +123,13 @@ class Config:
         ):
             value = getattr(self, name)
             require(value is None or value >= least, f"--{name}", value, f"at least {least}")
+        require(self.z_loss >= 0, "--z_loss", self.z_loss, "at least 0")
+        require(
+            self.rope_factor is None or self.rope_factor >= 1,
+            "--rope_factor",
+            self.rope_factor,
+            "at least 1",
+        )
         require(self.save_minutes > 0, "--save_minutes", self.save_minutes, "above 0")
         if self.batch_size is not None and self.batch_size % self.accum:
             raise ValueError(

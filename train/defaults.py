@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import DTypeLike
 
 from jaxattn import device_memory
-from models.config import PRESETS, ModelConfig
+from models.config import PRESETS, ModelConfig, RopeScaling
 from models.internlm2 import REMAT
 from models.tokenizer import Tokenizer, load_tokenizer
 from train import memory
@@ -100,6 +101,7 @@ def settle(config: Config) -> Settled:
         name, why = choose_model(needed(PRESETS[GPU_MODEL], "xla").total, have, device.device_kind)
         notes.append(f"model {name}: {why}")
     model, weights = _read_model(name)
+    model = _extended(model, config.rope_factor, config.seq_len)
     attn = resolve_attention(
         config.attn, model, mesh, rows=rows // config.accum, seq_len=config.seq_len, dtype=dtype
     )
@@ -165,6 +167,23 @@ def _read_model(name: str) -> tuple[ModelConfig, Path | None]:
         return ModelConfig.from_hf(json.loads(file.read_text())), Path(name)
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
+
+
+def _extended(model: ModelConfig, factor: float | None, seq_len: int) -> ModelConfig:
+    """The model with --rope_factor, after checking that its positions reach."""
+    scaling = model.rope_scaling
+    if factor is not None:
+        scaling = RopeScaling(type=scaling.type if scaling else "dynamic", factor=factor)
+    trained = model.max_position_embeddings
+    reach = int(trained * (scaling.factor if scaling else 1))
+    if seq_len > reach:
+        how = f"{scaling.type} scaling by {scaling.factor:g}" if scaling else "no rotary scaling"
+        raise ValueError(
+            f"--seq_len={seq_len} is beyond the {reach:,} positions of the model ({trained:,}, "
+            f"{how}): --rope_factor={math.ceil(seq_len / trained)} extends it, or take a shorter "
+            "--seq_len"
+        )
+    return dataclasses.replace(model, rope_scaling=scaling)
 
 
 def _read_tokenizer(spec: str | None, weights: Path | None) -> Tokenizer:

@@ -42,6 +42,8 @@ def connect(config: DistConfig) -> None:
         }
     elif not _launched():
         return
+    # Between processes, CPU devices must meet in one order of programs; a GPU's stream keeps it.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     logging.getLogger("jax._src.distributed").setLevel(logging.WARNING)
     seconds = max(1, round(60 * config.timeout_minutes))
     try:

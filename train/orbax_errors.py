@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 
 _SYSTEM_WORDS = (
     "No space left on device",
@@ -13,7 +14,10 @@ _SYSTEM_WORDS = (
 
 def quiet_orbax() -> None:
     """Keeps pages of traceback off the screen for what is raised as an exception anyway."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    # What is read beside a part that cannot be read is given up.
+    warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
     usual = sys.unraisablehook
 
     def hook(unraisable) -> None:

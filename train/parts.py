@@ -86,7 +86,7 @@ def compile_training(
     )
     begun = time.perf_counter()
     rate = schedule(config.optim, settled.lr, config.steps)
-    step = make_step(graphdef, tx, rate, spike=config.guard.spike)
+    step = make_step(graphdef, tx, rate, spike=config.guard.spike, z_loss=config.z_loss)
     compiled = compile_step(step, like, batch)
     say(f"compiled the step in {time.perf_counter() - begun:.1f} s")
     return compiled

@@ -10,6 +10,11 @@ from train.config import Config
 from train.defaults import Settled
 from train.say import say
 
+OURS = {"checkpoints", "metrics.jsonl", "eval.jsonl"}
+"""A directory that has one of these is a run's."""
+
+LOGS = {".log", ".txt", ".out", ".err"}
+
 
 def identity_of(config: Config, settled: Settled) -> dict[str, Any]:
     """What a checkpoint must share for a run to go on from it; `Loader.restore` adds the data."""
@@ -26,6 +31,7 @@ def starting_step(
 ) -> int:
     """The step to go on from, after checking that going on, or beginning, is possible."""
     _check_writable(settled.out)
+    _check_ours(settled.out)
     if checkpoints.latest is None:
         return 0
     if not config.resume:
@@ -51,3 +57,19 @@ def _check_writable(out: Path) -> None:
         raise NotADirectoryError(f"--out={out}: {there} is a file")
     if not os.access(there, os.W_OK):
         raise PermissionError(f"--out={out}: no permission to write in {there}")
+
+
+def _check_ours(out: Path) -> None:
+    """Refuses a directory of something else, whose files the run's might replace.
+
+    Logs and hidden files may lie there: a person makes the directory for them before the run.
+    """
+    names = {p.name for p in out.iterdir()} if out.is_dir() else set()
+    if names & OURS:
+        return
+    foreign = sorted(n for n in names if not n.startswith(".") and Path(n).suffix not in LOGS)
+    if foreign:
+        shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
+        raise ValueError(
+            f"--out={out} holds files that are not of a run ({shown}): choose another --out"
+        )

@@ -22,7 +22,7 @@ from models.sharding import spec
 from train.data import Batch
 from train.guard import judge
 from train.hosts import share
-from train.loss import cross_entropy
+from train.loss import cross_entropy_and_z
 from train.state import Params, TrainState
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
@@ -34,6 +34,7 @@ def make_step(
     schedule: optax.Schedule,
     *,
     spike: float = math.inf,
+    z_loss: float = 0.0,
 ) -> Step:
     """The training step, for `compile_step`.
 
@@ -42,21 +43,25 @@ def make_step(
         tx: the optimizer.
         schedule: its learning rate, for the metrics.
         spike: gradient norms above this many times the usual one are skipped (`train.guard`).
+        z_loss: factor of the z-loss (`train.loss`).
 
     Returns:
-        (state, batch [A, B, T]) -> (new state, float32 scalars: loss, the mean over the step's
-        loss tokens; grad_norm before clipping; lr; loss_tokens; tokens, those that are not
-        padding; skipped, steps so far that changed nothing, and in_a_row, those at its end).
+        (state, batch [A, B, T]) -> (new state, float32 scalars: loss, the mean cross-entropy over
+        the step's loss tokens; z_loss, the mean of what is added to it, if anything is; grad_norm
+        before clipping; lr; loss_tokens; tokens, those that are not padding; skipped, steps so far
+        that changed nothing, and in_a_row, those at its end).
     """
 
-    def micro_loss(params: Params, micro, count: jax.Array) -> jax.Array:
+    def micro_loss(params: Params, micro, count: jax.Array) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(graphdef, params)
         x_BTD = model.hidden(micro.tokens, positions=micro.positions, segment_ids=micro.segment_ids)
-        total = cross_entropy(x_BTD, model.unembedding(), micro.targets, micro.loss_mask)
-        return total / count
+        total, z = cross_entropy_and_z(
+            x_BTD, model.unembedding(), micro.targets, micro.loss_mask, z_loss=z_loss
+        )
+        return total / count, z / count
 
     def loss_and_grads(params: Params, batch: Batch, count: jax.Array):
-        value_and_grad = jax.value_and_grad(micro_loss)
+        value_and_grad = jax.value_and_grad(micro_loss, has_aux=True)
         accum = batch.tokens.shape[0]
         if accum == 1:  # without a second copy of the gradients
             return value_and_grad(params, jax.tree.map(lambda a: a[0], batch), count)
@@ -64,7 +69,7 @@ def make_step(
         def add(carry, micro):
             return jax.tree.map(jnp.add, carry, value_and_grad(params, micro, count)), None
 
-        zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+        zeros = ((jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, params))
         return jax.lax.scan(add, zeros, batch)[0]
 
     def update(grads: Params, params: Params, opt_state: optax.OptState):
@@ -74,11 +79,12 @@ def make_step(
     def step(state: TrainState, batch: Batch):
         loss_tokens = jnp.sum(batch.loss_mask)
         # A batch without a single target has loss 0 and gradient 0, not NaN.
-        loss, grads = loss_and_grads(state.params, batch, jnp.maximum(loss_tokens, 1.0))
+        (total, z), grads = loss_and_grads(state.params, batch, jnp.maximum(loss_tokens, 1.0))
         norm, done = optax.tree.norm(grads), state.step - state.guard.skipped
-        good, guard = judge(state.guard, updates=done, loss=loss, norm=norm, spike=spike)
+        good, guard = judge(state.guard, updates=done, loss=total, norm=norm, spike=spike)
         metrics = {
-            "loss": loss,
+            "loss": total - z,
+            **({"z_loss": z} if z_loss else {}),
             "grad_norm": norm,
             "lr": schedule(done),
             "loss_tokens": loss_tokens,

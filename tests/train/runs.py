@@ -1,4 +1,4 @@
-"""What a run leaves behind, read without the code under test; and runs in processes of their own."""
+"""Runs in processes of their own, and what a run leaves behind."""
 
 import json
 import os

@@ -52,7 +52,12 @@ def launch(tiny, out: Path, processes: int, *, which: int = 0, first: str = "") 
         log = out.with_name(f"{out.name}.{process}.log")
         code = first if process == which else ""
         running.append(start(tiny, flags, devices=8 // processes, log=log, first=code))
-    return [process.wait(240) for process in running]
+    try:
+        return [process.wait(240) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
 
 
 def said(out: Path, process: int) -> str:
