@@ -39,7 +39,7 @@ def run(config: Config) -> None:
             OpenSets(open_validation(config, settled)) as val,
         ):
             say_data(loader, val.sets)
-            tx = optimizer(config.optim, settled.lr, config.steps)
+            tx = optimizer(config.optim, settled.lr, config.steps, param_dtype=settled.param_dtype)
             graphdef, like = abstract_state(model_maker(config, settled), tx, settled.mesh)
             if start:
                 loader.restore(checkpoints.position())

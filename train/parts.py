@@ -13,7 +13,7 @@ from train.announce import say
 from train.config import Config
 from train.data import Loader, default_cache, open_data
 from train.defaults import Settled
-from train.optim import schedule
+from train.schedule import schedule
 from train.state import Params, TrainState, params_of
 from train.step import Step, batch_struct, compile_step, make_step
 
@@ -59,6 +59,7 @@ def model_maker(config: Config, settled: Settled):
         rngs=nnx.Rngs(params=config.seed),
         attn=settled.attn,
         dtype=settled.dtype,
+        param_dtype=settled.param_dtype,
         remat=config.remat,
     )
 
@@ -66,7 +67,7 @@ def model_maker(config: Config, settled: Settled):
 def first_params(config: Config, settled: Settled, like: TrainState) -> Params:
     """The weights that a new run begins with: loaded, or random; in `like`'s shards."""
     if settled.weights is not None:
-        model = load(settled.weights, param_dtype="float32", mesh=settled.mesh)
+        model = load(settled.weights, param_dtype=settled.param_dtype.name, mesh=settled.mesh)
         say(f"loaded the weights of {settled.weights}")
     else:
         model = init(settled.model, seed=config.seed, mesh=settled.mesh)

@@ -18,6 +18,9 @@ def identity_of(config: Config, settled: Settled) -> dict[str, Any]:
         "tokenizer": settled.tokenizer.fingerprint,
         "seq_len": config.seq_len,
         "seed": config.seed,
+        "optim.name": config.optim.name,
+        "optim.state": config.optim.state,
+        "param_dtype": config.param_dtype,
     }
 
 

@@ -54,15 +54,17 @@ def make_step(
             return value_and_grad(params, jax.tree.map(lambda a: a[0], batch), count)
 
         def add(carry, micro):
-            return jax.tree.map(jnp.add, carry, value_and_grad(params, micro, count)), None
+            of_micro = value_and_grad(params, micro, count)
+            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, of_micro), None
 
-        zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), (jnp.float32(0), params))
         return jax.lax.scan(add, zeros, batch)[0]
 
     def step(state: TrainState, batch: Batch):
         loss_tokens = jnp.sum(batch.loss_mask)
         # A batch without a single target has loss 0 and gradient 0, not NaN.
         loss, grads = loss_and_grads(state.params, batch, jnp.maximum(loss_tokens, 1.0))
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         metrics = {
             "loss": loss,
@@ -71,7 +73,7 @@ def make_step(
             "loss_tokens": loss_tokens,
             "tokens": _count_tokens(batch),
         }
-        params: Any = optax.apply_updates(state.params, updates)
+        params = jax.tree.map(_updated, state.params, updates)
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return step
@@ -122,6 +124,11 @@ def batch_struct(*, rows: int, seq_len: int, accum: int, mesh: Mesh) -> Batch:
 
     dtypes = dict.fromkeys(Batch._fields, jnp.int32) | {"loss_mask": jnp.float32}
     return Batch(**{name: struct(dtype) for name, dtype in dtypes.items()})
+
+
+def _updated(p: jax.Array, update: jax.Array) -> jax.Array:
+    """The new weight in its own type; a bfloat16 one is exact, the optimizer has rounded it."""
+    return (p.astype(update.dtype) + update).astype(p.dtype)
 
 
 def _count_tokens(batch: Batch) -> jax.Array:
