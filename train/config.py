@@ -62,12 +62,24 @@ class Config:
     """Steps between evaluations on --data.val, every row of it; the last step always makes one."""
 
     remat: str = "attention"
-    """What the backward pass finds in memory: none of a block recomputed ("none"), q, k, v and the
-    output of attention kept ("qkv"), only the output ("attention"), nothing kept ("full")."""
+    """What the backward pass finds in memory: none of a block recomputed ("none"), the matrix
+    products and attention kept ("dots"), q, k, v and the output of attention ("qkv"), only the
+    output ("attention"), nothing kept ("full"); or as "attention", in the host's memory
+    ("offload")."""
 
     dtype: Annotated[Literal["bfloat16", "float32"] | None, chosen("bfloat16|float32")] = None
-    """Compute type; weights and optimizer stay float32. By default bfloat16 on a GPU, float32
-    elsewhere."""
+    """Compute type. By default bfloat16 on a GPU, float32 elsewhere."""
+
+    param_dtype: Literal["fp32", "bf16"] = "fp32"
+    """What weights are stored in between steps; bf16 ones are updated with stochastic rounding."""
+
+    dry_run: bool = False
+    """Show the configuration, the mesh and the memory plan, compile, compare the plan with the
+    compiler's, and stop; nothing is read, trained or written."""
+
+    device: Annotated[str | None, chosen("NAME|GiB")] = None
+    """With --dry_run: plan for this GPU, which need not be here: h200, h100, a100, or its GiB. As
+    many of them as the --mesh has."""
 
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
 
@@ -95,6 +107,8 @@ class Config:
         ):
             value = getattr(self, name)
             require(value is None or value >= least, f"--{name}", value, f"at least {least}")
+        if self.device is not None and not self.dry_run:
+            raise ValueError(f"--device={self.device} describes a GPU for --dry_run: add it")
         if self.batch_size is not None and self.batch_size % self.accum:
             raise ValueError(
                 f"--batch_size={self.batch_size} must be a multiple of --accum={self.accum}"

@@ -8,6 +8,7 @@ import jax
 from train import device
 from train.cli import fail, parse
 from train.config import Config
+from train.dry_run import dry_run
 from train.loop import run
 
 
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(error, 2)
     device.set_up(keep_compiled=True)
     try:
-        run(config)
+        (dry_run if config.dry_run else run)(config)
     except (ValueError, NotImplementedError, OSError, FloatingPointError) as error:
         if config.traceback:
             raise
