@@ -7,12 +7,16 @@ model (`train.defaults`), and the choice is said in the log.
 import dataclasses
 from typing import Annotated, Literal
 
+from train.profile import parse_window
 from train.sections import DataConfig, MeshConfig, OptimConfig, chosen, require
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Trains InternLM2 on packed documents, and writes checkpoints, metrics and a sample."""
+
+    recipe: Annotated[str | None, chosen("NAME|list")] = None
+    """Values for the other flags, each of which overrides it; "list" shows the recipes."""
 
     model: Annotated[str | None, chosen("NAME|DIR")] = None
     """Preset (nano, internlm2-1.8b, internlm2-7b, internlm2-20b) or a directory of HF weights. By
@@ -40,6 +44,9 @@ class Config:
     steps: int = 120
     """Optimizer steps of the whole run, those before a resume included."""
 
+    epochs: Annotated[float | None, chosen("FLOAT")] = None
+    """Instead of --steps: as many as it takes to see the data so often."""
+
     seed: int = 0
     """Of the initial weights and of the order of the documents."""
 
@@ -60,6 +67,22 @@ class Config:
 
     eval_every: int = 100
     """Steps between evaluations on --data.val, every row of it; the last step always makes one."""
+
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where the numbers of metrics.jsonl and eval.jsonl go too; needs tensorboardX, or wandb."""
+
+    prompts: tuple[str, ...] = ()
+    """Texts that the model goes on with as it is trained, in samples.jsonl; FILE.txt is a text a
+    line."""
+
+    sample_every: int = 0
+    """Steps between samples from --prompts; 0: none."""
+
+    chat: bool = False
+    """The prompts are a user's messages, to be answered."""
+
+    profile: Annotated[str | None, chosen("START:STOP")] = None
+    """Write a trace of the device's work in these steps to <out>/profile; a few are enough."""
 
     remat: str = "attention"
     """What the backward pass finds in memory: none of a block recomputed ("none"), the matrix
@@ -104,9 +127,15 @@ class Config:
             ("keep", 1),
             ("log_every", 1),
             ("eval_every", 1),
+            ("sample_every", 0),
         ):
             value = getattr(self, name)
             require(value is None or value >= least, f"--{name}", value, f"at least {least}")
+        require(self.epochs is None or self.epochs > 0, "--epochs", self.epochs, "above 0")
+        if self.sample_every and not self.prompts:
+            raise ValueError(f"--sample_every={self.sample_every} needs --prompts")
+        if self.profile is not None and parse_window(self.profile)[1] > self.steps:
+            raise ValueError(f"--profile={self.profile} ends after --steps={self.steps}")
         if self.device is not None and not self.dry_run:
             raise ValueError(f"--device={self.device} describes a GPU for --dry_run: add it")
         if self.batch_size is not None and self.batch_size % self.accum:

@@ -2,8 +2,6 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +15,7 @@ from train.memory import GiB, Plan
 from train.mesh import check_rows
 from train.optim import optimizer
 from train.parts import compile_training, model_maker
+from train.resolved import resolved
 from train.state import abstract_state
 
 DEVICES = {
@@ -35,8 +34,8 @@ def dry_run(config: Config) -> None:
     Raises:
         ValueError, NotImplementedError, OSError: what is wrong, as in the run itself.
     """
-    for line in resolved(config):
-        say(line)
+    for flag, value in resolved(config).items():
+        say(f"--{flag}={'(chosen)' if value is None else value}")
     if config.device is not None:
         _of_described(config, config.device)
         return
@@ -45,16 +44,6 @@ def dry_run(config: Config) -> None:
     _say_plan(settled.plan, settled.have, settled.remedy)
     if settled.remedy is None:
         _compare(config, settled)
-
-
-def resolved(config: Any, prefix: str = "--") -> Iterator[str]:
-    """Every flag with its value, one a line."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from resolved(value, f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}={'(chosen)' if value is None else value}"
 
 
 def _say_plan(plan: Plan, have: int, remedy: str | None) -> None:

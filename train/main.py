@@ -10,6 +10,7 @@ from train.cli import fail, parse
 from train.config import Config
 from train.dry_run import dry_run
 from train.loop import run
+from train.recipes import check_recipe, find_recipe, recipe_list
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,7 +24,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         wrong.
     """
     try:
-        config = parse(Config, sys.argv[1:] if argv is None else argv, "train.main")
+        argv = sys.argv[1:] if argv is None else argv
+        config = parse(Config, argv, "train.main", default=find_recipe(argv))
+        if config.recipe == "list":
+            print(recipe_list())
+            return 0
+        check_recipe(config)
     except ValueError as error:
         return fail(error, 2)
     device.set_up(keep_compiled=True)

@@ -1,5 +1,7 @@
 """What a run is put together from: data, model, compiled step, first weights."""
 
+import dataclasses
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,21 @@ from train.defaults import Settled
 from train.schedule import schedule
 from train.state import Params, TrainState, params_of
 from train.step import Step, batch_struct, compile_step, make_step
+
+
+def with_steps(config: Config, rows: int, in_step: int) -> Config:
+    """The configuration with the steps that its epochs come to.
+
+    Args:
+        config: with steps, or epochs.
+        rows: of the data.
+        in_step: rows of a step.
+    """
+    if config.epochs is None:
+        return config
+    steps = max(1, math.ceil(config.epochs * rows / in_step))
+    say(f"{config.epochs:g} epochs of {rows:,} rows are {steps:,} steps")
+    return dataclasses.replace(config, steps=steps)
 
 
 def open_set(

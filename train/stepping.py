@@ -8,8 +8,8 @@ from train.config import Config
 from train.data import Loader
 from train.defaults import Settled
 from train.evaluate import Evaluation
+from train.evidence import Evidence
 from train.flops import causal_pairs
-from train.metrics import Metrics
 from train.signals import stop_on_signals
 from train.state import TrainState
 from train.step import Step, put_batch
@@ -23,38 +23,39 @@ def train(
     start: int,
     loader: Loader,
     evaluate: Evaluation,
+    evidence: Evidence,
     save,
 ) -> TrainState:
     """Steps until the last one or a signal; every way out but an error saves."""
-    metrics = Metrics(
-        settled.out / "metrics.jsonl",
-        model=settled.model,
-        start=start,
-        steps=config.steps,
-        log_every=config.log_every,
-    )
     waiting: tuple | None = None  # a step that the devices still work on: shown one step later
     try:
         with stop_on_signals() as stop:
-            for number, batch in enumerate(loader, start + 1):
+            for number in range(start + 1, config.steps + 1):
+                with evidence.timed("data"):
+                    batch = next(loader)
                 position = loader.state()
                 if number == start + 1:
                     say_dispatch(config, settled, batch)
+                evidence.before(number, state)
                 state, values = step(state, put_batch(batch, accum=config.accum, mesh=settled.mesh))
                 if waiting:
-                    _check_finite(metrics.record(*waiting))
+                    _check_finite(evidence.record(*waiting))
                 waiting = (number, values, causal_pairs(batch.segment_ids))
+                losses = {}
                 if number == config.steps or number % config.eval_every == 0:
-                    evaluate(number, state.params)
+                    with evidence.timed("evaluation", after=state):
+                        losses = evaluate(number, state.params)
+                evidence.after(number, state, losses)
                 done = number == config.steps or stop.name is not None
                 if done or number % config.save_every == 0:
-                    _check_finite(metrics.record(*waiting))
+                    _check_finite(evidence.record(*waiting))
                     waiting = None
-                    save(state, data=position)
+                    with evidence.timed("checkpoint"):
+                        save(state, data=position)
                 if done:
                     break
     finally:
-        metrics.close()
+        evidence.close()
     if stop.name is not None and number < config.steps:
         say(f"stopped by {stop.name} after step {number}; the same command goes on from there")
     return state
