@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 from tqdm import tqdm
@@ -26,6 +26,7 @@ CONSOLE_SECONDS = 10
 """Least time between console lines."""
 
 
+@runtime_checkable
 class Sink(Protocol):
     """Takes numbers to where curves are drawn (`train.sinks`)."""
 

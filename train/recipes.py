@@ -25,7 +25,7 @@ def _full_32k(model: str) -> Config:
     return Config(
         model=model,
         seq_len=32_768,
-        epochs=1,
+        epochs=1.0,
         optim=OptimConfig(
             lr=4e-5, betas=(0.9, 0.95), weight_decay=0.01, warmup=0.025, min_lr_ratio=0.15
         ),
@@ -40,7 +40,7 @@ def _full_alpaca(model: str) -> Config:
     return Config(
         model=model,
         seq_len=2_048,
-        epochs=3,
+        epochs=3.0,
         optim=OptimConfig(
             lr=2e-5, betas=(0.9, 0.999), weight_decay=0.0, warmup=0.03, min_lr_ratio=0.0
         ),
