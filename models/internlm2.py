@@ -33,16 +33,28 @@ from models.layers import (
 )
 
 # What the backward pass finds in memory; the rest of a block it recomputes.
-# "attn_out" and "attn_lse" are named by jaxattn's kernel, "qkv" here.
+# "attn_out" and "attn_lse" are named by jaxattn's kernel, "block_input" and "qkv" here.
 _POLICIES = jax.checkpoint_policies
 REMAT: dict[str, Callable | None] = {
     "none": _POLICIES.everything_saveable,
+    # What matrix products and the attention kernel made: norms, rotation, SwiGLU run again.
+    "dots": _POLICIES.save_from_both_policies(
+        _POLICIES.dots_with_no_batch_dims_saveable,
+        _POLICIES.save_only_these_names("attn_out", "attn_lse"),
+    ),
     # As "attention", and the rotated q, k, v: their projection is not recomputed either.
     "qkv": _POLICIES.save_only_these_names("attn_out", "attn_lse", "qkv"),
     # The attention kernel does not run again in the backward pass.
     "attention": _POLICIES.save_only_these_names("attn_out", "attn_lse"),
     # Only the input of each block.
     "full": _POLICIES.nothing_saveable,
+    # As "attention", but in the host's memory: only one block's at a time on the device.
+    "offload": _POLICIES.save_and_offload_only_these_names(
+        names_which_can_be_saved=["attn_lse"],
+        names_which_can_be_offloaded=["attn_out", "block_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 # (q_BTNH, k_BTKH, v_BTKH, carried) -> (o_BTNH, result): how a block attends. `carried` is this
@@ -259,6 +271,7 @@ class InternLM2(nnx.Module):
 
         def layer(x_BTD, block_and_carried):
             block, carried = block_and_carried
+            x_BTD = checkpoint_name(x_BTD, "block_input")
             return block(x_BTD, rope, attend, carried)
 
         layer = jax.checkpoint(layer, policy=REMAT[self.remat])

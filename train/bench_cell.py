@@ -10,6 +10,7 @@ import math
 import statistics
 import sys
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,8 @@ from train.data import Batch
 from train.flops import causal_pairs, peak_flops, training_flops
 from train.mesh import make_mesh, row_shards
 from train.metrics import peak_memory
-from train.optim import optimizer, schedule
+from train.optim import optimizer
+from train.schedule import schedule
 from train.sections import MeshConfig, OptimConfig
 from train.state import abstract_state, new_state, params_of
 from train.step import compile_step, make_step, put_batch
@@ -75,7 +77,7 @@ def measure(cell: Cell) -> dict:
     model, mesh = PRESETS[cell.model], make_mesh(MeshConfig())
     rows = max(1, cell.tokens // cell.seq_len) * row_shards(mesh)
     dtype = jnp.dtype(cell.dtype)
-    shape = {"rows": rows, "seq_len": cell.seq_len}
+    shape: dict[str, Any] = {"rows": rows, "seq_len": cell.seq_len}
     attn = resolve_attention(cell.attn, model, mesh, **shape, dtype=dtype, documents=cell.packed)
     plan = memory.plan(
         model, mesh, **shape, accum=1, remat=cell.remat, itemsize=dtype.itemsize, attn=attn

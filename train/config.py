@@ -7,6 +7,7 @@ model (`train.defaults`), and the choice is said in the log.
 import dataclasses
 from typing import Annotated, Literal
 
+from train.profile import parse_window
 from train.sections import (
     DataConfig,
     DistConfig,
@@ -21,6 +22,9 @@ from train.sections import (
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Trains InternLM2 on packed documents, and writes checkpoints, metrics and a sample."""
+
+    recipe: Annotated[str | None, chosen("NAME|list")] = None
+    """Values for the other flags, each of which overrides it; "list" shows the recipes."""
 
     model: Annotated[str | None, chosen("NAME|DIR")] = None
     """Preset (nano, internlm2-1.8b, internlm2-7b, internlm2-20b) or a directory of HF weights. By
@@ -52,6 +56,9 @@ class Config:
     steps: int = 120
     """Optimizer steps of the whole run, those before a resume included."""
 
+    epochs: Annotated[float | None, chosen("FLOAT")] = None
+    """Instead of --steps: as many as it takes to see the data so often."""
+
     seed: int = 0
     """Of the initial weights and of the order of the documents."""
 
@@ -80,13 +87,41 @@ class Config:
     eval_every: int = 100
     """Steps between evaluations on --data.val, every row of it; the last step always makes one."""
 
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where the numbers of metrics.jsonl and eval.jsonl go too; needs tensorboardX, or wandb."""
+
+    prompts: tuple[str, ...] = ()
+    """Texts that the model goes on with as it is trained, in samples.jsonl; FILE.txt is a text a
+    line."""
+
+    sample_every: int = 0
+    """Steps between samples from --prompts; 0: none."""
+
+    chat: bool = False
+    """The prompts are a user's messages, to be answered."""
+
+    profile: Annotated[str | None, chosen("START:STOP")] = None
+    """Write a trace of the device's work in these steps to <out>/profile; a few are enough."""
+
     remat: str = "attention"
-    """What the backward pass finds in memory: none of a block recomputed ("none"), q, k, v and the
-    output of attention kept ("qkv"), only the output ("attention"), nothing kept ("full")."""
+    """What the backward pass finds in memory: none of a block recomputed ("none"), the matrix
+    products and attention kept ("dots"), q, k, v and the output of attention ("qkv"), only the
+    output ("attention"), nothing kept ("full"); or as "attention", in the host's memory
+    ("offload")."""
 
     dtype: Annotated[Literal["bfloat16", "float32"] | None, chosen("bfloat16|float32")] = None
-    """Compute type; weights and optimizer stay float32. By default bfloat16 on a GPU, float32
-    elsewhere."""
+    """Compute type. By default bfloat16 on a GPU, float32 elsewhere."""
+
+    param_dtype: Literal["fp32", "bf16"] = "fp32"
+    """What weights are stored in between steps; bf16 ones are updated with stochastic rounding."""
+
+    dry_run: bool = False
+    """Show the configuration, the mesh and the memory plan, compile, compare the plan with the
+    compiler's, and stop; nothing is read, trained or written."""
+
+    device: Annotated[str | None, chosen("NAME|GiB")] = None
+    """With --dry_run: plan for this GPU, which need not be here: h200, h100, a100, or its GiB. As
+    many of them as the --mesh has."""
 
     z_loss: float = 0.0
     """Factor of the squared log of the softmax's denominator, which is added to the loss to keep
@@ -120,6 +155,7 @@ class Config:
             ("keep_best", 0),
             ("log_every", 1),
             ("eval_every", 1),
+            ("sample_every", 0),
         ):
             value = getattr(self, name)
             require(value is None or value >= least, f"--{name}", value, f"at least {least}")
@@ -131,6 +167,13 @@ class Config:
             "at least 1",
         )
         require(self.save_minutes > 0, "--save_minutes", self.save_minutes, "above 0")
+        require(self.epochs is None or self.epochs > 0, "--epochs", self.epochs, "above 0")
+        if self.sample_every and not self.prompts:
+            raise ValueError(f"--sample_every={self.sample_every} needs --prompts")
+        if self.profile is not None and parse_window(self.profile)[1] > self.steps:
+            raise ValueError(f"--profile={self.profile} ends after --steps={self.steps}")
+        if self.device is not None and not self.dry_run:
+            raise ValueError(f"--device={self.device} describes a GPU for --dry_run: add it")
         if self.batch_size is not None and self.batch_size % self.accum:
             raise ValueError(
                 f"--batch_size={self.batch_size} must be a multiple of --accum={self.accum}"

@@ -5,15 +5,16 @@ import json
 import math
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
-from jaxtyping import DTypeLike
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh
 
 from jaxattn import device_memory
 from models.config import PRESETS, ModelConfig, RopeScaling
 from models.internlm2 import REMAT
 from models.tokenizer import Tokenizer, load_tokenizer
-from train import memory
+from train import fit, memory
 from train.attention import resolve_attention
 from train.config import Config
 from train.mesh import check_rows, make_mesh, row_shards
@@ -22,6 +23,7 @@ GPU_MODEL, CPU_MODEL = "internlm2-1.8b", "nano"
 GPU_TOKENS = 32_768
 """Tokens of a step on each GPU that holds rows of its own: one row of the longest case."""
 CPU_TOKENS = 2_048
+PARAM_DTYPES = {"fp32": jnp.dtype("float32"), "bf16": jnp.dtype("bfloat16")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,8 +48,11 @@ class Settled:
     attn: str
     """Implementation that runs."""
 
-    dtype: DTypeLike
+    dtype: np.dtype
     """Compute type."""
+
+    param_dtype: np.dtype
+    """What weights are stored in."""
 
     rows: int
     """In a step; a multiple of accum, and its part of the devices that split rows."""
@@ -60,6 +65,12 @@ class Settled:
 
     plan: memory.Plan
     """What it needs in memory."""
+
+    have: int
+    """Bytes of a device."""
+
+    remedy: str | None
+    """What to change where the plan exceeds the device: only a dry run goes on then."""
 
     notes: tuple[str, ...]
     """What was chosen and why, for the log."""
@@ -78,35 +89,33 @@ def settle(config: Config) -> Settled:
     mesh = make_mesh(config.mesh)
     device = mesh.devices.flat[0]
     on_gpu = device.platform == "gpu"
-    rows = config.batch_size or _rows(config, mesh, GPU_TOKENS if on_gpu else CPU_TOKENS)
+    if config.remat == "offload" and "pinned_host" not in _memories(device):
+        raise NotImplementedError(
+            f"--remat=offload needs pinned host memory, which {device.device_kind} does not offer: "
+            "take --remat=full"
+        )
+    rows = default_rows(config, mesh, on_gpu=on_gpu)
     check_rows(mesh, rows=rows, accum=config.accum)
     dtype = jnp.dtype(config.dtype or ("bfloat16" if on_gpu else "float32"))
     notes = []
 
-    def needed(model: ModelConfig, attn: str) -> memory.Plan:
-        return memory.plan(
-            model,
-            mesh,
-            rows=rows // config.accum,
-            seq_len=config.seq_len,
-            accum=config.accum,
-            remat=config.remat,
-            itemsize=dtype.itemsize,
-            attn=attn,
-        )
-
     name = config.model
     if name is None:
         have = device_memory(device) if on_gpu else None
-        name, why = choose_model(needed(PRESETS[GPU_MODEL], "xla").total, have, device.device_kind)
+        need = planned(config, PRESETS[GPU_MODEL], mesh, rows, dtype, "xla").total
+        name, why = choose_model(need, have, device.device_kind)
         notes.append(f"model {name}: {why}")
-    model, weights = _read_model(name)
+    model, weights = read_model(name)
     model = _extended(model, config.rope_factor, config.seq_len)
     attn = resolve_attention(
         config.attn, model, mesh, rows=rows // config.accum, seq_len=config.seq_len, dtype=dtype
     )
-    plan = needed(model, attn)
-    memory.check_fits(plan, device_memory(device), rows=rows // config.accum, accum=config.accum)
+    plan, have = planned(config, model, mesh, rows, dtype, attn), device_memory(device)
+    remedy = advice(config, model, mesh, rows, dtype, attn, have)
+    if remedy is not None and not config.dry_run:
+        raise ValueError(
+            f"the run needs about {plan}; the device has {have / memory.GiB:.2f} GiB: {remedy}"
+        )
     tokenizer = _read_tokenizer(config.tokenizer, weights)
     if tokenizer.vocab_size > model.vocab_size:
         raise ValueError(
@@ -122,10 +131,13 @@ def settle(config: Config) -> Settled:
         mesh=mesh,
         attn=attn,
         dtype=dtype,
+        param_dtype=PARAM_DTYPES[config.param_dtype],
         rows=rows,
-        lr=config.optim.lr or _lr(name, weights),
+        lr=config.optim.lr or _lr(name, weights) * (0.1 if config.optim.name == "lion" else 1.0),
         out=Path(config.out or f"runs/{short}-{config.seq_len}"),
         plan=plan,
+        have=have,
+        remedy=remedy,
         notes=tuple(notes),
     )
 
@@ -148,15 +160,64 @@ def choose_model(need: int, have: int | None, device: str) -> tuple[str, str]:
     return (GPU_MODEL if fits else CPU_MODEL), why
 
 
-def _rows(config: Config, mesh: Mesh, tokens: int) -> int:
-    """Rows of about `tokens` tokens, that divide over devices and microbatches."""
+def default_rows(config: Config, mesh: Mesh | AbstractMesh, *, on_gpu: bool) -> int:
+    """Rows of a step: those asked for, or as many as divide over devices and microbatches."""
+    if config.batch_size is not None:
+        return config.batch_size
     at_least = row_shards(mesh) * config.accum
-    if mesh.devices.flat[0].platform == "gpu":
-        tokens *= row_shards(mesh)
+    tokens = GPU_TOKENS * row_shards(mesh) if on_gpu else CPU_TOKENS
     return max(1, tokens // config.seq_len // at_least) * at_least
 
 
-def _read_model(name: str) -> tuple[ModelConfig, Path | None]:
+def planned(
+    config: Config,
+    model: ModelConfig,
+    mesh: Mesh | AbstractMesh,
+    rows: int,
+    dtype: np.dtype,
+    attn: str,
+) -> memory.Plan:
+    """The memory that a run needs, with `rows` in a step and `attn` as its attention."""
+    return memory.plan(
+        model,
+        mesh,
+        rows=rows // config.accum,
+        seq_len=config.seq_len,
+        accum=config.accum,
+        remat=config.remat,
+        itemsize=dtype.itemsize,
+        attn=attn,
+        optim=config.optim,
+        param_itemsize=PARAM_DTYPES[config.param_dtype].itemsize,
+    )
+
+
+def advice(
+    config: Config,
+    model: ModelConfig,
+    mesh: Mesh | AbstractMesh,
+    rows: int,
+    dtype: np.dtype,
+    attn: str,
+    have: int,
+) -> str | None:
+    """What to change so that the run fits `have` bytes a device; None where it does."""
+
+    def needed(changed: Config) -> memory.Plan:
+        runs = attn if changed.attn == config.attn else changed.attn
+        return planned(changed, model, mesh, rows, dtype, runs)
+
+    if needed(config).total <= have:
+        return None
+    return fit.remedy(needed, config, have, most_accum=rows // row_shards(mesh))
+
+
+def read_model(name: str) -> tuple[ModelConfig, Path | None]:
+    """The architecture, and the directory of its weights if it has any.
+
+    Raises:
+        ValueError: no such preset, nor a directory with a readable config.json.
+    """
     if name in PRESETS:
         return PRESETS[name], None
     file = Path(name) / "config.json"
@@ -184,6 +245,10 @@ def _extended(model: ModelConfig, factor: float | None, seq_len: int) -> ModelCo
             "--seq_len"
         )
     return dataclasses.replace(model, rope_scaling=scaling)
+
+
+def _memories(device: jax.Device) -> set[str]:
+    return {memory.kind for memory in device.addressable_memories()}
 
 
 def _read_tokenizer(spec: str | None, weights: Path | None) -> Tokenizer:

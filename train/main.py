@@ -8,9 +8,11 @@ import jax
 from train import device
 from train.cli import fail, parse
 from train.config import Config
+from train.dry_run import dry_run
 from train.hosts import connect
 from train.loop import run
 from train.peers import Peers, leave
+from train.recipes import check_recipe, find_recipe, recipe_list
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,14 +26,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         wrong.
     """
     try:
-        config = parse(Config, sys.argv[1:] if argv is None else argv, "train.main")
+        argv = sys.argv[1:] if argv is None else argv
+        config = parse(Config, argv, "train.main", default=find_recipe(argv))
+        if config.recipe == "list":
+            print(recipe_list())
+            return 0
+        check_recipe(config)
     except ValueError as error:
         return fail(error, 2)
     try:
         connect(config.dist)
         device.set_up(keep_compiled=True)
         with Peers():
-            run(config)
+            (dry_run if config.dry_run else run)(config)
     except (ValueError, NotImplementedError, OSError, FloatingPointError) as error:
         if config.traceback:
             raise

@@ -1,5 +1,7 @@
 """What a run is put together from: data, model, compiled step, first weights."""
 
+import dataclasses
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +15,25 @@ from train.config import Config
 from train.data import Loader, default_cache, open_data
 from train.defaults import Settled
 from train.hosts import share
-from train.optim import schedule
 from train.say import say
+from train.schedule import schedule
 from train.state import Params, TrainState, params_of
 from train.step import Step, batch_struct, compile_step, make_step
+
+
+def with_steps(config: Config, rows: int, in_step: int) -> Config:
+    """The configuration with the steps that its epochs come to.
+
+    Args:
+        config: with steps, or epochs.
+        rows: of the data.
+        in_step: rows of a step.
+    """
+    if config.epochs is None:
+        return config
+    steps = max(1, math.ceil(config.epochs * rows / in_step))
+    say(f"{config.epochs:g} epochs of {rows:,} rows are {steps:,} steps")
+    return dataclasses.replace(config, steps=steps)
 
 
 def open_set(
@@ -63,6 +80,7 @@ def model_maker(config: Config, settled: Settled):
         rngs=nnx.Rngs(params=config.seed),
         attn=settled.attn,
         dtype=settled.dtype,
+        param_dtype=settled.param_dtype,
         remat=config.remat,
     )
 
@@ -70,7 +88,7 @@ def model_maker(config: Config, settled: Settled):
 def first_params(config: Config, settled: Settled, like: TrainState) -> Params:
     """The weights that a new run begins with: loaded, or random; in `like`'s shards."""
     if settled.weights is not None:
-        model = load(settled.weights, param_dtype="float32", mesh=settled.mesh)
+        model = load(settled.weights, param_dtype=settled.param_dtype.name, mesh=settled.mesh)
         say(f"loaded the weights of {settled.weights}")
     else:
         model = init(settled.model, seed=config.seed, mesh=settled.mesh)

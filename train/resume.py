@@ -23,6 +23,9 @@ def identity_of(config: Config, settled: Settled) -> dict[str, Any]:
         "tokenizer": settled.tokenizer.fingerprint,
         "seq_len": config.seq_len,
         "seed": config.seed,
+        "optim.name": config.optim.name,
+        "optim.state": config.optim.state,
+        "param_dtype": config.param_dtype,
     }
 
 
@@ -40,15 +43,24 @@ def starting_step(
             "overwrite it: choose another --out"
         )
     checkpoints.check(identity)
-    if checkpoints.latest > config.steps:
-        raise ValueError(
-            f"{settled.out} is at step {checkpoints.latest}, beyond --steps={config.steps}: "
-            "choose another --out or more --steps"
-        )
+    if config.epochs is None:  # else their steps are known once the data is open
+        check_not_beyond(config, settled, checkpoints)
     say(f"resuming from step {checkpoints.latest} of {settled.out}")
-    if checkpoints.latest == config.steps:
-        say(f"all {config.steps} steps are done: to train on, give more --steps")
     return checkpoints.latest
+
+
+def check_not_beyond(config: Config, settled: Settled, checkpoints: Checkpoints) -> None:
+    """Checks that the run has as many steps as are done already; says so if these are all.
+
+    Raises:
+        ValueError: more are done.
+    """
+    done = checkpoints.latest or 0
+    if done > config.steps:
+        raise ValueError(
+            f"{settled.out} is at step {done}, beyond --steps={config.steps}: choose another --out "
+            "or more --steps"
+        )
 
 
 def _check_writable(out: Path) -> None:

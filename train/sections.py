@@ -80,14 +80,22 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW, with a linear warm-up and a cosine to a fraction of the peak."""
+    """The update rule, and its learning rate: a linear warm-up, then a schedule."""
+
+    name: Literal["adamw", "adafactor", "lion", "muon"] = "adamw"
+    """adafactor stores almost no second moment, lion only one moment; muon makes the momentum of
+    every weight matrix orthogonal, and leaves the rest to adamw."""
+
+    state: Literal["fp32", "bf16", "int8"] = "fp32"
+    """What adamw stores its two moments in: 8, 4 or 2 bytes a parameter."""
 
     lr: Annotated[float | None, chosen("FLOAT")] = None
     """Peak learning rate. By default 2e-3 for nano, 3e-4 for a larger preset, 2e-5 for trained
-    weights."""
+    weights; a tenth of it for lion."""
 
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay rates of the two moments."""
+    betas: Annotated[tuple[float, float] | None, chosen("FLOAT FLOAT")] = None
+    """Decay rates of the two moments; of lion's step and its moment. By default 0.9 0.95; for lion
+    0.9 0.99. Adafactor has none of its own choosing."""
 
     weight_decay: float = 0.01
     """Decoupled weight decay; norms and biases have none."""
@@ -95,8 +103,15 @@ class OptimConfig:
     warmup: float = 0.025
     """Share of the steps over which the learning rate rises from 0 to its peak."""
 
-    min_lr_ratio: float = 0.15
-    """Where the cosine ends, as a share of the peak."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """What follows the warm-up: a fall along half a cosine or a line, none, or the peak kept and a
+    short fall at the end (warm-up, stable, decay)."""
+
+    min_lr_ratio: Annotated[float | None, chosen("FLOAT")] = None
+    """Where the schedule ends, as a share of the peak. By default 0.15."""
+
+    decay: Annotated[float | None, chosen("FLOAT")] = None
+    """Share of the steps after the warm-up over which wsd falls. By default 0.2."""
 
     clip: float = 1.0
     """Largest global norm of the gradient; larger ones are scaled down to it."""
@@ -104,11 +119,40 @@ class OptimConfig:
     def __post_init__(self):
         """Checks ranges."""
         require(self.lr is None or self.lr > 0, "--optim.lr", self.lr, "above 0")
-        require(all(0 <= b < 1 for b in self.betas), "--optim.betas", self.betas, "in [0, 1)")
+        require(all(0 <= b < 1 for b in self.rates), "--optim.betas", self.betas, "in [0, 1)")
         require(self.weight_decay >= 0, "--optim.weight_decay", self.weight_decay, "at least 0")
         require(0 <= self.warmup <= 1, "--optim.warmup", self.warmup, "a share in [0, 1]")
-        require(0 <= self.min_lr_ratio <= 1, "--optim.min_lr_ratio", self.min_lr_ratio, "in [0, 1]")
+        require(0 <= self.last_ratio <= 1, "--optim.min_lr_ratio", self.min_lr_ratio, "in [0, 1]")
+        require(0 < self.last_decay <= 1, "--optim.decay", self.decay, "a share in (0, 1]")
         require(self.clip > 0, "--optim.clip", self.clip, "above 0")
+        if self.name == "adafactor" and self.betas is not None:
+            raise ValueError("--optim.betas is not for --optim.name=adafactor: leave one out")
+        if self.name != "adamw" and self.state != "fp32":
+            raise ValueError(
+                f"--optim.state={self.state} is for adamw only, not --optim.name={self.name}"
+            )
+        if self.schedule == "constant" and self.min_lr_ratio is not None:
+            raise ValueError(
+                "--optim.min_lr_ratio is where a schedule ends, and --optim.schedule=constant ends "
+                "at its peak: leave one out"
+            )
+        if self.schedule != "wsd" and self.decay is not None:
+            raise ValueError(f"--optim.decay is for wsd, not --optim.schedule={self.schedule}")
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """The betas in use."""
+        return self.betas or ((0.9, 0.99) if self.name == "lion" else (0.9, 0.95))
+
+    @property
+    def last_ratio(self) -> float:
+        """The min_lr_ratio in use."""
+        return 0.15 if self.min_lr_ratio is None else self.min_lr_ratio
+
+    @property
+    def last_decay(self) -> float:
+        """The decay in use."""
+        return 0.2 if self.decay is None else self.decay
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

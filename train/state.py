@@ -1,4 +1,4 @@
-"""What a step changes: step number, float32 weights, optimizer, guard. One pytree, donated.
+"""What a step changes: step number, weights, optimizer, guard. One pytree, donated.
 
 Weights are a nested dict of arrays and not the module, so that a checkpoint can be read without
 the module's class, and optax sees nothing but arrays.
@@ -25,8 +25,8 @@ class TrainState(NamedTuple):
 
     Attributes:
         step: int32 scalar, batches done; those that were skipped count too.
-        params: float32, sharded as `models.sharding` says.
-        opt_state: float32 moments, sharded as their parameters.
+        params: in the type they are stored in, sharded as `models.sharding` says.
+        opt_state: moments, sharded as their parameters.
         guard: scalars, see `train.guard`.
     """
 
@@ -61,7 +61,7 @@ def abstract_state(
     """
     graphdef, weights = nnx.split(jax.eval_shape(make_model))
     params = jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, jnp.float32, sharding=s),
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
         nnx.to_pure_dict(weights),
         nnx.to_pure_dict(shardings(weights, mesh)),
     )
@@ -78,7 +78,7 @@ def new_state(params: Params, tx: optax.GradientTransformation, like: TrainState
     """The state before the first step.
 
     Args:
-        params: float32 and sharded; consumed.
+        params: sharded; consumed.
         tx: the optimizer.
         like: from `abstract_state`.
     """
@@ -88,7 +88,7 @@ def new_state(params: Params, tx: optax.GradientTransformation, like: TrainState
 
 
 def params_of(model: nnx.Module, like: TrainState) -> Params:
-    """The weights of a model as `new_state` takes them: float32, where `like` wants them.
+    """The weights of a model as `new_state` takes them: of the type and where `like` wants them.
 
     Weights that are so already are not copied.
     """

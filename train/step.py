@@ -67,20 +67,24 @@ def make_step(
             return value_and_grad(params, jax.tree.map(lambda a: a[0], batch), count)
 
         def add(carry, micro):
-            return jax.tree.map(jnp.add, carry, value_and_grad(params, micro, count)), None
+            of_micro = value_and_grad(params, micro, count)
+            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, of_micro), None
 
-        zeros = ((jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, params))
+        zeros = jax.tree.map(
+            lambda p: jnp.zeros_like(p, jnp.float32),
+            ((jnp.float32(0), jnp.float32(0)), params),
+        )
         return jax.lax.scan(add, zeros, batch)[0]
 
     def update(grads: Params, params: Params, opt_state: optax.OptState):
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
+        updates, opt_state = tx.update(_in_float32(grads), opt_state, params)
+        return jax.tree.map(_updated, params, updates), opt_state
 
     def step(state: TrainState, batch: Batch):
         loss_tokens = jnp.sum(batch.loss_mask)
         # A batch without a single target has loss 0 and gradient 0, not NaN.
         (total, z), grads = loss_and_grads(state.params, batch, jnp.maximum(loss_tokens, 1.0))
-        norm, done = optax.tree.norm(grads), state.step - state.guard.skipped
+        norm, done = optax.tree.norm(_in_float32(grads)), state.step - state.guard.skipped
         good, guard = judge(state.guard, updates=done, loss=total, norm=norm, spike=spike)
         metrics = {
             "loss": total - z,
@@ -151,6 +155,15 @@ def batch_struct(*, rows: int, seq_len: int, accum: int, mesh: Mesh) -> Batch:
 
     dtypes = dict.fromkeys(Batch._fields, jnp.int32) | {"loss_mask": jnp.float32}
     return Batch(**{name: struct(dtype) for name, dtype in dtypes.items()})
+
+
+def _updated(p: jax.Array, update: jax.Array) -> jax.Array:
+    """The new weight in its own type; a bfloat16 one is exact, the optimizer has rounded it."""
+    return (p.astype(update.dtype) + update).astype(p.dtype)
+
+
+def _in_float32(grads: Params) -> Params:
+    return jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
 
 def _count_tokens(batch: Batch) -> jax.Array:

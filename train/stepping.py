@@ -11,9 +11,9 @@ from train.config import Config
 from train.data import Loader
 from train.defaults import Settled
 from train.evaluate import Evaluation
+from train.evidence import Evidence
 from train.flops import causal_pairs
 from train.hosts import Agreement, share
-from train.metrics import Metrics
 from train.say import say
 from train.signals import stop_on_signals
 from train.skips import Skips
@@ -31,6 +31,7 @@ def train(
     start: int,
     loader: Loader,
     evaluate: Evaluation,
+    evidence: Evidence,
     save: Callable[..., None],
 ) -> TrainState:
     """Steps until the last one or a signal.
@@ -41,16 +42,11 @@ def train(
         FloatingPointError: too many steps in a row were skipped.
         TimeoutError: the data made no batch.
     """
-    metrics = Metrics(
-        settled.out / "metrics.jsonl",
-        model=settled.model,
-        start=start,
-        steps=config.steps,
-        log_every=config.log_every,
-    )
     skips = Skips(
         settled.out / "skipped.jsonl", loader, patience=config.guard.patience, start=start
     )
+    agreed = Agreement(settled.mesh)
+    _, parts = share(settled.mesh)
     waiting: tuple | None = None  # a step that the devices still work on: shown one step later
 
     def show(following: tuple | None = None) -> None:
@@ -58,43 +54,48 @@ def train(
         ended, waiting = waiting, following
         if ended is not None:
             position, *shown = ended
-            skips.look(metrics.record(*shown), position)
+            skips.look(evidence.record(*shown), position)
 
-    agreed = Agreement(settled.mesh)
-    _, parts = share(settled.mesh)
+    def keep(loss: float | None = None) -> None:
+        with evidence.timed("checkpoint"):
+            save(state, data=loader.state(), loss=loss)
+
     number, done, saved_at = start, False, time.monotonic()
-    with contextlib.closing(metrics), stop_on_signals() as stop:
+    with contextlib.closing(evidence), stop_on_signals() as stop:
         try:
             while not done:
                 position = loader.state()
-                batch = loader.within(60 * config.data.stall_minutes)
+                with evidence.timed("data"):
+                    batch = loader.within(60 * config.data.stall_minutes)
                 number += 1
                 if number == start + 1:
                     say_dispatch(config, settled, batch)
+                evidence.before(number, state)
                 state, values = step(state, put_batch(batch, accum=config.accum, mesh=settled.mesh))
                 # Other processes' documents are taken to be like these.
                 show((position, number, values, causal_pairs(batch.segment_ids) * parts))
                 losses = {}
                 if number == config.steps or number % config.eval_every == 0:
-                    losses = evaluate(number, state.params)
+                    with evidence.timed("evaluation", after=state):
+                        losses = evaluate(number, state.params)
+                evidence.after(number, state, losses)
                 late = time.monotonic() - saved_at > 60 * config.save_minutes
                 wish = agreed(STOP if stop.name is not None else SAVE if late else 0)
                 done = number == config.steps or wish == STOP
                 if done or wish == SAVE or number % config.save_every == 0:
                     show()
-                    loss = sum(losses.values()) / len(losses) if losses else None
-                    save(state, data=loader.state(), loss=loss)
+                    keep(sum(losses.values()) / len(losses) if losses else None)
                     saved_at = time.monotonic()
                     agreed.forget()
         except FloatingPointError:  # on all processes at the same step
             if waiting is not None:
-                metrics.record(*waiting[1:])
-            save(state, data=loader.state())
+                evidence.record(*waiting[1:])
+            keep()
             raise
         except TimeoutError:  # on one of several processes, which cannot save alone
             if jax.process_count() == 1 and number > start:
                 show()
-                save(state, data=loader.state())
+                keep()
             raise
     if number < config.steps:
         why = stop.name or "a signal to another process"

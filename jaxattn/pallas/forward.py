@@ -166,16 +166,23 @@ def forward(
                             full,
                         )
 
-                # 2. K and V of every column tile that some row of the tile sees.
-                @pl.loop(0, count)
+                # 2. K and V of every column tile that some row of the tile sees. V comes one tile
+                # behind K: its stage is free only after P V, a softmax later than the stage of K,
+                # and the next K, which is needed first, must not wait for that.
+                @pl.loop(0, count + 1)
                 def _(j):
-                    slot = ring_slot(done + j, tiles.stages)
-                    col = pl.multiple_of(start + j * tiles.block_kv, block_map.ALIGN)
-                    source = pl.ds(col, tiles.block_kv), kv_head
-                    plgpu.barrier_wait(k_free.at[slot])
-                    plgpu.copy_gmem_to_smem(k_gmem.at[source], k_smem.at[slot], k_full.at[slot])
-                    plgpu.barrier_wait(v_free.at[slot])
-                    plgpu.copy_gmem_to_smem(v_gmem.at[source], v_smem.at[slot], v_full.at[slot])
+                    def copy(j, gmem, smem, full, free):
+                        slot = ring_slot(done + j, tiles.stages)
+                        col = pl.multiple_of(start + j * tiles.block_kv, block_map.ALIGN)
+                        plgpu.barrier_wait(free.at[slot])
+                        plgpu.copy_gmem_to_smem(
+                            gmem.at[pl.ds(col, tiles.block_kv), kv_head],
+                            smem.at[slot],
+                            full.at[slot],
+                        )
+
+                    pl.when(j < count)(lambda: copy(j, k_gmem, k_smem, k_full, k_free))
+                    pl.when(j > 0)(lambda: copy(j - 1, v_gmem, v_smem, v_full, v_free))
 
                 return count
 

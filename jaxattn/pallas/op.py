@@ -9,6 +9,7 @@ import typing
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
@@ -132,6 +133,9 @@ def _flash_forward(q_RNH, k_CKH, v_CKH, plan: Plan, scale: float):
     o_RNH, lse_NR = forward(
         q_RNH, k_CKH, v_CKH, plan.queries, scale=scale, tiles=plan.tiles.forward
     )
+    # Under a scan that saves both, XLA fuses the kernel with the writes into the stacked residuals,
+    # and runs it a second time for whoever else reads o. The barrier keeps the two apart.
+    o_RNH, lse_NR = lax.optimization_barrier((o_RNH, lse_NR))
     o_RNH = checkpoint_name(o_RNH, OUT_NAME)
     lse_NR = checkpoint_name(lse_NR, LSE_NAME)
     return o_RNH, (q_RNH, k_CKH, v_CKH, o_RNH, lse_NR, plan)

@@ -222,7 +222,7 @@ def test_sharded_weights_need_no_current_mesh(make_mesh, exact):
         assert grad.sharding.spec == weight.sharding.spec
 
 
-@pytest.mark.parametrize("remat", ["none", "qkv"])  # "full" is the default
+@pytest.mark.parametrize("remat", ["none", "dots", "qkv", "offload"])  # "full" is the default
 def test_remat_changes_memory_and_nothing_else(exact, remat):
     model = jax.tree.map(lambda x: x, small())
     model.remat = remat
@@ -249,7 +249,7 @@ def test_remat_policies_save_what_they_name():
 
 
 def test_an_unknown_remat_is_refused():
-    with pytest.raises(ValueError, match="remat='some' must be one of none, qkv, attention, full"):
+    with pytest.raises(ValueError, match="remat='some' must be one of none, dots, qkv, attention"):
         InternLM2(SMALL, rngs=nnx.Rngs(0), remat="some")
 
 

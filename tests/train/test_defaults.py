@@ -45,7 +45,11 @@ def test_flags_win(tiny):
         ({"model": "tests"}, ValueError, "--model=tests .* a directory without config.json"),
         ({"attn": "palas"}, ValueError, "unknown attention implementation 'palas'"),
         ({"attn": "pallas"}, NotImplementedError, "'pallas' cannot run.*Hopper.*use impl='xla'"),
-        ({"remat": "some"}, ValueError, "--remat=some must be one of none, qkv, attention, full"),
+        (
+            {"remat": "some"},
+            ValueError,
+            "--remat=some must be one of none, dots, qkv, attention, full, offload",
+        ),
         ({"batch_size": 6}, ValueError, "--batch_size=6 must be a multiple of 8"),
         ({"tokenizer": "nowhere"}, OSError, "nowhere does not exist"),
         (
@@ -60,6 +64,12 @@ def test_refusals(kwargs, error, message):
     with pytest.raises(error, match=message) as caught:
         settle(Config(**kwargs))
     assert "\n" not in str(caught.value)
+
+
+def test_offload_needs_pinned_memory(tiny, monkeypatch):
+    monkeypatch.setattr("train.defaults._memories", lambda _: {"device"})
+    with pytest.raises(NotImplementedError, match="needs pinned host memory.*take --remat=full"):
+        settle(Config(model="tiny", remat="offload"))
 
 
 def test_the_gpus_model_where_it_fits():

@@ -47,6 +47,7 @@ def test_leaves_checkpoints_metrics_and_a_sample(finished):
     assert "|" in (finished / "sample.txt").read_text()
     assert sorted(p.name for p in finished.iterdir()) == [
         "checkpoints",
+        "config.json",
         "metrics.jsonl",
         "sample.txt",
     ]

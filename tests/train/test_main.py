@@ -53,7 +53,7 @@ def test_wrong_flag_is_status_2(refused, flag, message):
         (["--attn=pallas"], "its kernels are for Hopper GPUs"),
         (["--attn=eager", "--seq_len=32768", "--batch_size=64"], "GiB a layer, this device has"),
         (["--model=internlm2-3b"], "is no preset (nano, internlm2-1.8b"),
-        (["--model=internlm2-20b"], "weights and optimizer alone exceed it"),
+        (["--model=internlm2-20b", "--batch_size=64"], "the run needs about"),
         (["--mesh.tensor=3"], "must be the number of devices, 8"),
         (["--mesh.tensor=8", "--model=tiny"], "must be a multiple of 8"),
         (["--model=tiny", "--seq_len=40000"], "--seq_len=40000 is beyond the 32,768 positions"),

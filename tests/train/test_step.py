@@ -9,7 +9,8 @@ from flax import nnx
 
 from models.internlm2 import InternLM2
 from train.mesh import make_mesh
-from train.optim import optimizer, schedule
+from train.optim import optimizer
+from train.schedule import schedule
 from train.sections import MeshConfig, OptimConfig
 from train.state import abstract_state, new_state, params_of
 from train.step import batch_struct, compile_step, make_step, put_batch
