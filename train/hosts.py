@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
 
 from train.sections import DistConfig
 
@@ -67,19 +68,24 @@ def share(mesh: Mesh) -> tuple[int, int]:
     Raises:
         ValueError: if the processes' rows are no equal, connected parts.
     """
-    rows = mesh.devices.reshape(-1, mesh.shape["tensor"])  # row shard, tensor
-    parts = []
-    for process in range(jax.process_count()):
-        held = [i for i, row in enumerate(rows) if process in {d.process_index for d in row}]
-        parts.append((held[0], len(held), held[-1] - held[0] + 1))
-    index, count, _ = parts[jax.process_index()]
-    if any(n != count or n != span or first % n for first, n, span in parts):
+    of_device = np.vectorize(lambda device: device.process_index, otypes=[int])
+    rows = of_device(mesh.devices.reshape(-1, mesh.shape["tensor"]))
+    return share_of(jax.process_index(), rows)
+
+
+def share_of(process: int, rows: Int[np.ndarray, "R M"]) -> tuple[int, int]:
+    """`share`, given which process has the device [row shard, tensor shard]."""
+    parts = {}
+    for other in np.unique(rows):
+        held = np.flatnonzero((rows == other).any(axis=1))
+        parts[int(other)] = int(held[0]), len(held), int(held[-1] - held[0]) + 1
+    first, count, _ = parts[process]
+    if any(n != count or n != span or at % n for at, n, span in parts.values()):
         raise ValueError(
-            "the mesh gives the processes unequal parts of the rows: --mesh.tensor="
-            f"{mesh.shape['tensor']} must divide, or be a multiple of, a process's "
-            f"{jax.local_device_count()} devices"
+            f"the mesh gives the processes unequal parts of the rows: --mesh.tensor={rows.shape[1]}"
+            " must divide, or be a multiple of, the devices of a process"
         )
-    return index // count, len(rows) // count
+    return first // count, len(rows) // count
 
 
 class Agreement:

@@ -4,14 +4,13 @@ import signal
 import socket
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from tests.train.runs import losses, start
 from train.checkpoint import Checkpoints
-from train.hosts import connect, share
+from train.hosts import connect, share_of
 from train.sections import DistConfig
 
 SIGNAL_AT = """
@@ -104,12 +103,6 @@ def test_process_0_killed(tiny, tmp_path):
     assert "of the run has ended: start all of them again" in said(out, 1)
 
 
-def mesh_of(processes: list[list[int]]):
-    """A mesh as far as `share` looks at it: [row shard][tensor] -> process."""
-    devices = [[SimpleNamespace(process_index=p) for p in row] for row in processes]
-    return SimpleNamespace(devices=np.array(devices), shape={"tensor": len(processes[0])})
-
-
 @pytest.mark.parametrize(
     ("processes", "shares"),
     [
@@ -119,17 +112,13 @@ def mesh_of(processes: list[list[int]]):
         ([[0, 1], [2, 3]], [(0, 2), (0, 2), (1, 2), (1, 2)]),
     ],
 )
-def test_each_process_reads_the_rows_of_its_devices(processes, shares, monkeypatch):
-    monkeypatch.setattr("jax.process_count", lambda: len(shares))
-    for process, expected in enumerate(shares):
-        monkeypatch.setattr("jax.process_index", lambda process=process: process)
-        assert share(mesh_of(processes)) == expected
+def test_each_process_reads_the_rows_of_its_devices(processes, shares):
+    assert [share_of(p, np.array(processes)) for p in range(len(shares))] == shares
 
 
-def test_unequal_rows_are_refused(monkeypatch):
-    monkeypatch.setattr("jax.process_count", lambda: 2)
+def test_unequal_rows_are_refused():
     with pytest.raises(ValueError, match="unequal parts of the rows: --mesh.tensor=2"):
-        share(mesh_of([[0, 0], [0, 1], [1, 1]]))
+        share_of(0, np.array([[0, 0], [0, 1], [1, 1]]))
 
 
 @pytest.mark.parametrize(
