@@ -137,7 +137,7 @@ def quantize(
 def dequantize(q: Quantized) -> Float[Array, "..."]:
     """Back to float32."""
     signed = q.codes.dtype == jnp.int8
-    level = _blocks(q.codes.astype(jnp.float32)) / (127 if signed else 255)
+    level = _blocks(q.codes.astype(jnp.float32)) * (1 / (127 if signed else 255))
     return (level * level * level * q.scales[..., None]).reshape(q.codes.shape)
 
 

@@ -95,7 +95,8 @@ class Config:
     line."""
 
     sample_every: int = 0
-    """Steps between samples from --prompts; 0: none."""
+    """Steps between samples from --prompts; 0: none. They need a copy of the weights in the compute
+    type."""
 
     chat: bool = False
     """The prompts are a user's messages, to be answered."""
