@@ -1,6 +1,7 @@
 # make train          set up .venv and train on the built-in text; pass flags on with ARGS="..."
 # make test           set up .venv and run the tests
 # make check          lint, types and import floors
+# make codegen        compile the kernels for an H200, without one, and check the machine code
 #
 # Needs Python >= 3.12 and nothing else. With an NVIDIA driver the environment gets the CUDA 12
 # build of jax; CUDA=13 asks for the CUDA 13 build. EXTRAS=torch also installs PyTorch (several GB),
@@ -20,7 +21,11 @@ comma := ,
 RUN_STAMP := $(VENV)/.installed-$(or $(CUDA_EXTRA),cpu)
 DEV_STAMP := $(RUN_STAMP)-dev$(addprefix -,$(EXTRAS))
 
-.PHONY: train test check clean
+# An environment of its own: jax's CUDA plugin would make every start of jax in $(VENV) complain
+# that this machine has no GPU.
+CODEGEN_VENV := $(VENV)/codegen
+
+.PHONY: train test check codegen clean
 
 train: $(RUN_STAMP)
 	$(VENV)/bin/python -m train.main $(ARGS)
@@ -34,6 +39,9 @@ check: $(DEV_STAMP)
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 	$(VENV)/bin/lint-imports
 
+codegen: $(CODEGEN_VENV)/.installed
+	JAX_PLATFORMS=cpu $(CODEGEN_VENV)/bin/python -m pytest -m codegen tests/jaxattn/test_codegen.py $(ARGS)
+
 $(VENV)/bin/python:
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
 	  { echo "error: Python >= 3.12 is needed, $(PYTHON) is older; say PYTHON=/path/to/python3.12" >&2; exit 1; }
@@ -46,6 +54,11 @@ $(RUN_STAMP): pyproject.toml | $(VENV)/bin/python
 $(DEV_STAMP): pyproject.toml | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev$(addprefix $(comma),$(CUDA_EXTRA) $(EXTRAS))]"
 	@touch $@ $(RUN_STAMP)
+
+$(CODEGEN_VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/python -m venv $(CODEGEN_VENV)
+	$(CODEGEN_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev,codegen]"
+	@touch $@
 
 clean:
 	rm -rf $(VENV)

@@ -5,7 +5,9 @@ B batch, T query pos, S key pos, N query heads, K kv heads, H head dim.
 
 import dataclasses
 import os
+import typing
 from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ from jaxattn import cudnn, eager, xla
 from jaxattn.mask import Mask
 from jaxattn.pallas import op as pallas
 
-IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "pallas": pallas.attention,
     "cudnn": cudnn.attention,
     "xla": xla.attention,
@@ -28,6 +30,7 @@ ALIASES = {"flash_attention_2": "pallas", "sdpa": "xla"}
 Shaped = Array | jax.ShapeDtypeStruct
 
 
+@typing.overload
 def attention(
     q_BTNH: Float[Array, "B T N H"],
     k_BSKH: Float[Array, "B S K H"],
@@ -36,7 +39,36 @@ def attention(
     *,
     impl: str = "auto",
     scale: float | None = None,
-) -> Float[Array, "B T N H"]:
+    deterministic: bool = False,
+    return_lse: Literal[False] = False,
+) -> Float[Array, "B T N H"]: ...
+
+
+@typing.overload
+def attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    mask: Mask | None = None,
+    *,
+    impl: str = "auto",
+    scale: float | None = None,
+    deterministic: bool = False,
+    return_lse: Literal[True],
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]: ...
+
+
+def attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    mask: Mask | None = None,
+    *,
+    impl: str = "auto",
+    scale: float | None = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
+) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """softmax(scale * q k^T + mask) v, differentiable in q, k and v.
 
     What is asked for runs, or an error says why not; no implementation stands in for another.
@@ -52,9 +84,18 @@ def attention(
         the kernel's tile metadata from being computed again in every layer.
       impl: "auto", "pallas" (or "flash_attention_2"), "cudnn", "xla" (or "sdpa"), "eager".
       scale: factor on the scores; None: H ** -0.5.
+      deterministic: the same inputs give the same bits in every run, gradients included. Output,
+        dk and dv of pallas do so anyway; its dq is then summed in a fixed order, by a kernel of
+        its own (7 products in place of 5). xla and eager are sums in a fixed order on a CPU; on
+        a GPU, XLA promises it under XLA_FLAGS=--xla_gpu_deterministic_ops=true. cudnn refuses:
+        jax.nn has no way to ask for it.
+      return_lse: also return the log-sum-exp, with which the results of a query over several
+        sets of keys can be joined.
 
     Returns:
-      [B, T, N, H] in the dtype of q; exactly 0 for queries that see nothing.
+      [B, T, N, H] in the dtype of q; exactly 0 for queries that see nothing. With return_lse a
+      pair of that and log(sum(exp(scale * q k^T + mask))) of each query, natural logarithm, fp32
+      [B, T, N]; -inf for queries that see nothing. It is differentiable as well.
 
     Raises:
       ValueError: the arguments contradict each other.
@@ -65,13 +106,17 @@ def attention(
     """
     mask = Mask() if mask is None else mask
     _check_shapes(q_BTNH, k_BSKH, v_BSKH, mask)
-    name, _ = resolve(impl, q_BTNH, k_BSKH, mask)
+    asked: dict[str, bool] = {"deterministic": deterministic, "return_lse": return_lse}
+    name, _ = resolve(impl, q_BTNH, k_BSKH, mask, **asked)
     scale = q_BTNH.shape[-1] ** -0.5 if scale is None else float(scale)
 
     def run(q, k, v, mask):
-        return IMPLEMENTATIONS[name](q, k, v, mask, scale=scale)
+        options = {"return_lse": True} if return_lse else {}
+        if name == "pallas":  # the others have one form, what it promises is checked above
+            options["deterministic"] = deterministic
+        return IMPLEMENTATIONS[name](q, k, v, mask, scale=scale, **options)
 
-    return _over_devices(run, q_BTNH, k_BSKH, v_BSKH, mask)
+    return _over_devices(run, q_BTNH, k_BSKH, v_BSKH, mask, return_lse=return_lse)
 
 
 def prepare(mask: Mask, q: Shaped, k: Shaped, *, impl: str = "auto") -> Mask:
@@ -95,18 +140,29 @@ def prepare(mask: Mask, q: Shaped, k: Shaped, *, impl: str = "auto") -> Mask:
         return mask
 
     def run(mask):
-        return pallas.prepare(mask, q_local, k_local)
+        return pallas.prepare(mask, q_local, k_local).plan
 
     mesh = jax.sharding.get_abstract_mesh()
     q_local, k_local = _local(q), _local(k)
     if mesh.empty or not mesh.explicit_axes:
-        return run(mask)
+        return dataclasses.replace(mask, plan=run(mask))
     # Every device plans its own rows; the plans of all lie end to end, split as the rows are.
     rows = PartitionSpec(_spec(q)[0])
-    return jax.shard_map(run, in_specs=(rows,), out_specs=rows, check_vma=False)(mask)
+    plan = jax.shard_map(run, in_specs=(_mask_spec(mask, rows),), out_specs=rows, check_vma=False)(
+        mask
+    )
+    return dataclasses.replace(mask, plan=plan)
 
 
-def resolve(impl: str, q: Shaped, k: Shaped, mask: Mask | None = None) -> tuple[str, str]:
+def resolve(
+    impl: str,
+    q: Shaped,
+    k: Shaped,
+    mask: Mask | None = None,
+    *,
+    deterministic: bool = False,
+    return_lse: bool = False,
+) -> tuple[str, str]:
     """The implementation that `impl` means here, and why.
 
     Args:
@@ -114,6 +170,8 @@ def resolve(impl: str, q: Shaped, k: Shaped, mask: Mask | None = None) -> tuple[
       q: queries [B, T, N, H] or a ShapeDtypeStruct.
       k: keys [B, S, K, H] or a ShapeDtypeStruct.
       mask: what will be asked of it; None: nothing beyond shapes is checked.
+      deterministic: as for `attention`.
+      return_lse: as for `attention`.
 
     Returns:
       (name in IMPLEMENTATIONS, reason in words).
@@ -135,6 +193,8 @@ def resolve(impl: str, q: Shaped, k: Shaped, mask: Mask | None = None) -> tuple[
         known = ", ".join(["auto", *IMPLEMENTATIONS, *ALIASES])
         raise ValueError(f"unknown attention implementation {impl!r}; choose one of {known}")
     why_not = _why_not(name, device, q, k, mask)
+    if name == "cudnn" and not why_not:
+        why_not = cudnn.why_not(deterministic=deterministic, return_lse=return_lse)
     if why_not:
         raise NotImplementedError(f"attention {name!r} cannot run: {why_not}")
     return name, "asked for" if name == impl else f"asked for as {impl}"
@@ -237,6 +297,10 @@ def _why_not(name: str, device: jax.Device, q: Shaped, k: Shaped, mask: Mask | N
             return f"cuDNN needs an NVIDIA GPU, this is a {device.platform} device; use impl='xla'"
         if mask is not None and mask.segment_ids is not None:
             return "it has no document mask (segment_ids given); use impl='pallas' or impl='xla'"
+        if mask is not None and mask.blocks is not None:
+            return "it has no block mask (blocks given); use impl='pallas' or impl='xla'"
+        if mask is not None and mask.window is not None and not mask.causal:
+            return "cuDNN takes a window only with causal; use impl='pallas' or impl='xla'"
         if q.dtype not in (jnp.bfloat16, jnp.float16):
             return f"it takes bfloat16 and float16, not {q.dtype}; use impl='xla'"
     if name == "eager":
@@ -268,7 +332,9 @@ def _local(x: Shaped) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
 
 
-def _over_devices(run: Callable[..., Array], q: Array, k: Array, v: Array, mask: Mask) -> Array:
+def _over_devices(
+    run: Callable[..., Any], q: Array, k: Array, v: Array, mask: Mask, *, return_lse: bool
+) -> Any:
     """Runs `run` on every device's own rows and heads; directly where nothing is sharded."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not mesh.explicit_axes:
@@ -280,6 +346,16 @@ def _over_devices(run: Callable[..., Array], q: Array, k: Array, v: Array, mask:
         if _spec(x) != spec:
             raise ValueError(f"{name} is sharded {_spec(x)}, must be as q: {spec}")
     rows = PartitionSpec(spec[0])
-    return jax.shard_map(run, in_specs=(spec, spec, spec, rows), out_specs=spec, check_vma=False)(
+    in_specs = (spec, spec, spec, _mask_spec(mask, rows))
+    out_specs = (spec, PartitionSpec(*spec[:3])) if return_lse else spec
+    return jax.shard_map(run, in_specs=in_specs, out_specs=out_specs, check_vma=False)(
         q, k, v, mask
     )
+
+
+def _mask_spec(mask: Mask, rows: PartitionSpec) -> Mask:
+    """How a mask is split: by batch rows, but a block pattern for all rows not at all."""
+    specs = jax.tree.map(lambda _: rows, mask)
+    if mask.blocks is not None and mask.blocks.ndim == 2:
+        specs = dataclasses.replace(specs, blocks=PartitionSpec())
+    return specs

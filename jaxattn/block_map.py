@@ -7,6 +7,9 @@ axis of B * T rows and one of B * S columns, and a mask that never reaches acros
 Every row of a tile sees columns within one range, so a tile's work is a range of column tiles, and
 its metadata is O(rows / tile). The ranges bound the work; the truth inside a tile is the row's own
 range where documents are contiguous (`by_id` is 0), else the comparison of ids (`by_id` is 1).
+
+A block pattern cuts holes into the ranges. Then they are ranges of a list of the live column tiles
+(`pattern.py`), which the kernels look up in `cols`, and batch rows count as padded to whole blocks.
 """
 
 import dataclasses
@@ -16,10 +19,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from jaxattn.mask import Mask
+from jaxattn.mask import BLOCK, Mask
+from jaxattn.pattern import live_tiles
+from jaxattn.ranges import NEVER, visible_ranges
 
-# Above every column index, and still far from overflow when tile sizes are added to it.
-NEVER = 1 << 30
 # Tiles start at multiples of this: the copy engine wants 16-byte aligned, 8-row aligned boxes.
 ALIGN = 8
 
@@ -36,21 +39,30 @@ class BlockMap:
 
     Attributes:
       work: int32 [tiles, groups, 8]. The same for all groups: TILE, which row tile; START, its
-        first column, a multiple of ALIGN; COUNT, how many column tiles follow from there; BY_ID,
-        1 if ids decide inside. For each group of rows, in column tiles after START: live tiles
-        are LIVE_FROM .. LIVE_TO - 1; a tile below FULL_FROM may hold columns before some row's
-        range, a tile at or above FULL_TO may hold columns behind it; the others need no masking.
+        first column, a multiple of ALIGN, or with `cols` where in `cols` its first column stands;
+        COUNT, how many column tiles follow from there; BY_ID, 1 if ids decide inside. For each
+        group of rows, in column tiles after START: live tiles are LIVE_FROM .. LIVE_TO - 1; a
+        tile below FULL_FROM may hold columns before some row's range, a tile at or above FULL_TO
+        may hold columns behind it; the others need no masking.
       ends: int32 [tiles, groups, 2, rows], in the same order: first and last visible column of
         each row; (NEVER, -1) for a row that sees nothing.
       row_ids: segment id of each row, int32 [tiles, groups, rows]; None if the mask has no
         documents.
       col_ids: segment id of each column, int32 [columns + padding]; None likewise.
+      cols: first columns of the tiles to visit, int32, one list for each row of the block pattern,
+        end to end; None if the mask has no pattern: the tiles of a row are neighbours.
     """
 
     work: Int[Array, "tiles groups 8"]
     ends: Int[Array, "tiles groups 2 rows"]
     row_ids: Int[Array, "tiles groups rows"] | None
     col_ids: Int[Array, " columns"] | None
+    cols: Int[Array, " lists"] | None
+
+
+def stride(mask: Mask, length: int) -> int:
+    """Tokens from one batch row of this length to the next, as the maps count them."""
+    return length if mask.blocks is None else -(-length // BLOCK) * BLOCK
 
 
 def query_map(
@@ -67,11 +79,15 @@ def query_map(
       groups: groups of rows in a tile, each with its own live range (one a warpgroup).
       tile: keys in a column tile.
       repeat: times that a group's rows appear, one after another (query heads sharing a tile).
+
+    Raises:
+      NotImplementedError: the mask has a block pattern, and the tiles do not divide its blocks.
     """
     after = 0 if mask.causal else None if mask.window is None else mask.window - 1
     before = None if mask.window is None else mask.window - 1
     ids = (mask.segment_ids, mask.key_ids)
-    return _block_map(*ids, batch, t, s, before, after, group, groups, tile, repeat)
+    blocks = _blocks_of_batch(mask, batch)
+    return _block_map(*ids, blocks, batch, t, s, before, after, group, groups, tile, repeat)
 
 
 def key_map(
@@ -79,99 +95,116 @@ def key_map(
 ) -> BlockMap:
     """Work of a kernel whose programs own keys and walk over queries: the transpose (backward).
 
-    Args: as `query_map`, with queries and keys exchanged.
+    Args, Raises: as `query_map`, with queries and keys exchanged.
     """
     before = 0 if mask.causal else None if mask.window is None else mask.window - 1
     after = None if mask.window is None else mask.window - 1
     ids = (mask.key_ids, mask.segment_ids)
-    return _block_map(*ids, batch, s, t, before, after, group, groups, tile, 1)
+    blocks = _blocks_of_batch(mask, batch)
+    if blocks is not None:
+        blocks = blocks.swapaxes(1, 2)
+    return _block_map(*ids, blocks, batch, s, t, before, after, group, groups, tile, 1)
+
+
+def _blocks_of_batch(mask: Mask, batch: int) -> Bool[Array, "B P Q"] | None:
+    """The block pattern of each batch row."""
+    blocks = mask.blocks
+    return None if blocks is None else jnp.broadcast_to(blocks, (batch, *blocks.shape[-2:]))
 
 
 def _block_map(
-    row_ids, col_ids, batch, rows, cols, before, after, group, groups, tile, repeat
+    row_ids, col_ids, blocks, batch, rows, cols, before, after, group, groups, tile, repeat
 ) -> BlockMap:
-    first, last, by_range = _visible_ranges(row_ids, col_ids, batch, rows, cols, before, after)
+    first, last, by_range = visible_ranges(row_ids, col_ids, batch, rows, cols, before, after)
+    # What the kernel walks over, from low to high: the columns, or the list of live ones.
+    low, high, lists = first, last, None
+    if blocks is not None:
+        _check_tiles(group * groups, tile)
+        lists = live_tiles(blocks, tile)
+        low, high = lists.listed(first, last)
+        rows, cols = (blocks.shape[i] * BLOCK for i in (1, 2))
+    sees_none = low > high
+    first_of_row = jnp.arange(batch, dtype=jnp.int32)[:, None] * cols
+    first = jnp.where(sees_none, NEVER, first + first_of_row)
+    last = jnp.where(sees_none, -1, last + first_of_row)
+    if lists is None:
+        low, high = first, last
     tiles = -(-batch * rows // (group * groups))
 
     def tiled(x: Array, fill: int) -> Array:
+        x = _lengthened(x, rows, fill).reshape(-1)
         x = jnp.pad(x, (0, tiles * group * groups - x.size), constant_values=fill)
         return x.reshape(tiles, groups, group)
 
-    first, last = tiled(first, NEVER), tiled(last, -1)
-    by_id = ~tiled(by_range.astype(jnp.int32), 1).astype(bool).all(axis=(1, 2))
-    start = first.min(axis=(1, 2)) // ALIGN * ALIGN
-    start = jnp.where(start < NEVER, start, 0)
-    # At least one tile everywhere, also where nothing is visible: it is then masked as a whole,
-    # and the kernels need no special case.
-    count = jnp.maximum(_tiles_up_to(last.max(axis=(1, 2)) + 1 - start, tile), 1)
-    begin = start[:, None]
-    live_from = jnp.minimum((first.min(axis=2) - begin) // tile, count[:, None] - 1)
-    live_to = jnp.maximum(_tiles_up_to(last.max(axis=2) + 1 - begin, tile), live_from + 1)
-    full_from = jnp.clip(_tiles_up_to(first.max(axis=2) - begin, tile), live_from, live_to)
-    full_from = jnp.where(by_id[:, None], live_to, full_from)  # ids are compared where not full
-    full_to = jnp.clip((last.min(axis=2) + 1 - begin) // tile, live_from, live_to)
-    shared = [jnp.arange(tiles), start, count, by_id.astype(jnp.int32)]
-    fields = [jnp.broadcast_to(x[:, None], (tiles, groups)) for x in shared]
-    fields += [live_from, live_to, full_from, full_to]
-    work = jnp.stack(fields, axis=2).astype(jnp.int32)
-    ends = jnp.stack([first, last], axis=2)
-
-    order = jnp.argsort(-count, stable=True)
+    sees_none, by_range = tiled(sees_none, True), tiled(by_range, True)
+    work = _work(
+        jnp.where(sees_none, NEVER, tiled(low, 0)),
+        jnp.where(sees_none, -1, tiled(high, 0)),
+        by_id=~by_range.all(axis=(1, 2)),
+        tile=tile,
+        align=ALIGN if lists is None else tile,
+    )
+    if lists is not None:  # one list after another; the rows of a tile have the same one
+        first_in_list = jnp.arange(tiles) * group * groups // BLOCK * lists.cols_BPW.shape[2]
+        place = first_in_list[:, None] + work[:, :, START] // tile
+        work = work.at[:, :, START].set(place.astype(jnp.int32))
+    ends = jnp.stack([tiled(first, NEVER), tiled(last, -1)], axis=2)
+    order = jnp.argsort(-work[:, 0, COUNT], stable=True)
 
     def repeated(x: Array) -> Array:
         return jnp.concatenate([x[order]] * repeat, axis=-1)
 
     if row_ids is not None:
-        row_ids = repeated(tiled(row_ids.reshape(-1).astype(jnp.int32), 0))
+        row_ids = repeated(tiled(row_ids.astype(jnp.int32), 0))
         # Padded so that the last column tile, wherever it starts, reads inside the array.
-        col_ids = jnp.pad(col_ids.reshape(-1).astype(jnp.int32), (0, tile))
-    return BlockMap(work=work[order], ends=repeated(ends), row_ids=row_ids, col_ids=col_ids)
+        col_ids = _lengthened(col_ids.astype(jnp.int32), cols, 0).reshape(-1)
+        col_ids = jnp.pad(col_ids, (0, tile))
+    return BlockMap(
+        work=work[order],
+        ends=repeated(ends),
+        row_ids=row_ids,
+        col_ids=col_ids,
+        cols=None if lists is None else (lists.cols_BPW + first_of_row[:, :, None]).reshape(-1),
+    )
 
 
-def _visible_ranges(
-    row_ids: Int[Array, "B rows"] | None,
-    col_ids: Int[Array, "B cols"] | None,
-    batch: int,
-    rows: int,
-    cols: int,
-    before: int | None,
-    after: int | None,
-) -> tuple[Int[Array, " R"], Int[Array, " R"], Bool[Array, " R"]]:
-    """First and last visible column of every row, and whether all between are visible.
-
-    Row i of a batch row sees columns i - before .. i + after of its document. Columns count from
-    the start of the batch (B * cols in all).
-    """
-    i = jnp.arange(rows, dtype=jnp.int32)[None]
-    first = jnp.zeros((batch, rows), jnp.int32)
-    last = jnp.full((batch, rows), cols - 1, jnp.int32)
-    by_range = jnp.ones((batch, rows), bool)
-    if row_ids is not None and col_ids is not None:
-        first, last, by_range = jax.vmap(_document_ranges)(row_ids, col_ids)
-    if before is not None:
-        first = jnp.maximum(first, i - before)
-    if after is not None:
-        last = jnp.minimum(last, i + after)
-    sees_none = first > last
-    offset = jnp.arange(batch, dtype=jnp.int32)[:, None] * cols
-    first = jnp.where(sees_none, NEVER, first + offset)
-    last = jnp.where(sees_none, -1, last + offset)
-    return first.reshape(-1), last.reshape(-1), by_range.reshape(-1)
+def _check_tiles(rows: int, cols: int) -> None:
+    if BLOCK % rows or BLOCK % cols:
+        raise NotImplementedError(
+            f"blocks need tiles that divide {BLOCK}, these are {rows} x {cols}; choose others"
+        )
 
 
-def _document_ranges(row_ids, col_ids):
-    """First and last column with the row's id; whether the id's columns are contiguous.
+def _lengthened(x: Array, length: int, fill: int) -> Array:
+    """A value per token, [B, tokens], with `fill` behind up to this length."""
+    return jnp.pad(x, ((0, 0), (0, length - x.shape[1])), constant_values=fill)
 
-    By sorting, so that any ids in any order are right, in O(n log n) work and O(n) memory.
-    """
-    order = jnp.argsort(col_ids, stable=True).astype(jnp.int32)
-    sorted_ids = col_ids[order]
-    begin = jnp.searchsorted(sorted_ids, row_ids, side="left").astype(jnp.int32)
-    end = jnp.searchsorted(sorted_ids, row_ids, side="right").astype(jnp.int32)
-    found = (end > begin) & (row_ids != 0)
-    first = jnp.where(found, order[jnp.minimum(begin, col_ids.size - 1)], NEVER)
-    last = jnp.where(found, order[jnp.maximum(end - 1, 0)], -1)
-    return first, last, ~found | (last - first == end - begin - 1)
+
+def _work(
+    low: Int[Array, "tiles groups group"],
+    high: Int[Array, "tiles groups group"],
+    *,
+    by_id: Bool[Array, " tiles"],
+    tile: int,
+    align: int,
+) -> Int[Array, "tiles groups 8"]:
+    """`BlockMap.work`, not yet sorted, of rows that see low .. high of what is walked over."""
+    tiles, groups, _ = low.shape
+    start = low.min(axis=(1, 2)) // align * align
+    start = jnp.where(start < NEVER, start, 0)
+    # At least one tile everywhere, also where nothing is visible: it is then masked as a whole,
+    # and the kernels need no special case.
+    count = jnp.maximum(_tiles_up_to(high.max(axis=(1, 2)) + 1 - start, tile), 1)
+    begin = start[:, None]
+    live_from = jnp.minimum((low.min(axis=2) - begin) // tile, count[:, None] - 1)
+    live_to = jnp.maximum(_tiles_up_to(high.max(axis=2) + 1 - begin, tile), live_from + 1)
+    full_from = jnp.clip(_tiles_up_to(low.max(axis=2) - begin, tile), live_from, live_to)
+    full_from = jnp.where(by_id[:, None], live_to, full_from)  # ids are compared where not full
+    full_to = jnp.clip((high.min(axis=2) + 1 - begin) // tile, live_from, live_to)
+    shared = [jnp.arange(tiles), start, count, by_id.astype(jnp.int32)]
+    fields = [jnp.broadcast_to(x[:, None], (tiles, groups)) for x in shared]
+    fields += [live_from, live_to, full_from, full_to]
+    return jnp.stack(fields, axis=2).astype(jnp.int32)
 
 
 def _tiles_up_to(columns, tile: int):

@@ -17,8 +17,9 @@ def attention(
     """`jax.nn.dot_product_attention(implementation="cudnn")`, causal and window masks only.
 
     Raises:
-      NotImplementedError: the mask has documents. jax.nn has no public document mask for cuDNN,
-        and a dense one would be T x S in memory and slow.
+      NotImplementedError: the mask has documents or a block pattern. jax.nn has no public mask
+        for either with cuDNN, and a dense one would be T x S in memory and slow. Or a window
+        without causal, which cuDNN has not.
 
     References:
       jax.nn.dot_product_attention.
@@ -27,9 +28,15 @@ def attention(
         raise NotImplementedError(
             "cudnn has no document mask (segment_ids given); use impl='pallas' or impl='xla'"
         )
-    window = None
-    if mask.window is not None:
-        window = (mask.window - 1, 0 if mask.causal else mask.window - 1)
+    if mask.blocks is not None:
+        raise NotImplementedError(
+            "cudnn has no block mask (blocks given); use impl='pallas' or impl='xla'"
+        )
+    if mask.window is not None and not mask.causal:
+        raise NotImplementedError(
+            "cudnn has a window only with causal; use impl='pallas' or impl='xla'"
+        )
+    window = None if mask.window is None else (mask.window - 1, 0)
     return jax.nn.dot_product_attention(
         q_BTNH,
         k_BSKH,
@@ -39,3 +46,18 @@ def attention(
         local_window_size=window,
         implementation="cudnn",
     )
+
+
+def why_not(*, deterministic: bool, return_lse: bool) -> str | None:
+    """What jax.nn cannot ask of cuDNN; None if it can."""
+    if deterministic:
+        return (
+            "jax.nn cannot ask cuDNN for a backward pass that gives the same bits in every run "
+            "(deterministic=True); use impl='pallas' or impl='xla'"
+        )
+    if return_lse:
+        return (
+            "jax.nn rounds cuDNN's log-sum-exp to 16 bits and drops its gradient "
+            "(return_lse=True); use impl='pallas' or impl='xla'"
+        )
+    return None

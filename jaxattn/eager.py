@@ -20,11 +20,12 @@ def attention(
     mask: Mask,
     *,
     scale: float,
-) -> Float[Array, "B T N H"]:
+    return_lse: bool = False,
+) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """softmax(scale * q k^T + mask) v by two einsums and an fp32 softmax.
 
-    Products accumulate in fp32; the probabilities are rounded to the input dtype before the
-    second product, as the original model does.
+    Products accumulate in fp32 and are rounded to the input dtype, as in the original model, so
+    that those of the backward pass are products of that dtype too; the softmax is fp32.
 
     Memory: B * N * T * S scores, in fp32 and more than once under differentiation; see
     `score_bytes`. K and V are not repeated: the query heads of a group are an einsum axis.
@@ -36,21 +37,18 @@ def attention(
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    s_BKGTS = scale * jnp.einsum(
-        "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
-    )
+    s_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH).astype(jnp.float32) * scale
     visible_BTS = mask.visible(T, S)
     s_BKGTS = jnp.where(visible_BTS[:, None, None], s_BKGTS, MASKED)
     p_BKGTS = jax.nn.softmax(s_BKGTS, axis=-1)
-    o_BTKGH = jnp.einsum(
-        "BKGTS,BSKH->BTKGH",
-        p_BKGTS.astype(v_BSKH.dtype),
-        v_BSKH,
-        preferred_element_type=jnp.float32,
-    )
+    o_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", p_BKGTS.astype(v_BSKH.dtype), v_BSKH)
     sees_any_BT = visible_BTS.any(axis=-1)[:, :, None, None, None]
-    o_BTKGH = jnp.where(sees_any_BT, o_BTKGH, 0.0)
-    return o_BTKGH.astype(q_BTNH.dtype).reshape(B, T, N, H)
+    o_BTNH = jnp.where(sees_any_BT, o_BTKGH, 0).reshape(B, T, N, H)
+    if not return_lse:
+        return o_BTNH
+    lse_BTKG = jnp.moveaxis(jax.nn.logsumexp(s_BKGTS, axis=-1), 3, 1)
+    lse_BTKG = jnp.where(visible_BTS.any(axis=-1)[:, :, None, None], lse_BTKG, -jnp.inf)
+    return o_BTNH, lse_BTKG.reshape(B, T, N)
 
 
 def score_bytes(batch: int, t: int, s: int, num_heads: int) -> int:

@@ -12,6 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+# Tokens on a side of a block of `Mask.blocks`.
+BLOCK = 128
+
 
 # jax rebuilds it with placeholders in place of arrays, which type checkers must let pass.
 @typing.no_type_check
@@ -25,6 +28,8 @@ class Mask:
       and the window - 1 tokens before it.
     * segment ids: equal and not 0. Id 0 is padding: it sees nothing and nothing sees it, its
       output is exactly 0 and so are the gradients that leave it.
+    * blocks: blocks[i // 128, j // 128], or blocks[b, i // 128, j // 128]. Any pattern, holes and
+      empty rows included; the last block of a ragged row is cut.
 
     T = S = 4, rows are queries, `x` is visible:
 
@@ -34,11 +39,23 @@ class Mask:
         x x x .         . x x .         . . x .
         x x x x         . . x x         . . . .
 
+    T = S = 512, one character is a block of 128 x 128 tokens: `#` is visible, `h` its causal
+    half. Causal attention to the first block and the own one (`blocks` needs no zeros above
+    the diagonal: what is given combines by AND):
+
+        causal          blocks          both
+        h . . .         # . . .         h . . .
+        # h . .         # # . .         # h . .
+        # # h .         # . # .         # . h .
+        # # # h         # . . #         # . . h
+
     Attributes:
       segment_ids: document of each query, int32 [B, T]; None: one document a row.
       kv_segment_ids: document of each key, int32 [B, S]; None: the same as segment_ids.
       causal: hide the keys after the query.
       window: sliding window in tokens, at least 1; None: unlimited.
+      blocks: block pattern, bool [T / 128, S / 128] for all rows of the batch or [B, T / 128,
+        S / 128] for each, T / 128 and S / 128 rounded up; None: every block.
       plan: filled in by `jaxattn.prepare`, never by hand: tile metadata of one implementation.
     """
 
@@ -46,6 +63,7 @@ class Mask:
     kv_segment_ids: Int[Array, "B S"] | None = None
     causal: bool = dataclasses.field(default=True, metadata={"static": True})
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
+    blocks: Bool[Array, "*B P Q"] | None = None
     plan: Any = None
 
     @property
@@ -59,6 +77,7 @@ class Mask:
         parts = ["causal"] if self.causal else []
         parts += ["documents"] if self.segment_ids is not None else []
         parts += [f"window {self.window}"] if self.window is not None else []
+        parts += ["blocks"] if self.blocks is not None else []
         return " + ".join(parts) or "full"
 
     def validate(self, batch: int, t: int, s: int) -> None:
@@ -69,6 +88,7 @@ class Mask:
         """
         if self.window is not None and self.window < 1:
             raise ValueError(f"window={self.window} must be at least 1 (1: a token sees itself)")
+        self._validate_blocks(batch, t, s)
         query_ids, key_ids = self.segment_ids, self.key_ids
         if query_ids is None or key_ids is None:
             if key_ids is not None:
@@ -82,6 +102,19 @@ class Mask:
                 raise ValueError(f"{name} has shape {ids.shape}, must be {(batch, length)}")
             if not jnp.issubdtype(ids.dtype, jnp.integer):
                 raise ValueError(f"{name} has dtype {ids.dtype}, must be an integer (int32)")
+
+    def _validate_blocks(self, batch: int, t: int, s: int) -> None:
+        if self.blocks is None:
+            return
+        shape, dtype = self.blocks.shape, self.blocks.dtype
+        pattern = -(-t // BLOCK), -(-s // BLOCK)
+        if shape not in (pattern, (batch, *pattern)):
+            raise ValueError(
+                f"blocks has shape {shape}, must be {pattern} or {(batch, *pattern)}: "
+                f"B={batch}, T={t} / {BLOCK} and S={s} / {BLOCK} rounded up"
+            )
+        if dtype != jnp.bool_:
+            raise ValueError(f"blocks has dtype {dtype}, must be bool (for 0 and 1: blocks != 0)")
 
     def visible(
         self, t: int, s: int, *, start: int | Int[Array, ""] = 0, size: int | None = None
@@ -112,4 +145,9 @@ class Mask:
         if query_ids is not None and key_ids is not None:
             ids = jax.lax.dynamic_slice_in_dim(query_ids, start, size, axis=1)[:, :, None]
             allowed = allowed & (ids == key_ids[:, None, :]) & (ids != 0)
+        if self.blocks is not None:
+            pattern = self.blocks.reshape(-1, *self.blocks.shape[-2:])
+            # Queries beyond t, which are thrown away, take the last row.
+            rows = jnp.take(pattern, i[0, :, 0] // BLOCK, axis=1, mode="clip")
+            allowed = allowed & jnp.repeat(rows, BLOCK, axis=2)[:, :, :s]
         return allowed

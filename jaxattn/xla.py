@@ -3,9 +3,11 @@
 B batch, T query pos, S key pos, N query heads, K kv heads, H head dim, C queries in a slice.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxattn.mask import Mask
 
@@ -21,12 +23,14 @@ def attention(
     mask: Mask,
     *,
     scale: float,
-) -> Float[Array, "B T N H"]:
+    return_lse: bool = False,
+) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """`jax.nn.dot_product_attention` over slices of queries, with the mask of each slice.
 
     Memory: one slice's scores, at most about `SLICE_BYTES`, also in the backward pass, which
     recomputes a slice's scores instead of keeping them. Work: every key for every query; hidden
-    pairs are computed and thrown away.
+    pairs are computed and thrown away. The log-sum-exp costs a product more: jax.nn returns its
+    own rounded to the dtype of the keys and without a gradient.
 
     References:
       jax.nn.dot_product_attention; Rabe and Staats 2021, arXiv:2112.05682 (slicing).
@@ -37,12 +41,7 @@ def attention(
     q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, rest), (0, 0), (0, 0)))
     if mask.segment_ids is not None:
         ids_BT = jnp.pad(mask.segment_ids, ((0, 0), (0, rest)))
-        mask = Mask(
-            segment_ids=ids_BT,
-            kv_segment_ids=mask.key_ids,
-            causal=mask.causal,
-            window=mask.window,
-        )
+        mask = dataclasses.replace(mask, segment_ids=ids_BT, kv_segment_ids=mask.key_ids)
 
     @jax.checkpoint  # keep the slices' inputs only: their scores are the memory we came to save
     def attend(start, q_BCNH):
@@ -52,11 +51,32 @@ def attention(
         )
         # A row that sees nothing averages over all keys there; here it is defined to be 0.
         sees_any_BC = visible_BCS.any(axis=-1)[:, :, None, None]
-        return jnp.where(sees_any_BC, o_BCNH, jnp.zeros_like(o_BCNH))
+        o_BCNH = jnp.where(sees_any_BC, o_BCNH, jnp.zeros_like(o_BCNH))
+        return (o_BCNH, _log_sum_exp(q_BCNH, k_BSKH, visible_BCS, scale)) if return_lse else o_BCNH
 
     q_slices = jnp.moveaxis(q_BTNH.reshape(q_BTNH.shape[0], count, size, *q_BTNH.shape[2:]), 1, 0)
-    o_slices = jax.lax.map(lambda x: attend(*x), (size * jnp.arange(count), q_slices))
-    return jnp.moveaxis(o_slices, 0, 1).reshape(q_BTNH.shape)[:, :T]
+    results = jax.lax.map(lambda x: attend(*x), (size * jnp.arange(count), q_slices))
+    return jax.tree.map(
+        lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], T + rest, *x.shape[3:])[:, :T], results
+    )
+
+
+def _log_sum_exp(
+    q_BCNH: Float[Array, "B C N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    visible_BCS: Bool[Array, "#B C S"],
+    scale: float,
+) -> Float[Array, "B C N"]:
+    """Of the scaled scores that each query sees; -inf where there are none."""
+    B, C, N, H = q_BCNH.shape
+    K = k_BSKH.shape[2]
+    q_BCKGH = q_BCNH.reshape(B, C, K, N // K, H)
+    s_BCKGS = scale * jnp.einsum(
+        "BCKGH,BSKH->BCKGS", q_BCKGH, k_BSKH, preferred_element_type=jnp.float32
+    )
+    visible_BC11S = visible_BCS[:, :, None, None]
+    lse_BCKG = jax.nn.logsumexp(s_BCKGS, axis=-1, where=visible_BC11S)
+    return lse_BCKG.reshape(B, C, N)
 
 
 def slices(batch: int, t: int, num_heads: int, s: int) -> tuple[int, int]:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from models import sharding
@@ -138,6 +139,7 @@ class SwiGLU(nnx.Module):
         hidden = ("batch", None, "ffn")
         gate_BTF = sharding.einsum("BTD,DF->BTF", x_BTD, w1_DF, out=hidden)
         up_BTF = sharding.einsum("BTD,DF->BTF", x_BTD, w3_DF, out=hidden)
+        gate_BTF, up_BTF = checkpoint_name((gate_BTF, up_BTF), "gate_up")
         return sharding.einsum(
             "BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, w2_FD, out=("batch", None, None)
         )

@@ -20,6 +20,7 @@ def resolve_attention(
     seq_len: int,
     dtype: DTypeLike,
     documents: bool = True,
+    deterministic: bool = False,
 ) -> str:
     """The implementation that will run rows of this shape.
 
@@ -31,6 +32,7 @@ def resolve_attention(
         seq_len: tokens of a row.
         dtype: compute type.
         documents: whether rows are packed with several documents.
+        deterministic: whether it must give the same bits in every run.
 
     Raises:
         ValueError: unknown implementation.
@@ -39,7 +41,8 @@ def resolve_attention(
     q, k = _structs(model, mesh, rows, seq_len, dtype)
     ids_BT = jnp.ones((rows, seq_len), jnp.int32) if documents else None
     with jax.set_mesh(mesh):
-        return jaxattn.resolve(attn, q, k, jaxattn.Mask(segment_ids=ids_BT))[0]
+        mask = jaxattn.Mask(segment_ids=ids_BT)
+        return jaxattn.resolve(attn, q, k, mask, deterministic=deterministic)[0]
 
 
 def dispatch_line(

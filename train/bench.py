@@ -45,8 +45,11 @@ class BenchConfig:
     packed: bool = False
     """Pack rows with documents of log-normal length (median 1,500) instead of one a row."""
 
-    remat: str = "attention"
+    remat: str = "dots"
     """What the backward pass finds in memory, as in train.main."""
+
+    scan_layers: bool = False
+    """Compile one block for all layers, as in train.main."""
 
     dtype: Annotated[
         Literal["bfloat16", "float32"] | None,
@@ -55,7 +58,7 @@ class BenchConfig:
     """Compute type. By default bfloat16 on a GPU, else float32."""
 
     repeats: int = 5
-    """Timed steps of a cell, after 2 to warm up; their median counts."""
+    """Timed runs of 3 steps of a cell, after one to warm up; their median counts."""
 
     out: Path = Path("runs/bench")
     """Where <model>[-packed].json and .png go."""
@@ -96,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 tokens=config.tokens or chosen["tokens"],
                 packed=config.packed,
                 remat=config.remat,
+                scan_layers=config.scan_layers,
                 dtype=dtype,
                 repeats=config.repeats,
             )

@@ -6,7 +6,6 @@ Its last line of output is the result as JSON.
 
 import dataclasses
 import json
-import math
 import statistics
 import sys
 import time
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxattn.bench_shapes import document_lengths
 from models.config import PRESETS
 from models.internlm2 import InternLM2, init
 from train import device, memory
@@ -31,7 +31,8 @@ from train.sections import MeshConfig, OptimConfig
 from train.state import abstract_state, new_state, params_of
 from train.step import compile_step, make_step, put_batch
 
-WARM_UP = 2
+STEPS = 3
+"""Steps from one wait for the device to the next, queued as in training."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,19 +57,22 @@ class Cell:
     remat: str
     """Key of `models.internlm2.REMAT`."""
 
+    scan_layers: bool
+    """Compile one block for all layers."""
+
     dtype: str
     """Compute type."""
 
     repeats: int
-    """Timed steps; their median counts."""
+    """Timed runs of `STEPS` steps; their median counts."""
 
 
 def measure(cell: Cell) -> dict:
     """Times the full training step, forward, backward and update, on random tokens.
 
     Returns:
-        The cell's fields and: rows; ms, median of the timed steps; tokens_per_second; mfu (where
-        the device's peak is known); peak_memory_bytes; compile_seconds; plan_bytes.
+        The cell's fields and: rows; ms, of a step, median of the timed runs; tokens_per_second;
+            mfu (where the device's peak is known); peak_memory_bytes; compile_seconds; plan_bytes.
 
     Raises:
         ValueError, NotImplementedError: the cell cannot run, and why.
@@ -77,7 +81,7 @@ def measure(cell: Cell) -> dict:
     model, mesh = PRESETS[cell.model], make_mesh(MeshConfig())
     rows = max(1, cell.tokens // cell.seq_len) * row_shards(mesh)
     dtype = jnp.dtype(cell.dtype)
-    shape: dict[str, Any] = {"rows": rows, "seq_len": cell.seq_len}
+    shape: Any = {"rows": rows, "seq_len": cell.seq_len}
     attn = resolve_attention(cell.attn, model, mesh, **shape, dtype=dtype, documents=cell.packed)
     plan = memory.plan(
         model, mesh, **shape, accum=1, remat=cell.remat, itemsize=dtype.itemsize, attn=attn
@@ -86,7 +90,14 @@ def measure(cell: Cell) -> dict:
     tx = optimizer(config, 1e-4, 100)
 
     def make():
-        return InternLM2(model, rngs=nnx.Rngs(params=0), attn=attn, dtype=dtype, remat=cell.remat)
+        return InternLM2(
+            model,
+            rngs=nnx.Rngs(params=0),
+            attn=attn,
+            dtype=dtype,
+            remat=cell.remat,
+            scan=cell.scan_layers,
+        )
 
     graphdef, like = abstract_state(make, tx, mesh)
     state = new_state(params_of(init(model, mesh=mesh), like), tx, like)
@@ -99,12 +110,13 @@ def measure(cell: Cell) -> dict:
     step = compile_step(make_step(graphdef, tx, schedule(config, 1e-4, 100)), state, batch)
     compile_seconds = time.perf_counter() - begun
     seconds = []
-    for _ in range(WARM_UP + cell.repeats):
+    for _ in range(1 + cell.repeats):  # the first warms up
         begun = time.perf_counter()
-        state, values = step(state, batch)
+        for _ in range(STEPS):
+            state, values = step(state, batch)
         jax.block_until_ready((state, values))
-        seconds.append(time.perf_counter() - begun)
-    median = statistics.median(seconds[WARM_UP:])
+        seconds.append((time.perf_counter() - begun) / STEPS)
+    median = statistics.median(seconds[1:])
     tokens = rows * cell.seq_len
     result = dataclasses.asdict(cell) | {
         "rows": rows,
@@ -129,20 +141,16 @@ def random_rows(rows: int, seq_len: int, vocab_size: int, *, packed: bool) -> Ba
         rows: of the batch.
         seq_len: tokens of a row.
         vocab_size: of the uniform random tokens.
-        packed: documents of log-normal length (median 1,500, sigma 1, from 16 to 16,384 tokens,
-            the last one of a row cut), else one a row.
+        packed: documents with the lengths of jaxattn.bench's 7b_32k_packed (log-normal, median
+            1,500, sigma 1), the same in every row; else one a row.
     """
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, vocab_size, (rows, seq_len + 1), dtype=np.int32)
-    segment_ids = np.ones((rows, seq_len), np.int32)
-    positions = np.tile(np.arange(seq_len, dtype=np.int32), (rows, 1))
-    for row in range(rows if packed else 0):
-        start, number = 0, 1
-        while start < seq_len:
-            end = start + int(np.clip(rng.lognormal(math.log(1500), 1.0), 16, 16384))
-            segment_ids[row, start:end] = number
-            positions[row, start:end] -= start
-            start, number = end, number + 1
+    lengths = document_lengths(seq_len, 1500.0, 1.0) if packed else [seq_len]
+    of_row = np.repeat(np.arange(1, len(lengths) + 1, dtype=np.int32), lengths)
+    segment_ids = np.tile(of_row, (rows, 1))
+    counted = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
+    positions = np.tile(counted, (rows, 1))
     return Batch(
         tokens=tokens[:, :-1],
         targets=tokens[:, 1:],

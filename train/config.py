@@ -40,6 +40,10 @@ class Config:
     """Attention: auto, pallas (flash_attention_2), cudnn, xla (sdpa), eager. What is named runs,
     or the run stops and says why."""
 
+    deterministic: bool = False
+    """Attention's gradients are the same bits in every run, at 7 products for 5. On a GPU, the
+    other sums of the step want XLA_FLAGS=--xla_gpu_deterministic_ops=true for that."""
+
     seq_len: int = 512
     """Tokens in a packed row."""
 
@@ -104,11 +108,15 @@ class Config:
     profile: Annotated[str | None, chosen("START:STOP")] = None
     """Write a trace of the device's work in these steps to <out>/profile; a few are enough."""
 
-    remat: str = "attention"
-    """What the backward pass finds in memory: none of a block recomputed ("none"), the matrix
-    products and attention kept ("dots"), q, k, v and the output of attention ("qkv"), only the
-    output ("attention"), nothing kept ("full"); or as "attention", in the host's memory
-    ("offload")."""
+    remat: Annotated[str | None, chosen("NAME")] = None
+    """What the backward pass finds in memory: none of a block recomputed ("none"), what matrix
+    products and attention gave kept ("dots"), q, k, v and the output of attention ("qkv"), only
+    the output ("attention"), nothing kept ("full"); or as "attention", in the host's memory
+    ("offload"). By default the first of dots, attention, full that fits the device."""
+
+    scan_layers: Annotated[bool | None, chosen("BOOL")] = None
+    """One compiled block for all layers, which compiles faster, instead of each layer of its own,
+    which runs faster. By default not on a GPU."""
 
     dtype: Annotated[Literal["bfloat16", "float32"] | None, chosen("bfloat16|float32")] = None
     """Compute type. By default bfloat16 on a GPU, float32 elsewhere."""

@@ -26,6 +26,10 @@ CPU_TOKENS = 2_048
 PARAM_DTYPES = {"fp32": jnp.dtype("float32"), "bf16": jnp.dtype("bfloat16")}
 
 
+REMAT_BY_SPEED = ("dots", "attention", "full")
+"""More memory and less work first; what lies between gains little (measured at 1.8B)."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settled:
     """A run without open questions."""
@@ -57,6 +61,12 @@ class Settled:
     rows: int
     """In a step; a multiple of accum, and its part of the devices that split rows."""
 
+    remat: str
+    """Key of `models.internlm2.REMAT`."""
+
+    scan: bool
+    """Whether training's layers are one loop."""
+
     lr: float
     """Peak."""
 
@@ -84,7 +94,7 @@ def settle(config: Config) -> Settled:
         NotImplementedError: an attention implementation that cannot run here.
         OSError: a model or tokenizer that cannot be read.
     """
-    if config.remat not in REMAT:
+    if config.remat is not None and config.remat not in REMAT:
         raise ValueError(f"--remat={config.remat} must be one of {', '.join(REMAT)}")
     mesh = make_mesh(config.mesh)
     device = mesh.devices.flat[0]
@@ -101,21 +111,33 @@ def settle(config: Config) -> Settled:
 
     name = config.model
     if name is None:
+        least = dataclasses.replace(config, remat=config.remat or REMAT_BY_SPEED[-1])
         have = device_memory(device) if on_gpu else None
-        need = planned(config, PRESETS[GPU_MODEL], mesh, rows, dtype, "xla").total
+        need = planned(least, PRESETS[GPU_MODEL], mesh, rows, dtype, "xla").total
         name, why = choose_model(need, have, device.device_kind)
         notes.append(f"model {name}: {why}")
     model, weights = read_model(name)
     model = _extended(model, config.rope_factor, config.seq_len)
     attn = resolve_attention(
-        config.attn, model, mesh, rows=rows // config.accum, seq_len=config.seq_len, dtype=dtype
+        config.attn,
+        model,
+        mesh,
+        rows=rows // config.accum,
+        seq_len=config.seq_len,
+        dtype=dtype,
+        deterministic=config.deterministic,
     )
-    plan, have = planned(config, model, mesh, rows, dtype, attn), device_memory(device)
-    remedy = advice(config, model, mesh, rows, dtype, attn, have)
+    have = device_memory(device)
+    full = with_remat(config, model, mesh, rows, dtype, attn, have)
+    plan = planned(full, model, mesh, rows, dtype, attn)
+    remedy = advice(full, model, mesh, rows, dtype, attn, have)
     if remedy is not None and not config.dry_run:
         raise ValueError(
             f"the run needs about {plan}; the device has {have / memory.GiB:.2f} GiB: {remedy}"
         )
+    if config.remat is None:
+        size = f"{plan.total / memory.GiB:.1f} GiB"
+        notes.append(f"remat {full.remat}: the fastest that fits, with {size}")
     tokenizer = _read_tokenizer(config.tokenizer, weights)
     if tokenizer.vocab_size > model.vocab_size:
         raise ValueError(
@@ -133,6 +155,8 @@ def settle(config: Config) -> Settled:
         dtype=dtype,
         param_dtype=PARAM_DTYPES[config.param_dtype],
         rows=rows,
+        remat=full.remat or REMAT_BY_SPEED[-1],
+        scan=not on_gpu if config.scan_layers is None else config.scan_layers,
         lr=config.optim.lr or _lr(name, weights) * (0.1 if config.optim.name == "lion" else 1.0),
         out=Path(config.out or f"runs/{short}-{config.seq_len}"),
         plan=plan,
@@ -140,6 +164,16 @@ def settle(config: Config) -> Settled:
         remedy=remedy,
         notes=tuple(notes),
     )
+
+
+def choose_remat(need: dict[str, int], have: int) -> str:
+    """The first, in order of speed, that leaves a margin for what no plan knows; else the last.
+
+    Args:
+        need: bytes per device of each, fastest first.
+        have: bytes of the device.
+    """
+    return next((remat for remat, total in need.items() if total <= 0.9 * have), [*need][-1])
 
 
 def choose_model(need: int, have: int | None, device: str) -> tuple[str, str]:
@@ -169,6 +203,23 @@ def default_rows(config: Config, mesh: Mesh | AbstractMesh, *, on_gpu: bool) -> 
     return max(1, tokens // config.seq_len // at_least) * at_least
 
 
+def with_remat(
+    config: Config,
+    model: ModelConfig,
+    mesh: Mesh | AbstractMesh,
+    rows: int,
+    dtype: np.dtype,
+    attn: str,
+    have: int,
+) -> Config:
+    """The configuration with the remat asked for, or the fastest that fits `have` bytes."""
+    if config.remat is not None:
+        return config
+    all_of = {r: dataclasses.replace(config, remat=r) for r in REMAT_BY_SPEED}
+    need = {r: planned(c, model, mesh, rows, dtype, attn).total for r, c in all_of.items()}
+    return all_of[choose_remat(need, have)]
+
+
 def planned(
     config: Config,
     model: ModelConfig,
@@ -184,7 +235,7 @@ def planned(
         rows=rows // config.accum,
         seq_len=config.seq_len,
         accum=config.accum,
-        remat=config.remat,
+        remat=config.remat or REMAT_BY_SPEED[-1],
         itemsize=dtype.itemsize,
         attn=attn,
         optim=config.optim,

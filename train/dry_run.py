@@ -10,7 +10,16 @@ from jax.sharding import AbstractMesh
 from jaxattn import ALIASES, IMPLEMENTATIONS
 from train.announce import introduce
 from train.config import Config
-from train.defaults import GPU_MODEL, Settled, advice, default_rows, planned, read_model, settle
+from train.defaults import (
+    GPU_MODEL,
+    Settled,
+    advice,
+    default_rows,
+    planned,
+    read_model,
+    settle,
+    with_remat,
+)
 from train.memory import GiB, Plan
 from train.mesh import check_rows
 from train.optim import optimizer
@@ -94,6 +103,8 @@ def _of_described(config: Config, name: str) -> None:
         f"({' x '.join(f'{n} {s}' for n, s in mesh.shape.items())}), {dtype} compute; {rows} rows "
         f"x {config.seq_len} tokens a step in {config.accum} parts; attention {attn}"
     )
+    config = with_remat(config, model, mesh, rows, dtype, attn, have)
+    say(f"remat {config.remat}")
     remedy = advice(config, model, mesh, rows, dtype, attn, have)
     _say_plan(planned(config, model, mesh, rows, dtype, attn), have, remedy)
     say(f"not compiled: this machine has {jax.devices()[0].device_kind}")

@@ -54,7 +54,7 @@ def _changes(config: Config, most_accum: int) -> Iterator[tuple[str, Callable[[C
             yield setting(f"--accum={accum}", accum=accum)
         accum *= 2
     order = ["none", "dots", "qkv", "attention", "full"]
-    if config.remat in order:
+    if config.remat is not None and config.remat in order:
         for remat in order[order.index(config.remat) + 1 :]:
             yield setting(f"--remat={remat}", remat=remat)
     if config.optim.name == "adamw" and config.optim.state != "int8":

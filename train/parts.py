@@ -79,9 +79,11 @@ def model_maker(config: Config, settled: Settled):
         settled.model,
         rngs=nnx.Rngs(params=config.seed),
         attn=settled.attn,
+        deterministic=config.deterministic,
         dtype=settled.dtype,
         param_dtype=settled.param_dtype,
-        remat=config.remat,
+        remat=settled.remat,
+        scan=settled.scan,
     )
 
 

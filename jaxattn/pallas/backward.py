@@ -19,6 +19,9 @@ registers into dV += P^T dO and dK += dS^T Q; dS goes through shared memory for 
 All have two arrivals, so one Barrier object serves them: one register of phases instead of six.
 dS needs no "free" barrier, because it has two slots: a warpgroup can only store into a slot again
 after the ds_full in between, which the other reaches after its dQ has read the slot.
+
+Without dQ (`with_dq=False`, for the deterministic backward, whose dQ `backward_dq` computes) it
+is a kernel of four products: nothing of dS goes through shared memory, ds_full is not used.
 """
 
 import enum
@@ -64,7 +67,7 @@ class _Ring:
         return self._barriers.at[self._first + ring_slot(i, self._stages)]
 
 
-def scratch(head_dim: int, dtype: jnp.dtype, tiles: BackwardTiles) -> dict:
+def scratch(head_dim: int, dtype: jnp.dtype, tiles: BackwardTiles, *, with_dq: bool = True) -> dict:
     """Shared memory and barriers of one program."""
     q, kv, stages = tiles.block_q, tiles.block_kv, tiles.stages
     dq_rows, dq_cols = dq_part(head_dim, tiles)
@@ -72,13 +75,16 @@ def scratch(head_dim: int, dtype: jnp.dtype, tiles: BackwardTiles) -> dict:
     def tile(*shape, dtype: Any = dtype):
         return plgpu.SMEM(shape, dtype, transforms=swizzled(dtype))
 
+    for_dq = {
+        "ds_smem": tile(stages, kv, q),
+        "dq_smem": tile(CONSUMERS, dq_rows, dq_cols, dtype=jnp.float32),
+    }
     return {
         "k_smem": tile(kv, head_dim),
         "v_smem": tile(kv, head_dim),
         "q_smem": tile(stages, q, head_dim),
         "do_smem": tile(stages, q, head_dim),
-        "ds_smem": tile(stages, kv, q),
-        "dq_smem": tile(CONSUMERS, dq_rows, dq_cols, dtype=jnp.float32),
+        **(for_dq if with_dq else {}),
         "lse_smem": plgpu.SMEM((stages, q), jnp.float32),
         "delta_smem": plgpu.SMEM((stages, q), jnp.float32),
         "ends_smem": plgpu.SMEM((2, kv), jnp.int32),
@@ -108,7 +114,8 @@ def backward(
     *,
     scale: float,
     tiles: BackwardTiles,
-) -> tuple[Float[Array, "R N H"], Float[Array, "C K H"], Float[Array, "C K H"]]:
+    with_dq: bool = True,
+) -> tuple[Float[Array, "R N H"] | None, Float[Array, "C K H"], Float[Array, "C K H"]]:
     """Runs the kernel.
 
     Args:
@@ -118,14 +125,16 @@ def backward(
       do_RNH: gradient of the output, same dtype.
       lse_NR: log-sum-exp as the forward kernel returns it; its rows beyond R are not read for
         any visible pair.
-      delta_NR: sum over H of o * do, fp32, same shape as lse.
+      delta_NR: what is subtracted from dP: the sum over H of o * do, less the gradient of the
+        natural log-sum-exp where there is one; fp32, same shape as lse.
       work: `key_map` for these tiles.
       scale: above 0.
       tiles: the tile sizes that `work` was made for.
+      with_dq: whether to compute dq, too.
 
     Returns:
-      dq, dk, dv in the inputs' dtype. dk and dv are the same bits in every run; dq is summed in
-      fp32 in the order in which programs finish, so its last bits may differ.
+      dq (or None), dk, dv in the inputs' dtype. dk and dv are the same bits in every run; dq is
+      summed in fp32 in the order in which programs finish, so its last bits may differ.
     """
     R, N, H = q_RNH.shape
     C, K = k_CKH.shape[:2]
@@ -133,14 +142,16 @@ def backward(
     stride = lse_NR.shape[1]
     col_tiles = -(-C // tiles.block_kv)  # "rows" of the block map are keys here
     dq_rows, dq_cols = dq_part(H, tiles)
-    by_id = work.row_ids is not None
+    by_id, by_list = work.row_ids is not None, work.cols is not None
 
-    def kernel(q_gmem, k_gmem, v_gmem, do_gmem, lse_gmem, delta_gmem, dq_gmem, *refs, **smem):
-        # The ids, of keys and queries, are there if the mask has documents.
-        work_gmem, ends_gmem, *ids_gmem, dk_gmem, dv_gmem = refs
+    def kernel(q_gmem, k_gmem, v_gmem, do_gmem, lse_gmem, delta_gmem, *refs, **smem):
+        # The queries to visit, if there is a pattern; ids of keys and queries, if documents.
+        dq_gmem: Any
+        dq_gmem, *refs = refs if with_dq else (None, *refs)
+        work_gmem, ends_gmem, *optional, dk_gmem, dv_gmem = refs
+        cols_gmem, ids_gmem = optional[:by_list], optional[by_list:]
         k_smem, v_smem, q_smem, do_smem = (smem[f"{x}_smem"] for x in ("k", "v", "q", "do"))
-        ds_smem, dq_smem, ends_smem = (smem[f"{x}_smem"] for x in ("ds", "dq", "ends"))
-        lse_smem, delta_smem = smem["lse_smem"], smem["delta_smem"]
+        lse_smem, delta_smem, ends_smem = (smem[f"{x}_smem"] for x in ("lse", "delta", "ends"))
         barriers = smem["barriers"]
         kv_full, ends_full = barriers.at[_Barriers.KV_FULL], barriers.at[_Barriers.ENDS_FULL]
         ds_full = barriers.at[_Barriers.DS_FULL]
@@ -168,8 +179,12 @@ def backward(
                 def _(t):
                     body(kv_head * (N // K) + g, t, g * count + t)
 
+        def column(t):
+            """First query of the t-th tile: they are neighbours, or listed."""
+            return cols_gmem[0][start + t] if by_list else start + t * tiles.block_q
+
         def first_query(t):
-            return pl.multiple_of(start + t * tiles.block_q, block_map.ALIGN)
+            return pl.multiple_of(column(t), block_map.ALIGN)
 
         @pl.when(warpgroup == PRODUCER)
         def producer():
@@ -202,7 +217,7 @@ def backward(
         def consumer(wg):
             plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
             own = pl.ds(wg * WARPGROUP_ROWS, WARPGROUP_ROWS)
-            k_own, v_own, dq_own = k_smem.at[own], v_smem.at[own], dq_smem.at[wg]
+            k_own, v_own = k_smem.at[own], v_smem.at[own]
             ids_decide, full_from, full_to = (
                 work_gmem[row, 0, i]
                 for i in (block_map.BY_ID, block_map.FULL_FROM, block_map.FULL_TO)
@@ -211,7 +226,7 @@ def backward(
             plgpu.barrier_wait(ends_full)
 
             def masked(s, t):
-                query = start + t * tiles.block_q
+                query = column(t)
                 ids = None
                 if by_id:
                     key_ids, query_ids = ids_gmem
@@ -244,7 +259,8 @@ def backward(
             def accumulate(dk_acc, dv_acc):
                 def step(head, t, i):
                     slot = ring_slot(i, tiles.stages)
-                    q_tile, do_tile, ds_tile = q_smem.at[slot], do_smem.at[slot], ds_smem.at[slot]
+                    q_tile, do_tile = q_smem.at[slot], do_smem.at[slot]
+                    ds_tile: Any = smem["ds_smem"].at[slot] if with_dq else None
                     s_shape = (WARPGROUP_ROWS, tiles.block_q)
 
                     def probabilities(s_acc, dp_acc):
@@ -257,7 +273,8 @@ def backward(
                         delta = plgpu.load(delta_smem.at[slot], layout=COL)
                         dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
                         ds16 = (p * (dp - by_col(delta, s_shape))).astype(dtype)
-                        ds_tile.at[own][...] = ds16
+                        if with_dq:
+                            ds_tile.at[own][...] = ds16
                         # 4. dV += P^T dO.
                         plgpu.wgmma(dv_acc, p16, do_tile)
                         return ds16
@@ -281,6 +298,7 @@ def backward(
                         plgpu.wgmma_wait(2)  # dV is done
                         plgpu.barrier_arrive(do_free[i])
                         # 6. Add dQ to memory while dK runs. The add before is long done.
+                        dq_own = smem["dq_smem"].at[wg]
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                         dq_own[...] = plgpu.wgmma_accumulator_load(dq_acc, wait_n=1)
                         plgpu.commit_smem()
@@ -288,10 +306,22 @@ def backward(
                         plgpu.wgmma_wait(0)  # dK is done
                         plgpu.barrier_arrive(q_free[i])
 
+                    def key_gradients(ds16):
+                        # 5. dK += dS^T Q alone. The fence stands between this consumer's reads
+                        # of lse and delta and the copies that overwrite them.
+                        plgpu.wgmma(dk_acc, ds16, q_tile)
+                        plgpu.commit_smem()
+                        plgpu.wgmma_wait(1)  # dV is done
+                        plgpu.barrier_arrive(do_free[i])
+                        plgpu.wgmma_wait(0)  # dK is done
+                        plgpu.barrier_arrive(q_free[i])
+
                     # 1. S^T = K Q^T and dP^T = V dO^T. The waits for Q and dS stand outside the
                     # accumulators' scopes, or ptxas fills them with zeros register by register.
                     plgpu.barrier_wait(q_full[i])
                     ds16 = pl.run_scoped(scores, plgpu.ACC(s_shape, f32))
+                    if not with_dq:
+                        return key_gradients(ds16)
                     plgpu.commit_smem()
                     plgpu.barrier_arrive(ds_full)
                     plgpu.barrier_wait(ds_full)
@@ -327,7 +357,7 @@ def backward(
         grid_names=("program",),
         num_threads=CONSUMERS + 1,
         thread_name="wg",
-        scratch_types=scratch(H, dtype, tiles),
+        scratch_types=scratch(H, dtype, tiles, with_dq=with_dq),
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             # Every hand-over is by a barrier of the table above; the automatic ones would stop a
@@ -335,19 +365,19 @@ def backward(
             unsafe_no_auto_barriers=True,
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
         ),
-        kernel_name="flash_backward",
+        kernel_name="flash_backward" if with_dq else "flash_backward_dkv",
     )
     flat = [x.reshape(x.shape[0], -1) for x in (q_RNH, k_CKH, v_CKH, do_RNH)]
-    dq_sum = jax.new_ref(jnp.zeros((R, N * H), f32))
-    ids = (work.row_ids, work.col_ids) if by_id else ()
+    dq_sum = [jax.new_ref(jnp.zeros((R, N * H), f32))] if with_dq else []
+    optional = [x for x in (work.cols, work.row_ids, work.col_ids) if x is not None]
     dk, dv = run(
         *flat,
         lse_NR.reshape(-1),
         delta_NR.reshape(-1),
-        dq_sum,
+        *dq_sum,
         work.work,
         work.ends,
-        *ids,
+        *optional,
     )
-    dq = (dq_sum[...] * scale).astype(dtype).reshape(R, N, H)
-    return dq, dk.reshape(C, K, H), dv.reshape(C, K, H)
+    dq = [(x[...] * scale).astype(dtype).reshape(R, N, H) for x in dq_sum]
+    return dq[0] if dq else None, dk.reshape(C, K, H), dv.reshape(C, K, H)

@@ -99,10 +99,12 @@ def forward(
     tile_heads = N // tiles.heads  # work items along the head axis
     programs = min(PROGRAMS, row_tiles * tile_heads)
     schedule = persistent_schedule(row_tiles, tile_heads, programs)
-    by_id = work.row_ids is not None
+    by_id, by_list = work.row_ids is not None, work.cols is not None
 
     def kernel(q_gmem, k_gmem, v_gmem, schedule_gmem, work_gmem, ends_gmem, *refs, **smem):
-        *ids_gmem, o_gmem, lse_gmem = refs  # ids of rows and columns, if there are documents
+        # The columns to visit, if there is a pattern; ids of rows and columns, if documents.
+        *optional, o_gmem, lse_gmem = refs
+        cols_gmem, ids_gmem = optional[:by_list], optional[by_list:]
         q_smem, k_smem, v_smem = smem["q_smem"], smem["k_smem"], smem["v_smem"]
         work_smem, ends_smem = smem["work_smem"], smem["ends_smem"]
         lse_smem = smem["lse_smem"]
@@ -110,6 +112,10 @@ def forward(
         q_free, k_free, v_free = smem["q_free"], smem["k_free"], smem["v_free"]
         wg = lax.axis_index("wg")
         program = lax.axis_index("program")
+
+        def column(start, j):
+            """First key of the j-th tile of an item: they are neighbours, or listed."""
+            return cols_gmem[0][start + j] if by_list else start + j * tiles.block_kv
 
         def item_slot(i, consumer):
             return lax.rem(i, jnp.int32(ITEM_SLOTS)) * CONSUMERS + consumer
@@ -173,7 +179,7 @@ def forward(
                 def _(j):
                     def copy(j, gmem, smem, full, free):
                         slot = ring_slot(done + j, tiles.stages)
-                        col = pl.multiple_of(start + j * tiles.block_kv, block_map.ALIGN)
+                        col = pl.multiple_of(column(start, j), block_map.ALIGN)
                         plgpu.barrier_wait(free.at[slot])
                         plgpu.copy_gmem_to_smem(
                             gmem.at[pl.ds(col, tiles.block_kv), kv_head],
@@ -216,7 +222,7 @@ def forward(
                     return ()
 
                 def masked(s, j):
-                    col = start + j * tiles.block_kv
+                    col = column(start, j)
                     ids = None
                     if by_id:
                         row_ids, col_ids = ids_gmem
@@ -342,5 +348,5 @@ def forward(
         ),
         kernel_name="flash_forward",
     )
-    ids = (work.row_ids, work.col_ids) if by_id else ()
-    return run(q_RNH, k_CKH, v_CKH, jnp.asarray(schedule), work.work, work.ends, *ids)
+    optional = [x for x in (work.cols, work.row_ids, work.col_ids) if x is not None]
+    return run(q_RNH, k_CKH, v_CKH, jnp.asarray(schedule), work.work, work.ends, *optional)

@@ -17,8 +17,10 @@ from jaxattn import block_map
 from jaxattn.block_map import BlockMap
 from jaxattn.mask import Mask
 from jaxattn.pallas.backward import backward
+from jaxattn.pallas.backward_dq import query_gradient
 from jaxattn.pallas.forward import forward
-from jaxattn.pallas.tiles import CONSUMERS, Tiles, choose_tiles
+from jaxattn.pallas.softmax import LOG2E
+from jaxattn.pallas.tiles import CONSUMERS, ForwardTiles, Tiles, choose_tiles
 
 HEAD_DIMS = (64, 128)
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -34,16 +36,18 @@ Shaped = Array | jax.ShapeDtypeStruct
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Tile metadata of both kernels for the batch of one mask.
+    """Tile metadata of the kernels for the batch of one mask.
 
     Attributes:
       queries: work of the forward kernel.
       keys: work of the backward kernel.
-      tiles: the tile sizes that both were made for.
+      dq: work of the deterministic backward's dq kernel; None where it is that of the forward.
+      tiles: the tile sizes that they were made for.
     """
 
     queries: BlockMap
     keys: BlockMap
+    dq: BlockMap | None
     tiles: Tiles = dataclasses.field(metadata={"static": True})
 
 
@@ -54,11 +58,13 @@ def attention(
     mask: Mask,
     *,
     scale: float,
-) -> Float[Array, "B T N H"]:
+    deterministic: bool = False,
+    return_lse: bool = False,
+) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """Block-sparse flash attention: work proportional to the tiles that the mask leaves.
 
     Memory: O(T): the log-sum-exp (4 bytes a query and head) is kept for the backward pass, which
-    needs dq in fp32 (4 * H bytes a query and head) while it runs.
+    needs dq in fp32 (4 * H bytes a query and head) while it runs; the deterministic one does not.
 
     Raises:
       NotImplementedError: scale is not above 0 (the running maximum is taken before scaling).
@@ -72,9 +78,16 @@ def attention(
     plan = mask.plan
     if plan is None:
         plan = prepare(mask, q_BTNH, k_BSKH).plan
-    merged = [_merge_rows(x) for x in (q_BTNH, k_BSKH, v_BSKH)]
-    o_RNH = _flash(*merged, plan, scale)
-    return o_RNH[: q_BTNH.shape[0] * q_BTNH.shape[1]].reshape(q_BTNH.shape)
+    B, T, N, H = q_BTNH.shape
+    length, kv_length = (block_map.stride(mask, x.shape[1]) for x in (q_BTNH, k_BSKH))
+    merged = [_merge_rows(q_BTNH, length), *(_merge_rows(x, kv_length) for x in (k_BSKH, v_BSKH))]
+    o_RNH, lse_NR = _flash(*merged, plan, scale, deterministic)
+    o_BTNH = o_RNH[: B * length].reshape(B, length, N, H)[:, :T]
+    if not return_lse:
+        return o_BTNH
+    # +inf marks a row that sees nothing for the kernels; its sum of exponentials is 0.
+    lse_NR = jnp.where(lse_NR == jnp.inf, -jnp.inf, lse_NR / LOG2E)
+    return o_BTNH, lse_NR[:, : B * length].T.reshape(B, length, N)[:, :T]
 
 
 def prepare(mask: Mask, q: Shaped, k: Shaped) -> Mask:
@@ -110,26 +123,30 @@ def why_not(device: jax.Device, q: Shaped, k: Shaped) -> str | None:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))  # outside a jit too: one compilation, not 50
 def _plan(mask: Mask, sizes: tuple[int, int, int], tiles: Tiles) -> Plan:
-    fwd, bwd = tiles.forward, tiles.backward
-    queries = block_map.query_map(
-        mask, *sizes, group=fwd.group, groups=CONSUMERS, tile=fwd.block_kv, repeat=fwd.heads
-    )
+    def queries(tiles: ForwardTiles) -> BlockMap:
+        sizes_of_tile = {"group": tiles.group, "groups": CONSUMERS, "tile": tiles.block_kv}
+        return block_map.query_map(mask, *sizes, **sizes_of_tile, repeat=tiles.heads)
+
+    fwd, bwd, dq = tiles.forward, tiles.backward, tiles.dq
+    same = (dq.heads, dq.block_kv) == (fwd.heads, fwd.block_kv)
     keys = block_map.key_map(mask, *sizes, group=bwd.block_kv, groups=1, tile=bwd.block_q)
-    return Plan(queries=queries, keys=keys, tiles=tiles)
+    return Plan(queries=queries(fwd), keys=keys, dq=None if same else queries(dq), tiles=tiles)
 
 
-def _merge_rows(x: Array) -> Array:
-    """[B, T, heads, H] as [B * T, heads, H], padded to the copy engine's 8 rows."""
+def _merge_rows(x: Array, length: int) -> Array:
+    """[B, T, heads, H] as [B * length, heads, H], padded to the copy engine's 8 rows."""
+    x = jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)))
     x = x.reshape(-1, *x.shape[2:])
     return jnp.pad(x, ((0, -x.shape[0] % block_map.ALIGN), (0, 0), (0, 0)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _flash(q_RNH, k_CKH, v_CKH, plan: Plan, scale: float):
-    return _flash_forward(q_RNH, k_CKH, v_CKH, plan, scale)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _flash(q_RNH, k_CKH, v_CKH, plan: Plan, scale: float, deterministic: bool):
+    """Output, and log-sum-exp in units of log 2, of a row tile's multiple of rows."""
+    return _flash_forward(q_RNH, k_CKH, v_CKH, plan, scale, deterministic)[0]
 
 
-def _flash_forward(q_RNH, k_CKH, v_CKH, plan: Plan, scale: float):
+def _flash_forward(q_RNH, k_CKH, v_CKH, plan: Plan, scale: float, deterministic: bool):
     o_RNH, lse_NR = forward(
         q_RNH, k_CKH, v_CKH, plan.queries, scale=scale, tiles=plan.tiles.forward
     )
@@ -138,29 +155,30 @@ def _flash_forward(q_RNH, k_CKH, v_CKH, plan: Plan, scale: float):
     o_RNH, lse_NR = lax.optimization_barrier((o_RNH, lse_NR))
     o_RNH = checkpoint_name(o_RNH, OUT_NAME)
     lse_NR = checkpoint_name(lse_NR, LSE_NAME)
-    return o_RNH, (q_RNH, k_CKH, v_CKH, o_RNH, lse_NR, plan)
+    return (o_RNH, lse_NR), (q_RNH, k_CKH, v_CKH, o_RNH, lse_NR, plan)
 
 
-def _flash_backward(scale: float, residuals, do_RNH):
+def _flash_backward(scale: float, deterministic: bool, residuals, gradients):
     q_RNH, k_CKH, v_CKH, o_RNH, lse_NR, plan = residuals
+    do_RNH, dlse_NR = gradients
     # d(softmax) needs sum over keys of p * dp, which is sum over H of o * do.
     # A product and a sum, not an einsum: XLA fuses them into one pass over both, where it would
     # run N * R small matrix products (measured: 0.6 to 3 ms more on 32k tokens of 32 to 48 heads).
     delta_RN = (o_RNH.astype(jnp.float32) * do_RNH.astype(jnp.float32)).sum(axis=2)
     delta_NR = delta_RN.T
     delta_NR = jnp.pad(delta_NR, ((0, 0), (0, lse_NR.shape[1] - delta_NR.shape[1])))
-    gradients = backward(
-        q_RNH,
-        k_CKH,
-        v_CKH,
-        do_RNH,
-        lse_NR,
-        delta_NR,
-        plan.keys,
-        scale=scale,
-        tiles=plan.tiles.backward,
+    # d lse / d s = p: the gradient of the log-sum-exp joins dp in p * (dp - delta). Where it is
+    # not used it is a constant 0, which XLA folds away.
+    delta_NR = delta_NR - dlse_NR * LOG2E
+    inputs = q_RNH, k_CKH, v_CKH, do_RNH, lse_NR, delta_NR
+    tiles = plan.tiles
+    dq_RNH, dk_CKH, dv_CKH = backward(
+        *inputs, plan.keys, scale=scale, tiles=tiles.backward, with_dq=not deterministic
     )
-    return *gradients, None
+    if deterministic:
+        work = plan.queries if plan.dq is None else plan.dq
+        dq_RNH = query_gradient(*inputs, work, scale=scale, tiles=tiles.dq)
+    return dq_RNH, dk_CKH, dv_CKH, None
 
 
 _flash.defvjp(_flash_forward, _flash_backward)

@@ -33,6 +33,8 @@ class Problem:
       kv_ids: segment ids of the keys [B, S], or None: those of the queries.
       causal: whether queries see no later keys.
       window: sliding window in tokens, or None.
+      blocks: block pattern, [T / 128, S / 128] or one for each batch row, or None.
+      dlse: gradient of the log-sum-exp [B, T, N]; None: nobody uses it.
     """
 
     q: np.ndarray
@@ -43,6 +45,8 @@ class Problem:
     kv_ids: np.ndarray | None = None
     causal: bool = True
     window: int | None = None
+    blocks: np.ndarray | None = None
+    dlse: np.ndarray | None = None
 
     @property
     def mask(self) -> Mask:
@@ -52,6 +56,7 @@ class Problem:
             kv_segment_ids=None if self.kv_ids is None else jnp.asarray(self.kv_ids, jnp.int32),
             causal=self.causal,
             window=self.window,
+            blocks=None if self.blocks is None else jnp.asarray(self.blocks),
         )
 
 
@@ -88,6 +93,8 @@ def visible_pairs(problem: Problem) -> np.ndarray:
         kv_ids = np.ones((b, s), int) if problem.ids is None else problem.ids
     i, j = np.arange(t)[None, :, None], np.arange(s)[None, None, :]
     pairs = sees(i, j, ids[:, :, None], kv_ids[:, None, :], problem.causal, problem.window)
+    if problem.blocks is not None:
+        pairs = pairs & problem.blocks[..., i // 128, j // 128].reshape(-1, t, s)
     return np.broadcast_to(pairs, (b, t, s))
 
 
@@ -106,6 +113,15 @@ def plain(problem: Problem) -> tuple[np.ndarray, ...]:
     return _by_definition(problem, lambda x: x.astype(problem.q.dtype).astype(np.float64))
 
 
+def log_sum_exp(problem: Problem) -> np.ndarray:
+    """Of the scores that each query sees, in float64 [B, T, N]; -inf where there are none."""
+    pairs = visible_pairs(problem)
+    scale, group = problem.q.shape[3] ** -0.5, problem.q.shape[2] // problem.k.shape[2]
+    q, k = (x.astype(np.float64) for x in (problem.q, problem.k))
+    s = scale * np.einsum("btnh,bsnh->btns", q, np.repeat(k, group, axis=2))
+    return np.logaddexp.reduce(np.where(pairs[:, :, None], s, -np.inf), axis=3)
+
+
 def _by_definition(problem: Problem, rounded: Callable[[np.ndarray], np.ndarray]):
     q, k, v, do = (x.astype(np.float64) for x in (problem.q, problem.k, problem.v, problem.do))
     pairs = visible_pairs(problem)
@@ -120,7 +136,10 @@ def _by_definition(problem: Problem, rounded: Callable[[np.ndarray], np.ndarray]
             total = p.sum(axis=1, keepdims=True)
             p /= np.where(total > 0, total, 1.0)
             dp = do[at] @ v[kv_at].T
-            ds = rounded(p * (dp - (p * dp).sum(axis=1, keepdims=True)))
+            ds = p * (dp - (p * dp).sum(axis=1, keepdims=True))
+            if problem.dlse is not None:
+                ds = ds + p * problem.dlse[at][:, None]
+            ds = rounded(ds)
             p = rounded(p)
             o[at] = p @ v[kv_at]
             dq[at] = scale * ds @ k[kv_at]
@@ -129,19 +148,24 @@ def _by_definition(problem: Problem, rounded: Callable[[np.ndarray], np.ndarray]
     return tuple(rounded(x) for x in (o, dq, dk, dv))
 
 
-@functools.partial(jax.jit, static_argnames="impl")
-def _outputs(q, k, v, do, mask: Mask, impl: str) -> tuple[Array, ...]:
-    o, vjp = jax.vjp(lambda q, k, v: attention(q, k, v, mask, impl=impl), q, k, v)
+@functools.partial(jax.jit, static_argnames=("impl", "deterministic"))
+def _outputs(q, k, v, do, mask: Mask, impl: str, deterministic: bool) -> tuple[Array, ...]:
+    def attend(q, k, v):
+        return attention(q, k, v, mask, impl=impl, deterministic=deterministic)
+
+    o, vjp = jax.vjp(attend, q, k, v)
     return o, *vjp(do)
 
 
-def outputs(problem: Problem, impl: str, mask: Mask | None = None) -> tuple[np.ndarray, ...]:
+def outputs(
+    problem: Problem, impl: str, mask: Mask | None = None, *, deterministic: bool = False
+) -> tuple[np.ndarray, ...]:
     """o, dq, dk, dv of an implementation, through the public interface."""
     inputs = [jnp.asarray(x) for x in (problem.q, problem.k, problem.v, problem.do)]
     # jax.nn's own attention, and the transpose of its products, promote bf16 to fp32.
     promotion = "standard" if impl in ("xla", "cudnn") else "strict"
     with jax.numpy_dtype_promotion(promotion):
-        got = _outputs(*inputs, problem.mask if mask is None else mask, impl)
+        got = _outputs(*inputs, problem.mask if mask is None else mask, impl, deterministic)
     return tuple(np.asarray(x) for x in got)
 
 

@@ -22,11 +22,18 @@ def _qkv(b=2, t=16, s=16, n=4, k=2, h=8, dtype=jnp.float32):
 
 @pytest.mark.parametrize("impl", ["eager", "xla"])
 @pytest.mark.parametrize("spec", [("d", None), ("d", "m"), (None, "m")])
-def test_sharded_equals_unsharded(impl, spec):
-    """Batch and heads split over 8 devices: same output, same gradients."""
-    q, k, v = _qkv(b=4, n=8, k=4)
-    ids = jnp.asarray(np.repeat([[1, 1, 2, 2, 2, 3, 3, 0]], 4, 0).repeat(2, 1), jnp.int32)
-    mask = Mask(segment_ids=ids)
+@pytest.mark.parametrize("blocks", [None, (2, 2), (4, 2, 2)], ids=["", "blocks", "blocks by row"])
+def test_sharded_equals_unsharded(impl, spec, blocks):
+    """Batch and heads split over 8 devices: same output, same gradients.
+
+    A block pattern for all rows lies on every device, one for each row is split as the rows are.
+    """
+    t = 16 if blocks is None else 160
+    q, k, v = _qkv(b=4, t=t, s=t, n=8, k=4)
+    ids = jnp.asarray(np.repeat([[1, 1, 2, 2, 2, 3, 3, 0]], 4, 0).repeat(t // 8, 1), jnp.int32)
+    if blocks is not None:
+        blocks = jnp.asarray(np.random.default_rng(1).random(blocks) < 0.6)
+    mask = Mask(segment_ids=ids, blocks=blocks)
 
     def loss(q, k, v, mask):
         out = attention(q, k, v, mask, impl=impl)
@@ -38,7 +45,9 @@ def test_sharded_equals_unsharded(impl, spec):
         bnh = NamedSharding(mesh, PartitionSpec(spec[0], None, spec[1], None))
         rows = NamedSharding(mesh, PartitionSpec(spec[0], None))
         args = [jax.device_put(x, bnh) for x in (q, k, v)]
-        sharded_mask = Mask(segment_ids=jax.device_put(ids, rows))
+        if blocks is not None and blocks.ndim == 3:
+            blocks = jax.device_put(blocks, NamedSharding(mesh, PartitionSpec(spec[0])))
+        sharded_mask = Mask(segment_ids=jax.device_put(ids, rows), blocks=blocks)
         got = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*args, sharded_mask)
     for w, g in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
         np.testing.assert_allclose(np.asarray(g), np.asarray(w), rtol=1e-5, atol=1e-5)
@@ -61,6 +70,29 @@ def test_every_device_plans_its_own_rows_and_heads(monkeypatch):
         q, k = (jax.device_put(x, bnh) for x in (q, k))
         plan = jax.jit(lambda mask, q, k: prepare(mask, q, k, impl="pallas").plan)(mask, q, k)
     for whole, *own in zip(*map(jax.tree.leaves, (plan, *parts)), strict=True):
+        np.testing.assert_array_equal(np.asarray(whole), np.concatenate(own))
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_every_device_plans_its_part_of_a_pattern(by_row, monkeypatch):
+    """As without a pattern; one for all rows is not split, and the mask comes back with it."""
+    monkeypatch.setattr(api, "target_device", hopper)
+    blocks = np.random.default_rng(0).random((4, 3, 3)) < 0.5
+    blocks = blocks if by_row else blocks[0]
+    q, k, _ = _qkv(b=4, t=300, s=300, n=8, k=2, h=64, dtype=jnp.bfloat16)
+    q_part, k_part = (jax.ShapeDtypeStruct((2, 300, x.shape[2] // 2, 64), x.dtype) for x in (q, k))
+    plan_part = jax.jit(lambda mask: prepare(mask, q_part, k_part, impl="pallas").plan)
+    halves = (blocks[:2], blocks[2:]) if by_row else (blocks, blocks)
+    parts = [plan_part(Mask(blocks=jnp.asarray(half))) for half in halves]
+    mesh = jax.make_mesh((2, 2), ("d", "m"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        bnh = NamedSharding(mesh, PartitionSpec("d", None, "m", None))
+        rows = NamedSharding(mesh, PartitionSpec("d" if by_row else None))
+        q, k = (jax.device_put(x, bnh) for x in (q, k))
+        mask = Mask(blocks=jax.device_put(jnp.asarray(blocks), rows))
+        mask = jax.jit(lambda mask, q, k: prepare(mask, q, k, impl="pallas"))(mask, q, k)
+    np.testing.assert_array_equal(np.asarray(mask.blocks), blocks)
+    for whole, *own in zip(*map(jax.tree.leaves, (mask.plan, *parts)), strict=True):
         np.testing.assert_array_equal(np.asarray(whole), np.concatenate(own))
 
 
@@ -140,9 +172,15 @@ def test_gpu_implementations_are_refused_on_a_cpu(impl):
         ("pallas", {"dtype": jnp.float32, "h": 64}, Mask(), "bfloat16 and float16, not float32"),
         ("pallas", {"h": 96}, Mask(), "head_dim 64 or 128, not 96"),
         ("cudnn", {}, Mask(segment_ids=jnp.ones((2, 16), jnp.int32)), "no document mask"),
+        (
+            "cudnn",
+            {},
+            Mask(blocks=jnp.ones((1, 1), bool)),
+            "no block mask .blocks given.; use impl=",
+        ),
         ("cudnn", {"dtype": jnp.float32}, Mask(), "bfloat16 and float16, not float32"),
     ],
-    ids=["pallas dtype", "pallas head_dim", "cudnn documents", "cudnn dtype"],
+    ids=["pallas dtype", "pallas head_dim", "cudnn documents", "cudnn blocks", "cudnn dtype"],
 )
 def test_what_an_implementation_cannot(impl, changes, mask, message, monkeypatch):
     """On a Hopper GPU: NotImplementedError with the value and what to use instead."""
@@ -150,6 +188,24 @@ def test_what_an_implementation_cannot(impl, changes, mask, message, monkeypatch
     q, k, v = _qkv(**{"h": 128, "dtype": jnp.bfloat16, **changes})
     with pytest.raises(NotImplementedError, match=message):
         attention(q, k, v, mask, impl=impl)
+
+
+def test_cudnn_promises_no_repeatable_bits(monkeypatch):
+    """Asked to be deterministic it is refused, by `resolve` too, before a run starts."""
+    monkeypatch.setattr(api, "target_device", hopper)
+    q, k, v = _qkv(h=128, dtype=jnp.bfloat16)
+    for ask in (lambda **x: attention(q, k, v, **x), lambda **x: resolve(q=q, k=k, **x)):
+        with pytest.raises(NotImplementedError, match="deterministic=True.*use impl='pallas'"):
+            ask(impl="cudnn", deterministic=True)
+    assert resolve("auto", q, k, deterministic=True)[0] == "pallas"
+
+
+@pytest.mark.parametrize("impl", ["eager", "xla"])
+def test_one_form_is_deterministic_too(impl):
+    """Implementations with one form take the keyword and compute the same."""
+    q, k, v = _qkv()
+    got = attention(q, k, v, impl=impl, deterministic=True)
+    np.testing.assert_array_equal(got, attention(q, k, v, impl=impl))
 
 
 def test_pallas_needs_a_positive_scale(monkeypatch):
@@ -184,8 +240,9 @@ def test_eager_is_refused_where_its_scores_cannot_fit(monkeypatch):
         (((2, 16, 4, 8), (2, 16, 2, 4), (2, 16, 2, 4)), Mask(), "agree in batch and head dim"),
         (((2, 16, 4, 8),) * 3, Mask(window=0), "window=0 must be at least 1"),
         (((2, 16, 4, 8),) * 3, Mask(segment_ids=jnp.ones((2, 9), jnp.int32)), r"be \(2, 16\)"),
+        (((2, 200, 4, 8),) * 3, Mask(blocks=jnp.ones((1, 2), bool)), r"\(1, 2\), must be \(2, 2\)"),
     ],
-    ids=["heads", "v", "batch", "head dim", "window", "ids"],
+    ids=["heads", "v", "batch", "head dim", "window", "ids", "blocks"],
 )
 def test_contradicting_arguments(shapes, mask, message):
     """ValueError, one line, before anything is compiled; the same from `resolve`'s callers."""
@@ -230,3 +287,17 @@ def test_describe_on_hopper(monkeypatch):
     assert 0.9 < found.skipped < 1.0
     assert "pallas (asked for) on Hopper stand-in; tiles forward 32x128 x 4 heads" in str(found)
     assert "mask causal + documents" in str(found)
+
+
+def test_describe_counts_the_blocks_of_a_pattern(monkeypatch):
+    """Every block of 128 x 128 that the pattern, and causal order, hide is skipped."""
+    monkeypatch.setattr(api, "target_device", hopper)
+    q = jax.ShapeDtypeStruct((2, 2048, 8, 128), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((2, 2048, 2, 128), jnp.bfloat16)
+    blocks = np.random.default_rng(0).random((2, 16, 16)) < 0.3
+    blocks[:, :, 0] = True  # a row without a block would still visit one
+    found = describe("pallas", q, k, Mask(blocks=jnp.asarray(blocks), causal=False))
+    assert found.skipped == pytest.approx(1 - blocks.mean())
+    assert "mask blocks;" in str(found)
+    found = describe("pallas", q, k, Mask(blocks=jnp.asarray(blocks[0])))
+    assert found.skipped == pytest.approx(1 - np.tril(blocks[0]).mean())

@@ -1,44 +1,77 @@
-"""The attention bench: useful work counted right, one cell per implementation, JSON written."""
+"""The attention bench: a cell per implementation, what cannot run says why, results are kept."""
 
 import json
+import subprocess
+import sys
+from unittest import mock
 
-import jax
-import numpy as np
 import pytest
 
-from jaxattn import bench
-from jaxattn.bench import Shape
-
-SMALL = {
-    "causal": Shape(batch=1, length=64, heads=2, kv_heads=1),
-    "packed": Shape(batch=2, length=96, heads=2, kv_heads=2, documents=(20.0, 1.0), window=9),
-}
+from jaxattn import bench, bench_cell
 
 
-@pytest.mark.parametrize("shape", SMALL.values(), ids=SMALL)
-def test_pairs_are_the_visible_ones(shape):
-    """What counts as useful is what the mask shows, no more."""
-    visible = shape.mask().visible(shape.length, shape.length)
-    assert shape.pairs() == int(np.broadcast_to(visible, (shape.batch, *visible.shape[1:])).sum())
-
-
-def test_document_lengths_are_those_of_the_peers_table():
-    """20 documents, longest 5,526: the shape that other implementations were measured on."""
-    lengths = bench.document_lengths(32768, 1500.0, 1.0)
-    assert (len(lengths), max(lengths), sum(lengths)) == (20, 5526, 32768)
-
-
-def test_table(monkeypatch, tmp_path, capsys):
-    """A cell that runs has times and errors, one that cannot says why, and both are in the file."""
-    monkeypatch.setattr(bench, "SHAPES", SMALL)
-    out = tmp_path / "bench.json"
-    arguments = ["--shapes", "causal", "--impls", "xla", "pallas", "--check", "--out", str(out)]
-    # bf16 through jax.nn needs jax's usual promotion rules.
-    with jax.numpy_dtype_promotion("standard"):
-        assert bench.main(arguments) == 0
-    cells = json.loads(out.read_text())["cells"]
-    assert cells["causal/xla"]["both_ms"] > 0
-    assert 0 < cells["causal/xla"]["errors"]["dq"]["max"] < 0.1
-    assert "Hopper" in cells["causal/pallas"]["why_not"]
+def test_table_of_what_a_cpu_can_run(tmp_path, capsys):
+    """A cell that runs has times, rates, memory and errors, one that cannot says why, in both."""
+    out, picture = tmp_path / "bench.json", tmp_path / "bench.png"
+    arguments = ["--shapes", "smoke", "--impls", "xla", "eager", "pallas", "--check"]
+    assert bench.main([*arguments, "--out", str(out), "--plot", str(picture)]) == 0
+    written = json.loads(out.read_text())
+    assert {"device", "jax", "date"} <= set(written)
+    for impl in ("xla", "eager"):
+        cell = written["cells"][f"smoke/{impl}"]
+        assert min(cell["forward_ms"], cell["both_tflops"], cell["temp_bytes"]) > 0
+        assert 0 < cell["errors"]["dq"]["mean"] < cell["errors"]["dq"]["max"] < 0.1
+    assert "Hopper" in written["cells"]["smoke/pallas"]["why_not"]
     printed = capsys.readouterr().out
-    assert "TFLOP/s" in printed and "cannot run" in printed
+    assert "TFLOP/s" in printed and "not run: " in printed
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_torch_a_cell_says_so(capsys):
+    """No PyTorch, or none that finds a GPU, is a reason and not a traceback."""
+    with mock.patch.dict(sys.modules, {"torch": None, "jaxattn.bench_torch": None}):
+        bench_cell.main(["torch-flex", "smoke", "7b_4k_causal"])
+    machine, *cells = map(json.loads, capsys.readouterr().out.splitlines())
+    assert machine == {} and len(cells) == 2
+    assert "not installed" in cells[0]["why_not"]
+
+
+def test_large_shapes_are_refused_on_a_cpu():
+    """At once, before anything is allocated: the default run on a laptop ends with reasons."""
+    for shape in bench.SHAPES.values():
+        assert "smoke" in bench_cell.measure(shape, "xla", check=False)["why_not"]
+
+
+def test_a_process_that_dies_costs_one_cell(monkeypatch, tmp_path):
+    """The cells before it are kept, it says so itself, and those behind it are run."""
+    script = (
+        "import sys\n"
+        "print('{}', flush=True)\n"
+        "for name in sys.argv[4:]:\n"
+        "    if name == 'b': sys.exit(3)\n"
+        "    print('{\"ran\": 1}', flush=True)\n"
+    )
+    popen = subprocess.Popen
+
+    def spawn(command, **options):
+        return popen([sys.executable, "-c", script, *command[1:]], **options)
+
+    monkeypatch.setattr(subprocess, "Popen", spawn)
+    cells = {name: cell for name, _, cell in bench.run("xla", ["a", "b", "c"], check=False)}
+    assert list(cells) == ["a", "b", "c"]
+    assert cells["a"] == cells["c"] == {"ran": 1}
+    assert "code 3" in cells["b"]["why_not"]
+
+
+def test_results_are_written_after_every_cell(monkeypatch, tmp_path):
+    """A run that is cut off keeps what it has."""
+    out = tmp_path / "bench.json"
+
+    def run(impl, names, *, check):
+        yield names[0], {"device": "d"}, {"why_not": "first"}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "run", run)
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(["--impls", "xla", "--out", str(out)])
+    assert json.loads(out.read_text())["cells"] == {"1.8b_32k_causal/xla": {"why_not": "first"}}

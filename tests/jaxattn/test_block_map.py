@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxattn import Mask
 from jaxattn.block_map import (
@@ -20,7 +22,9 @@ from jaxattn.block_map import (
     BlockMap,
     key_map,
     query_map,
+    stride,
 )
+from jaxattn.mask import BLOCK
 
 # Small tiles, so that small masks have many: a group of rows, groups in a tile, a column tile.
 GROUP, GROUPS, COLS, REPEAT = 8, 2, 16, 3
@@ -65,9 +69,10 @@ def masks(contiguous: bool):
         yield Mask(causal=causal, window=window), S
 
 
-def dense(mask: Mask, s: int, side: str) -> np.ndarray:
+def dense(mask: Mask, s: int, side: str, t: int = T) -> np.ndarray:
     """What rows see of columns, all batch rows end to end: bool [B * rows, B * columns]."""
-    visible = np.broadcast_to(np.asarray(mask.visible(T, s)), (B, T, s))
+    visible = np.broadcast_to(np.asarray(mask.visible(t, s)), (B, t, s))
+    visible = np.pad(visible, ((0, 0), (0, stride(mask, t) - t), (0, stride(mask, s) - s)))
     if side == "keys":
         visible = visible.transpose(0, 2, 1)
     rows, cols = visible.shape[1:]
@@ -89,32 +94,117 @@ def row_groups(found: BlockMap, side: str, whole: np.ndarray):
             yield fields[g], padded[row : row + GROUP], (at, g)
 
 
+def tile_starts(found: BlockMap, fields: np.ndarray) -> list[int]:
+    """First column of each tile that the kernel visits for this row of the work list."""
+    at, tiles = fields[START], range(fields[COUNT])
+    if found.cols is None:
+        assert at % ALIGN == 0
+        return [at + t * COLS for t in tiles]
+    return [int(np.asarray(found.cols)[at + t]) for t in tiles]
+
+
+def check(found: BlockMap, mask: Mask, s: int, side: str, t: int = T) -> None:
+    """Live tiles hold all pairs, each once, and what the kernel masks inside is right."""
+    for fields, rows, (at, g) in row_groups(found, side, dense(mask, s, side, t)):
+        starts = tile_starts(found, fields)
+        assert len(set(starts)) == len(starts)
+        assert 0 <= fields[LIVE_FROM] < fields[LIVE_TO] <= fields[COUNT]
+        live = range(fields[LIVE_FROM], fields[LIVE_TO])
+        in_live = sum(rows[:, starts[t] : starts[t] + COLS].sum() for t in live)
+        assert rows.sum() == in_live, f"{mask.kind}: a visible pair is not live"
+        first, last = np.asarray(found.ends)[at, g][:, :GROUP]
+        for t in live:
+            cols = np.arange(starts[t], starts[t] + COLS)
+            kept = np.ones((GROUP, COLS), bool)
+            if t < fields[FULL_FROM]:
+                kept &= cols >= first[:, None]
+                if fields[BY_ID]:
+                    ids, col_ids = np.asarray(found.row_ids)[at, g], np.asarray(found.col_ids)
+                    kept &= ids[:GROUP, None] == col_ids[cols]
+            if t >= fields[FULL_TO]:
+                kept &= cols <= last[:, None]
+            want = rows[:, cols[0] : cols[0] + COLS]
+            np.testing.assert_array_equal(kept, want, f"{mask.kind}: tile {t} of {fields}")
+
+
 @pytest.mark.parametrize("contiguous", [True, False], ids=["contiguous", "any order"])
 @pytest.mark.parametrize("side", ["queries", "keys"])
 def test_every_visible_pair_is_live_and_full_tiles_are_full(side, contiguous):
     """The kernel's result follows: live tiles hold all pairs, and what it masks inside is right."""
     for mask, s in masks(contiguous):
-        found = BLOCK_MAPS[side](mask, s)
-        whole = dense(mask, s, side)
-        for fields, rows, (at, g) in row_groups(found, side, whole):
-            start = fields[START]
-            assert start % ALIGN == 0
-            assert 0 <= fields[LIVE_FROM] < fields[LIVE_TO] <= fields[COUNT]
-            live = slice(start + fields[LIVE_FROM] * COLS, start + fields[LIVE_TO] * COLS)
-            assert rows.sum() == rows[:, live].sum(), f"{mask.kind}: a visible pair is not live"
-            first, last = np.asarray(found.ends)[at, g][:, :GROUP]
-            for t in range(fields[LIVE_FROM], fields[LIVE_TO]):
-                cols = np.arange(start + t * COLS, start + (t + 1) * COLS)
-                kept = np.ones((GROUP, COLS), bool)
-                if t < fields[FULL_FROM]:
-                    kept &= cols >= first[:, None]
-                    if fields[BY_ID]:
-                        ids, col_ids = np.asarray(found.row_ids)[at, g], np.asarray(found.col_ids)
-                        kept &= ids[:GROUP, None] == col_ids[cols]
-                if t >= fields[FULL_TO]:
-                    kept &= cols <= last[:, None]
-                want = rows[:, cols[0] : cols[0] + COLS]
-                np.testing.assert_array_equal(kept, want, f"{mask.kind}: tile {t} of {fields}")
+        check(BLOCK_MAPS[side](mask, s), mask, s, side)
+
+
+# (T, S, causal, window, documents): few, since each is compiled once. Ragged, square and not, with
+# room for whole tiles between two holes.
+PATTERN_CASES = [
+    (300, 300, True, None, True),
+    (300, 300, True, 13, False),
+    (140, 390, False, 150, True),
+    (390, 140, True, None, False),
+]
+
+
+@st.composite
+def patterns(draw) -> tuple[Mask, int, int]:
+    """(mask, T, S): a random pattern with holes, empty rows and columns, under all else."""
+    t, s, causal, window, documents = draw(st.sampled_from(PATTERN_CASES))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    blocks = rng.random((B, -(-t // BLOCK), -(-s // BLOCK))) < draw(
+        st.sampled_from([0.2, 0.5, 0.9])
+    )
+    ids = {}
+    if documents:
+        contiguous = draw(st.booleans())
+        for name, length in (("segment_ids", t), ("kv_segment_ids", s)):
+            if t != s or name == "segment_ids":
+                rows = [random_ids(rng, length, contiguous) for _ in range(B)]
+                ids[name] = jnp.asarray(np.stack(rows))
+    return Mask(**ids, causal=causal, window=window, blocks=jnp.asarray(blocks)), t, s
+
+
+def pattern_map(mask: Mask, t: int, s: int, side: str) -> BlockMap:
+    if side == "queries":
+        return query_map(mask, B, t, s, group=GROUP, groups=GROUPS, tile=COLS, repeat=REPEAT)
+    return key_map(mask, B, t, s, group=GROUP, groups=1, tile=COLS)
+
+
+PATTERN_MAP = jax.jit(pattern_map, static_argnums=(1, 2, 3))
+
+
+@pytest.mark.parametrize("side", ["queries", "keys"])
+@settings(max_examples=40, deadline=None)
+@given(patterns())
+def test_patterns_with_holes(side, drawn):
+    """Listed tiles hold every visible pair once, and none of them lies in a hole."""
+    mask, t, s = drawn
+    found = PATTERN_MAP(mask, t, s, side)
+    check(found, mask, s, side, t)
+    pattern = np.asarray(mask.blocks)
+    pattern = pattern if side == "queries" else pattern.transpose(0, 2, 1)
+    rows_of_tile = GROUP * (GROUPS if side == "queries" else 1)
+    for fields in np.asarray(found.work)[:, 0]:
+        batch, row = divmod(fields[TILE] * rows_of_tile // BLOCK, pattern.shape[1])
+        starts = np.array(tile_starts(found, fields)) - batch * pattern.shape[2] * BLOCK
+        live = pattern[batch, row, starts // BLOCK]
+        assert live.all() or live.size == 1, "a dead tile only where one stands for none"
+
+
+def test_a_pattern_of_all_blocks_costs_at_most_a_tile():
+    """Tiles lie on its grid then, not where the first document of a row tile begins."""
+    ids = jnp.asarray(np.sort(np.random.default_rng(0).integers(0, 9, (B, 256)), axis=1), jnp.int32)
+    plain = PATTERN_MAP(Mask(segment_ids=ids), 256, 256, "keys").work
+    full = Mask(segment_ids=ids, blocks=jnp.ones((2, 2), bool))
+    listed = PATTERN_MAP(full, 256, 256, "keys").work
+    assert 0 <= listed[:, 0, COUNT].sum() - plain[:, 0, COUNT].sum() <= len(plain)
+
+
+@pytest.mark.parametrize(("group", "tile"), [(8, 256), (8, 96), (24, 64), (128, 64)])
+def test_patterns_need_tiles_that_divide_their_blocks(group, tile):
+    """One line with the tile's size, before anything is compiled."""
+    mask = Mask(blocks=jnp.ones((2, 2), bool))
+    with pytest.raises(NotImplementedError, match=f"divide 128, these are {2 * group} x {tile}"):
+        query_map(mask, 1, 256, 256, group=group, groups=2, tile=tile, repeat=1)
 
 
 @pytest.mark.parametrize("side", ["queries", "keys"])

@@ -66,12 +66,35 @@ CASES = {
         (1, 200, 200, 2, 1, 64, BF16),
         {"ids": documents(((1, 90), (2, 1), (5, 70), (3, 30), (0, 9))), "window": 30},
     ),
+    # Ragged in both, a hole, a row and a column of blocks with nothing, other ones for each row.
+    "blocks for each row, T < S, group of 2": (
+        (2, 140, 300, 2, 1, 128, BF16),
+        {
+            "blocks": np.array([[[1, 0, 1], [0, 0, 0]], [[0, 0, 1], [1, 0, 1]]], bool),
+            "causal": False,
+        },
+    ),
+    "blocks, documents and window, head_dim 64": (
+        (1, 390, 390, 2, 2, 64, BF16),
+        {
+            "blocks": np.array([[1, 1, 1, 1], [0, 1, 1, 1], [1, 0, 1, 1], [1, 1, 0, 1]], bool),
+            "ids": documents(((1, 100), (4, 250), (2, 30), (0, 10))),
+            "window": 330,
+        },
+    ),
+    "blocks, documents in any order": (
+        (1, 384, 384, 2, 1, 128, BF16),
+        {
+            "blocks": np.array([[1, 0, 0], [1, 1, 0], [1, 0, 1]], bool),
+            "ids": documents(((5, 130), (3, 104), (5, 3), (1, 130), (3, 9), (0, 8))),
+        },
+    ),
 }
 # Each costs the interpreter several seconds: those that add no branch of the kernels run on GPUs.
 NOT_INTERPRETED = {"window", "window of 1"}
 # Interpreted by `test_packed_equals_alone` and `test_interpreted_kernels_are_free_of_races`.
 ELSEWHERE = {DOCUMENTS}
-WITHOUT_DOCUMENTS = {name for name, (_, mask) in CASES.items() if "ids" not in mask}
+FOR_CUDNN = {name for name, (_, mask) in CASES.items() if not {"ids", "blocks"} & set(mask)}
 
 
 def problem_of(name: str) -> Problem:
@@ -95,7 +118,7 @@ def all_cases():
             if impl != "interpreted" or name not in NOT_INTERPRETED | ELSEWHERE:
                 yield pytest.param(name, impl)
         for param in GPU_ONLY:
-            if param.values[0] != "cudnn" or name in WITHOUT_DOCUMENTS:
+            if param.values[0] != "cudnn" or name in FOR_CUDNN:
                 yield pytest.param(name, *param.values, marks=param.marks)
 
 
@@ -181,29 +204,38 @@ def test_interpreted_kernels_are_free_of_races():
 
 
 def test_interpreted_cases_reach_every_branch_of_the_kernels():
-    """Skipped, full, cut and compared tiles, tiles that both warpgroups need or only one."""
+    """Skipped, full, cut and compared tiles, for both warpgroups or one of them, holes."""
     both = ("one tile", "more tiles", "starts late", "full", "below", "above", "below and above")
-    missing = {f"{kernel} {x}" for kernel in ("forward", "backward") for x in (*both, "ids")}
+    missing = {
+        f"{kernel} {x}" for kernel in ("forward", "backward") for x in (*both, "ids", "a hole")
+    }
     missing |= {"forward skips before", "forward skips behind"}
-    for name in CASES:
+    for name in reversed(CASES):
         if missing and name not in NOT_INTERPRETED:
-            missing -= _branches(problem_of(name))
+            missing -= branches(problem_of(name))
     assert not missing
 
 
 _plan = jax.jit(op.prepare, static_argnums=(1, 2))
 
 
-def _branches(problem: Problem) -> set[str]:
+def branches(problem: Problem) -> set[str]:
     """What the kernels meet in this problem."""
     q, k = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (problem.q, problem.k))
     plan = _plan(problem.mask, q, k).plan
     reached = set()
-    for kernel, found in (("forward", plan.queries), ("backward", plan.keys)):
+    kernels = (
+        ("forward", plan.queries, plan.tiles.forward.block_kv),
+        ("backward", plan.keys, plan.tiles.backward.block_q),
+    )
+    for kernel, found, tile_size in kernels:
         for group in np.asarray(found.work).reshape(-1, 8).tolist():
             _, start, count, by_id, live_from, live_to, full_from, full_to = group
+            if found.cols is not None:
+                steps = np.diff(np.asarray(found.cols)[start : start + count])
+                reached |= {f"{kernel} a hole"} if (steps > tile_size).any() else set()
             reached |= {f"{kernel} one tile" if count == 1 else f"{kernel} more tiles"}
-            reached |= {f"{kernel} starts late"} if start else set()
+            reached |= {f"{kernel} starts late"} if start and found.cols is None else set()
             reached |= {f"{kernel} skips before"} if live_from > 0 else set()
             reached |= {f"{kernel} skips behind"} if live_to < count else set()
             for tile in range(live_from, live_to):

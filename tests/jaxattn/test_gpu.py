@@ -6,6 +6,7 @@ products, programs that run at once, and the copies' own clipping. A failure nam
 `SEED=... pytest ...` runs it again.
 """
 
+import dataclasses
 import functools
 import os
 
@@ -102,6 +103,64 @@ def test_random_problem(name, pattern, seed):
     check_error(problem, got, f"(SEED={seed})")
 
 
+# (B, T, S, N, K, H, dtype), causal, window, share of live blocks, a pattern for each batch row.
+BLOCK_SIGNATURES = {
+    "causal, half, whole blocks": ((1, 2048, 2048, 8, 2, 128, BF16), True, None, 0.5, False),
+    "causal, few, ragged, B=3": ((3, 1533, 1533, 8, 8, 128, BF16), True, None, 0.15, True),
+    "full, T < S, group of 6, fp16": ((2, 301, 1187, 6, 1, 128, FP16), False, None, 0.4, True),
+    "causal, T > S, one pattern": ((2, 1399, 613, 4, 2, 128, BF16), True, None, 0.6, False),
+    "window, several items a program": ((1, 1777, 1777, 32, 8, 128, BF16), True, 700, 0.5, True),
+    "head_dim 64, window to both sides": ((2, 909, 909, 8, 4, 64, BF16), False, 389, 0.7, True),
+    "head_dim 64, group of 8": ((1, 1111, 1111, 8, 1, 64, BF16), True, None, 0.3, False),
+}
+
+
+@pytest.mark.parametrize(
+    "pattern", [one_document, long_documents, any_order], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize("name", BLOCK_SIGNATURES)
+def test_block_patterns(name, pattern, seed):
+    """21 patterns with holes, empty rows and empty columns; `one_document` is without ids."""
+    (b, t, s, *sizes), causal, window, share, by_row = BLOCK_SIGNATURES[name]
+    seeds = [seed, *name.encode(), *pattern.__name__.encode()]
+    rng = np.random.default_rng(seeds)
+    blocks = rng.random((b if by_row else 1, -(-t // 128), -(-s // 128))) < share
+    blocks[0, 1], blocks[0, :, 1] = False, False
+    mask = {"causal": causal, "window": window, "blocks": blocks if by_row else blocks[0]}
+    if pattern is not one_document:
+        mask["ids"] = np.stack([pattern(rng, t) for _ in range(b)])
+        mask["kv_ids"] = None if t == s else np.stack([pattern(rng, s) for _ in range(b)])
+    problem = random_problem(seeds, b, t, s, *sizes, **mask)
+    got = outputs(problem, "pallas")
+    check_zeros(problem, got)
+    check_error(problem, got, f"(SEED={seed})")
+
+
+def test_a_pattern_of_all_blocks_changes_nothing(seed):
+    """o, dk and dv are the same bits as without it: the same tiles in the same order."""
+    problem = random_problem(seed, 2, 1024, 1024, 8, 2, 128, BF16)
+    plain = outputs(problem, "pallas")
+    listed = outputs(dataclasses.replace(problem, blocks=np.ones((8, 8), bool)), "pallas")
+    for x, y, of in zip(plain, listed, NAMES, strict=True):
+        if of != "dq":
+            np.testing.assert_array_equal(x.view(np.uint16), y.view(np.uint16), of)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_random_problem_deterministic(name, pattern, seed):
+    """The same 60 problems by the deterministic backward; only dq may differ from the other's."""
+    problem = _random(name, pattern, seed)
+    got = outputs(problem, "pallas", deterministic=True)
+    check_zeros(problem, got)
+    check_error(problem, got, f"(SEED={seed})")
+    for x, y, of in zip(got, outputs(problem, "pallas"), NAMES, strict=True):
+        if of != "dq":
+            np.testing.assert_array_equal(
+                x.view(np.uint16), y.view(np.uint16), f"{of} (SEED={seed})"
+            )
+
+
 def test_thousand_documents(seed):
     """1,000 documents of 1 to 7 tokens in a row, in which a tile has dozens."""
     rng = np.random.default_rng(seed)
@@ -167,6 +226,31 @@ def test_twenty_runs_agree(name, pattern, seed):
                 np.testing.assert_array_equal(
                     x.view(np.uint16), y.view(np.uint16), f"{of}, run {run} (SEED={seed})"
                 )
+
+
+@pytest.mark.parametrize(
+    "pattern", [one_document, short_documents, any_order], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "causal, 32 heads on 8, several items a program",
+        "causal, group of 6, B=3",
+        "head_dim 64",
+        "wide window to both sides",
+    ],
+)
+def test_twenty_deterministic_runs_are_equal(name, pattern, seed):
+    """o, dq, dk and dv are the same bits in each of 20 runs."""
+    problem = _random(name, pattern, seed)
+    first = outputs(problem, "pallas", deterministic=True)
+    check_error(problem, first, f"(SEED={seed})")
+    for run in range(20):
+        again = outputs(problem, "pallas", deterministic=True)
+        for x, y, of in zip(first, again, NAMES, strict=True):
+            np.testing.assert_array_equal(
+                x.view(np.uint16), y.view(np.uint16), f"{of}, run {run} (SEED={seed})"
+            )
 
 
 @functools.cache

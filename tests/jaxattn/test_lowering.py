@@ -3,26 +3,18 @@
 Lowering runs Mosaic GPU's layout inference and checks; nothing is executed.
 """
 
-import math
 import re
 from unittest import mock
 
 import jax
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxattn import Mask, api, attention, prepare
-from jaxattn.pallas import backward, forward
 from jaxattn.pallas.op import LSE_NAME, OUT_NAME
-from jaxattn.pallas.tiles import SMEM_BYTES, choose_tiles
 from tests.jaxattn.interpret import hopper
-
-# (query heads, kv heads): groups of 1, 2, 4, 6, 8.
-HEADS = [(2, 2), (4, 2), (4, 1), (12, 2), (8, 1)]
 
 
 @pytest.fixture(autouse=True)
@@ -39,10 +31,11 @@ def _lower(function, *args) -> str:
     return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
-def _gradients(ids=None, window=None):
+def _gradients(ids=None, window=None, blocks=None, deterministic=False):
     def loss(q, k, v):
-        mask = Mask(segment_ids=ids, window=window)
-        return attention(q, k, v, mask, impl="pallas").astype(jnp.float32).sum()
+        mask = Mask(segment_ids=ids, window=window, blocks=blocks)
+        out = attention(q, k, v, mask, impl="pallas", deterministic=deterministic)
+        return out.astype(jnp.float32).sum()
 
     return jax.grad(loss, argnums=(0, 1, 2))
 
@@ -67,30 +60,49 @@ def test_forward_and_backward_lower(heads, head_dim, dtype, documents):
     assert text.count("mosaic_gpu") >= 2, "both kernels are in the program"
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("heads", HEADS)
-def test_scratch_is_within_shared_memory(heads, head_dim):
-    """The sum of what a program asks for, barriers included, is within the hardware's limit."""
-    tiles = choose_tiles(*heads, head_dim)
-    for scratch in (
-        forward.scratch(head_dim, jnp.dtype(jnp.bfloat16), tiles.forward),
-        backward.scratch(head_dim, jnp.dtype(jnp.bfloat16), tiles.backward),
-    ):
-        total = 0
-        for ref in scratch.values():
-            if isinstance(ref, plgpu.Barrier):
-                total += 8 * int(np.prod(ref.num_barriers))  # one or several axes
-            else:
-                total += math.prod(ref.shape) * jnp.dtype(ref.dtype).itemsize
-        assert total <= SMEM_BYTES, f"{total} bytes"
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "documents", "deterministic"),
+    [
+        ((2, 2), 128, False, False),
+        ((4, 1), 128, True, False),
+        ((8, 1), 64, True, False),
+        ((4, 1), 128, True, True),
+    ],
+)
+def test_block_patterns_lower(heads, head_dim, documents, deterministic):
+    """With a pattern the kernels look their columns up, with and without documents."""
+    ids = jnp.ones((1, 300), jnp.int32) if documents else None
+    gradients = _gradients(ids, blocks=jnp.ones((3, 3), bool), deterministic=deterministic)
+    text = _lower(gradients, *_qkv(*heads, head_dim))
+    assert text.count("mosaic_gpu") >= 2 + deterministic, "all kernels are in the program"
 
 
-def _layers(policy):
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "dtype", "documents"),
+    [
+        ((12, 2), 128, jnp.bfloat16, True),
+        ((8, 1), 128, jnp.float16, False),
+        ((2, 2), 64, jnp.float16, True),
+        ((4, 1), 64, jnp.bfloat16, False),
+    ],
+)
+def test_deterministic_backward_lowers(heads, head_dim, dtype, documents):
+    """For both head_dims and dtypes, with and without documents and a window."""
+    ids = jnp.ones((1, 300), jnp.int32) if documents else None
+    gradients = _gradients(ids, 50 if documents else None, deterministic=True)
+    text = _lower(gradients, *_qkv(*heads, head_dim, dtype))
+    assert text.count("mosaic_gpu") >= 3, "all three kernels are in the program"
+
+
+def _layers(policy, **options):
     """Two layers under scan and remat, as a model has them."""
 
     def layer(x, w):
         q, k, v = (x * w[i] for i in range(3))
-        return x + attention(q, k, v, Mask(), impl="pallas"), None
+        out = attention(q, k, v, Mask(), impl="pallas", **options)
+        if options.get("return_lse"):
+            out = out[0] * jnp.tanh(out[1])[..., None].astype(out[0].dtype)
+        return x + out, None
 
     body = jax.checkpoint(layer, policy=policy)
 
@@ -100,15 +112,24 @@ def _layers(policy):
     return jax.grad(loss, argnums=(0, 1))
 
 
+@pytest.mark.parametrize(
+    ("options", "backward_kernels"),
+    [
+        ({}, {"flash_backward": 1}),
+        ({"return_lse": True}, {"flash_backward": 1}),
+        ({"deterministic": True}, {"flash_backward_dkv": 1, "flash_backward_dq": 1}),
+    ],
+    ids=["fast", "with lse", "deterministic"],
+)
 @pytest.mark.parametrize("saved", [True, False])
-def test_saved_results_spare_the_forward_kernel_under_remat(saved):
+def test_saved_results_spare_the_forward_kernel_under_remat(saved, options, backward_kernels):
     """With "attn_out" and "attn_lse" saved a layer runs the forward kernel once, else twice."""
     names = jax.checkpoint_policies.save_only_these_names(OUT_NAME, LSE_NAME)
     x = jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16)
     w = jax.ShapeDtypeStruct((2, 3, 1, 1, 1, 128), jnp.bfloat16)
-    gradients = _layers(names if saved else None)
+    gradients = _layers(names if saved else None, **options)
     kernels = _count_kernels(jax.make_jaxpr(gradients)(x, w).jaxpr)
-    assert kernels == {"flash_forward": 1 if saved else 2, "flash_backward": 1}
+    assert kernels == {"flash_forward": 1 if saved else 2, **backward_kernels}
     assert (OUT_NAME, LSE_NAME) == ("attn_out", "attn_lse")
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models import sharding
+from jaxattn import attention
+from models import internlm2, sharding
 from models.config import PRESETS, ModelConfig, RopeScaling
 from models.internlm2 import InternLM2, init
 from models.load import load_hf
@@ -223,16 +224,17 @@ def test_sharded_weights_need_no_current_mesh(make_mesh, exact):
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "qkv", "offload"])  # "full" is the default
-def test_remat_changes_memory_and_nothing_else(exact, remat):
+@pytest.mark.parametrize("scan", [True, False])
+def test_remat_and_scan_change_memory_and_speed_alone(exact, remat, scan):
     model = jax.tree.map(lambda x: x, small())
-    model.remat = remat
+    model.remat, model.scan = remat, scan
     _, grads = run(model)
     for got, want in zip(grads, one_device()[1], strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
 
 
 def test_remat_policies_save_what_they_name():
-    """Residual bytes per policy: full < qkv < none ("attention" names what only a kernel has)."""
+    """Residual bytes: full < qkv < dots < none ("attention" names what only a kernel has)."""
 
     def residual_bytes(remat):
         model = jax.eval_shape(
@@ -241,15 +243,17 @@ def test_remat_policies_save_what_they_name():
         pull = jax.eval_shape(lambda m: jax.vjp(lambda m: m.hidden(BATCH["tokens"]), m)[1], model)
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pull))
 
-    sizes = {remat: residual_bytes(remat) for remat in ("full", "qkv", "none")}
+    sizes = {remat: residual_bytes(remat) for remat in ("full", "qkv", "dots", "none")}
     B, T, heads = *BATCH["tokens"].shape, SMALL.num_heads + 2 * SMALL.num_kv_heads
     saved = SMALL.num_layers * B * T * heads * SMALL.head_dim * 4
     assert sizes["qkv"] - sizes["full"] == pytest.approx(saved, rel=0.02)
-    assert sizes["none"] > sizes["qkv"]
+    saved = SMALL.num_layers * B * T * (SMALL.hidden_size + 2 * SMALL.intermediate_size) * 4
+    assert sizes["dots"] - sizes["qkv"] == pytest.approx(saved, rel=0.02)
+    assert sizes["none"] > sizes["dots"]
 
 
 def test_an_unknown_remat_is_refused():
-    with pytest.raises(ValueError, match="remat='some' must be one of none, dots, qkv, attention"):
+    with pytest.raises(ValueError, match="remat='some' must be one of none, dots, qkv"):
         InternLM2(SMALL, rngs=nnx.Rngs(0), remat="some")
 
 
@@ -295,3 +299,22 @@ def test_init_does_not_depend_on_the_mesh(make_mesh):
     spread = init(SMALL, mesh=make_mesh(2, 2, 2), attn="xla", dtype=jnp.float32)
     assert spread.output_DV.sharding.num_devices == 8
     jax.tree.map(np.testing.assert_array_equal, spread, small())
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_deterministic_reaches_attention(deterministic, monkeypatch):
+    """Every attention of a forward pass is asked for what the model was made for."""
+    asked = []
+
+    def attend(*args, **kwargs):
+        asked.append(kwargs["deterministic"])
+        return attention(*args, **kwargs)
+
+    monkeypatch.setattr(internlm2, "attention", attend)
+    model = nnx.eval_shape(
+        lambda: InternLM2(
+            SMALL, rngs=nnx.Rngs(0), attn="xla", deterministic=deterministic, dtype=jnp.float32
+        )
+    )
+    jax.eval_shape(lambda model: model(jnp.zeros((1, 8), jnp.int32)), model)
+    assert asked == [deterministic]  # one trace for all layers

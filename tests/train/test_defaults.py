@@ -2,10 +2,16 @@
 
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
+import jaxattn
 from models.config import PRESETS
+from tests.jaxattn.interpret import hopper
+from train.attention import resolve_attention
 from train.config import Config
-from train.defaults import choose_model, settle
+from train.defaults import choose_model, choose_remat, settle
+from train.mesh import make_mesh
+from train.parts import model_maker
 from train.sections import MeshConfig, OptimConfig
 
 
@@ -27,6 +33,8 @@ def test_flags_win(tiny):
             accum=2,
             attn="sdpa",
             dtype="bfloat16",
+            remat="qkv",
+            scan_layers=False,
             out="here",
             optim=OptimConfig(lr=1.0),
             mesh=MeshConfig(data=2),
@@ -35,7 +43,35 @@ def test_flags_win(tiny):
     assert settled.notes == () and settled.model is PRESETS["tiny"]
     assert (settled.rows, settled.attn, settled.lr, str(settled.out)) == (16, "xla", 1.0, "here")
     assert settled.dtype == jnp.dtype("bfloat16")
+    assert (settled.remat, settled.scan) == ("qkv", False)
     assert dict(settled.mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+
+
+def test_remat_is_the_fastest_that_fits(tiny):
+    need = {"dots": 70, "attention": 37, "full": 34}
+    assert choose_remat(need, 139) == "dots"
+    assert choose_remat(need, 75) == "attention"  # a tenth is left for what no plan knows
+    assert choose_remat(need, 30) == "full"  # which the memory check then refuses
+    settled = settle(Config(model="tiny"))
+    assert settled.remat == "dots" and "remat dots: the fastest that fits" in settled.notes[-1]
+    assert settled.scan  # on a CPU
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_deterministic_reaches_the_model(deterministic, tiny):
+    config = Config(model="tiny", deterministic=deterministic)
+    model = nnx.eval_shape(model_maker(config, settle(config)))
+    assert model.deterministic is deterministic
+
+
+def test_deterministic_cudnn_is_refused(tiny, monkeypatch):
+    """Before a run starts: the model is not made, nothing is written."""
+    monkeypatch.setattr(jaxattn.api, "target_device", hopper)
+    shape = {"rows": 8, "seq_len": 64, "dtype": jnp.bfloat16, "documents": False}
+    mesh = make_mesh(MeshConfig())
+    assert resolve_attention("cudnn", PRESETS["tiny"], mesh, **shape) == "cudnn"
+    with pytest.raises(NotImplementedError, match="deterministic=True.*use impl='pallas'"):
+        resolve_attention("cudnn", PRESETS["tiny"], mesh, **shape, deterministic=True)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +84,7 @@ def test_flags_win(tiny):
         (
             {"remat": "some"},
             ValueError,
-            "--remat=some must be one of none, dots, qkv, attention, full, offload",
+            "--remat=some must be one of none, dots, qkv",
         ),
         ({"batch_size": 6}, ValueError, "--batch_size=6 must be a multiple of 8"),
         ({"tokenizer": "nowhere"}, OSError, "nowhere does not exist"),

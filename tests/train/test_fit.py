@@ -14,7 +14,7 @@ from train.sections import OptimConfig
 
 MESH = AbstractMesh((1, 1, 1), ("data", "fsdp", "tensor"))
 BIG, BF16 = PRESETS["internlm2-1.8b"], jnp.dtype("bfloat16")
-LONG = Config(model="internlm2-1.8b", seq_len=32768)
+LONG = Config(model="internlm2-1.8b", seq_len=32768, remat="attention")
 
 
 def advise(gib, config=LONG, rows=1, attn="pallas"):

@@ -64,10 +64,8 @@ def test_more_is_kept_with_less_remat():
 @pytest.mark.parametrize("remat", REMAT)
 def test_plan_keeps_what_the_program_keeps(remat, monkeypatch):
     """Bytes that the forward scan stacks for the backward one, in the program's own words."""
-    monkeypatch.setattr(
-        internlm2, "attention", lambda q, k, v, mask, impl: named_attention(q, k, v)
-    )
-    monkeypatch.setattr(internlm2, "prepare", lambda mask, q, k, impl: mask)
+    monkeypatch.setattr(internlm2, "attention", lambda q, k, v, mask, **_: named_attention(q, k, v))
+    monkeypatch.setattr(internlm2, "prepare", lambda mask, q, k, **_: mask)
     kwargs = {"remat": remat, "dtype": jnp.bfloat16, "attn": "pallas"}
     model = jax.eval_shape(lambda: InternLM2(BIG, rngs=nnx.Rngs(0), **kwargs))
     tokens = jnp.zeros((1, 512), jnp.int32)

@@ -1,0 +1,53 @@
+"""The bench's PyTorch cells: same attention, same mask, an oracle that agrees with ours."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxattn import eager
+from jaxattn.bench_shapes import Shape
+
+torch = pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[torch]'")
+bench_torch = pytest.importorskip("jaxattn.bench_torch")
+
+pytestmark = pytest.mark.torch
+SHAPES = {
+    "causal": Shape(batch=2, length=70, heads=4, kv_heads=2, head_dim=16),
+    "window": Shape(batch=1, length=70, heads=2, kv_heads=2, head_dim=16, window=9),
+    "packed": Shape(batch=2, length=70, heads=6, kv_heads=1, head_dim=16, documents=(20.0, 1.0)),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_oracle_is_attention(shape, monkeypatch):
+    """o, dq, dk, dv of the fp32 oracle are those of the eager path, for every kind of mask."""
+    monkeypatch.setattr(bench_torch, "ORACLE_ROWS", 32)
+    heads = (shape.heads, shape.kv_heads, shape.kv_heads, shape.heads)
+    rng = np.random.default_rng(0)
+    arrays = [
+        rng.standard_normal((shape.batch, shape.length, n, shape.head_dim), np.float32)
+        for n in heads
+    ]
+    tensors = [torch.as_tensor(x).transpose(1, 2) for x in arrays]
+    found = bench_torch.oracle(*tensors, bench_torch.mask_mod(shape, "cpu"))
+
+    def attend(q, k, v):
+        return eager.attention(q, k, v, shape.mask(), scale=shape.head_dim**-0.5)
+
+    q, k, v, do = map(jnp.asarray, arrays)
+    out, pullback = jax.vjp(attend, q, k, v)
+    for got, want in zip(found, (out, *pullback(do)), strict=True):
+        np.testing.assert_allclose(got.transpose(1, 2).numpy(), want, atol=2e-5)
+
+
+def test_sdpa_is_causal_attention_of_groups():
+    """What is timed as SDPA is the causal attention of grouped heads that the oracle computes."""
+    shape = SHAPES["causal"]
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn((shape.batch, n, shape.length, shape.head_dim), generator=generator)
+        for n in (shape.heads, shape.kv_heads, shape.kv_heads)
+    )
+    wanted = bench_torch.oracle(q, k, v, q, bench_torch.mask_mod(shape, "cpu"))[0]
+    torch.testing.assert_close(bench_torch.sdpa(q, k, v), wanted)
