@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Int
 
 from models import sharding
@@ -124,11 +125,18 @@ def stream(
             tokens_B, cache = _next(
                 model, cache, current_B, jax.random.fold_in(key, step), sampling
             )
-        ids = np.asarray(current_B)[: len(prompts)].tolist()
+        ids = _fetch(current_B)[: len(prompts)].tolist()
         running = [r and i not in stop_ids for r, i in zip(running, ids, strict=True)]
         if not any(running):
             return
         yield [i if r else None for r, i in zip(running, ids, strict=True)]
+
+
+def _fetch(a: Array) -> np.ndarray:
+    """All of an array, also where other processes hold parts of it; all of them call this."""
+    if a.is_fully_addressable:
+        return np.asarray(a)
+    return np.asarray(multihost_utils.process_allgather(a, tiled=True))
 
 
 def sample(logits_BV: Float[Array, "B V"], key: Array, sampling: Sampling) -> Int[Array, " B"]:

@@ -47,6 +47,13 @@ REMAT: dict[str, Callable | None] = {
     "attention": _POLICIES.save_only_these_names("attn_out", "attn_lse"),
     # Only the input of each block.
     "full": _POLICIES.nothing_saveable,
+    # As "attention", but in the host's memory: only one block's at a time on the device.
+    "offload": _POLICIES.save_and_offload_only_these_names(
+        names_which_can_be_saved=["attn_lse"],
+        names_which_can_be_offloaded=["attn_out", "block_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 # (q_BTNH, k_BTKH, v_BTKH, carried) -> (o_BTNH, result): how a block attends. `carried` is this
@@ -283,6 +290,7 @@ class InternLM2(nnx.Module):
 
         def layer(x_BTD, block_and_carried):
             block, carried = block_and_carried
+            x_BTD = checkpoint_name(x_BTD, "block_input")
             return block(x_BTD, rope, attend, carried)
 
         layer = jax.checkpoint(layer, policy=REMAT[self.remat])

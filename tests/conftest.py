@@ -19,7 +19,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips what this machine cannot run, and says why."""
     gpus = [d for d in jax.devices() if d.platform == "gpu"]
     hopper = bool(gpus) and str(getattr(gpus[0], "compute_capability", "")) == "9.0"
+    asked = items and "slow" in (items[0].config.option.markexpr or "")
     for item in items:
+        if item.get_closest_marker("slow") and not asked:
+            item.add_marker(pytest.mark.skip(reason="takes minutes; run with: pytest -m slow"))
         if item.get_closest_marker("gpu") and not hopper:
             item.add_marker(pytest.mark.skip(reason="needs a Hopper GPU (compute capability 9.0)"))
         if item.get_closest_marker("multigpu") and len(gpus) < 2:

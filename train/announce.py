@@ -1,24 +1,20 @@
 """What a run says as it begins: what it chose, what it trains on, what attention runs."""
 
-import functools
-
 import jax
-from tqdm import tqdm
 
 from train.attention import dispatch_line
 from train.config import Config
 from train.data import Batch, Loader
 from train.defaults import Settled
 from train.evaluate import Sets
-
-say = functools.partial(print, flush=True)
+from train.say import note, say
 
 
 def introduce(config: Config, settled: Settled) -> None:
     """Says what was chosen, and the memory plan."""
     mesh = " x ".join(f"{name} {size}" for name, size in settled.mesh.shape.items())
-    for note in settled.notes:
-        say(note)
+    for line in settled.notes:
+        say(line)
     say(
         f"{settled.name}: {settled.model.num_params():,} parameters on {jax.device_count()} "
         f"{settled.mesh.devices.flat[0].device_kind} ({mesh}), {settled.dtype} compute; "
@@ -31,15 +27,15 @@ def introduce(config: Config, settled: Settled) -> None:
 def say_data(loader: Loader, val: Sets) -> None:
     """Says what is trained on, what is validated on, and what of it was left out."""
     say(loader.report)
-    for note in loader.report.notes():
-        say(note)
+    for line in loader.report.notes():
+        say(line)
     for name, of_val in val.items():
         say(f"validation on {name}: {of_val.report}")
-        for note in of_val.report.notes():
-            say(note)
+        for line in of_val.report.notes():
+            say(line)
 
 
 def say_dispatch(config: Config, settled: Settled, batch: Batch) -> None:
     """Says which attention runs on a batch, and why; the progress bar stays below."""
     micro = batch.segment_ids[: settled.rows // config.accum]
-    tqdm.write(dispatch_line(config.attn, settled.model, settled.mesh, micro, dtype=settled.dtype))
+    note(dispatch_line(config.attn, settled.model, settled.mesh, micro, dtype=settled.dtype))

@@ -25,7 +25,8 @@ from train.data import Batch
 from train.flops import causal_pairs, peak_flops, training_flops
 from train.mesh import make_mesh, row_shards
 from train.metrics import peak_memory
-from train.optim import optimizer, schedule
+from train.optim import optimizer
+from train.schedule import schedule
 from train.sections import MeshConfig, OptimConfig
 from train.state import abstract_state, new_state, params_of
 from train.step import compile_step, make_step, put_batch

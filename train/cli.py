@@ -10,13 +10,14 @@ from collections.abc import Sequence
 import tyro
 
 
-def parse[C](config: type[C], argv: Sequence[str], module: str) -> C:
+def parse[C](config: type[C], argv: Sequence[str], module: str, *, default: C | None = None) -> C:
     """Reads the flags; `--help` prints them and exits.
 
     Args:
         config: a dataclass; its fields are the flags, sections have a dot.
         argv: what was typed.
         module: the program's, for `--help`.
+        default: values of what is not given; None: the dataclass's own.
 
     Raises:
         ValueError: what is wrong, with the nearest flag if one is unknown.
@@ -26,6 +27,7 @@ def parse[C](config: type[C], argv: Sequence[str], module: str) -> C:
         with contextlib.redirect_stderr(said):
             parsed, unknown = tyro.cli(
                 config,
+                default=config() if default is None else default,
                 prog=f"python -m {module}",
                 args=list(argv),
                 use_underscores=True,
@@ -72,6 +74,6 @@ def _message(box: str) -> str:
         del lines[0]
     end = next((i for i, line in enumerate(lines) if not line.strip("─-")), None)
     message = " ".join(lines[:end])
-    for config in ("Config", "BenchConfig", "PreviewConfig"):
+    for config in ("Config", "BenchConfig", "PreviewConfig", "ReportConfig"):
         message = message.removeprefix(f"Error parsing {config}: ")
     return message

@@ -2,17 +2,19 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
-from jaxtyping import DTypeLike
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh
 
 from jaxattn import device_memory
-from models.config import PRESETS, ModelConfig
+from models.config import PRESETS, ModelConfig, RopeScaling
 from models.internlm2 import REMAT
 from models.tokenizer import Tokenizer, load_tokenizer
-from train import memory
+from train import fit, memory
 from train.attention import resolve_attention
 from train.config import Config
 from train.mesh import check_rows, make_mesh, row_shards
@@ -21,6 +23,7 @@ GPU_MODEL, CPU_MODEL = "internlm2-1.8b", "nano"
 GPU_TOKENS = 32_768
 """Tokens of a step on each GPU that holds rows of its own: one row of the longest case."""
 CPU_TOKENS = 2_048
+PARAM_DTYPES = {"fp32": jnp.dtype("float32"), "bf16": jnp.dtype("bfloat16")}
 
 
 REMAT_BY_SPEED = ("dots", "attention", "full")
@@ -49,8 +52,11 @@ class Settled:
     attn: str
     """Implementation that runs."""
 
-    dtype: DTypeLike
+    dtype: np.dtype
     """Compute type."""
+
+    param_dtype: np.dtype
+    """What weights are stored in."""
 
     rows: int
     """In a step; a multiple of accum, and its part of the devices that split rows."""
@@ -70,6 +76,12 @@ class Settled:
     plan: memory.Plan
     """What it needs in memory."""
 
+    have: int
+    """Bytes of a device."""
+
+    remedy: str | None
+    """What to change where the plan exceeds the device: only a dry run goes on then."""
+
     notes: tuple[str, ...]
     """What was chosen and why, for the log."""
 
@@ -87,31 +99,25 @@ def settle(config: Config) -> Settled:
     mesh = make_mesh(config.mesh)
     device = mesh.devices.flat[0]
     on_gpu = device.platform == "gpu"
-    rows = config.batch_size or _rows(config, mesh, GPU_TOKENS if on_gpu else CPU_TOKENS)
+    if config.remat == "offload" and "pinned_host" not in _memories(device):
+        raise NotImplementedError(
+            f"--remat=offload needs pinned host memory, which {device.device_kind} does not offer: "
+            "take --remat=full"
+        )
+    rows = default_rows(config, mesh, on_gpu=on_gpu)
     check_rows(mesh, rows=rows, accum=config.accum)
     dtype = jnp.dtype(config.dtype or ("bfloat16" if on_gpu else "float32"))
     notes = []
 
-    def needed(model: ModelConfig, attn: str, remat: str) -> memory.Plan:
-        return memory.plan(
-            model,
-            mesh,
-            rows=rows // config.accum,
-            seq_len=config.seq_len,
-            accum=config.accum,
-            remat=remat,
-            itemsize=dtype.itemsize,
-            attn=attn,
-        )
-
     name = config.model
     if name is None:
+        least = dataclasses.replace(config, remat=config.remat or REMAT_BY_SPEED[-1])
         have = device_memory(device) if on_gpu else None
-        name, why = choose_model(
-            needed(PRESETS[GPU_MODEL], "xla", REMAT_BY_SPEED[-1]).total, have, device.device_kind
-        )
+        need = planned(least, PRESETS[GPU_MODEL], mesh, rows, dtype, "xla").total
+        name, why = choose_model(need, have, device.device_kind)
         notes.append(f"model {name}: {why}")
-    model, weights = _read_model(name)
+    model, weights = read_model(name)
+    model = _extended(model, config.rope_factor, config.seq_len)
     attn = resolve_attention(
         config.attn,
         model,
@@ -121,15 +127,17 @@ def settle(config: Config) -> Settled:
         dtype=dtype,
         deterministic=config.deterministic,
     )
-    remat, plan = config.remat, needed(model, attn, config.remat or REMAT_BY_SPEED[-1])
-    if remat is None:
-        plans = {remat: needed(model, attn, remat) for remat in REMAT_BY_SPEED}
-        remat = choose_remat({r: p.total for r, p in plans.items()}, device_memory(device))
-        plan = plans[remat]
-        notes.append(
-            f"remat {remat}: the fastest that fits, with {plan.total / memory.GiB:.1f} GiB"
+    have = device_memory(device)
+    full = with_remat(config, model, mesh, rows, dtype, attn, have)
+    plan = planned(full, model, mesh, rows, dtype, attn)
+    remedy = advice(full, model, mesh, rows, dtype, attn, have)
+    if remedy is not None and not config.dry_run:
+        raise ValueError(
+            f"the run needs about {plan}; the device has {have / memory.GiB:.2f} GiB: {remedy}"
         )
-    memory.check_fits(plan, device_memory(device), rows=rows // config.accum, accum=config.accum)
+    if config.remat is None:
+        size = f"{plan.total / memory.GiB:.1f} GiB"
+        notes.append(f"remat {full.remat}: the fastest that fits, with {size}")
     tokenizer = _read_tokenizer(config.tokenizer, weights)
     if tokenizer.vocab_size > model.vocab_size:
         raise ValueError(
@@ -145,12 +153,15 @@ def settle(config: Config) -> Settled:
         mesh=mesh,
         attn=attn,
         dtype=dtype,
+        param_dtype=PARAM_DTYPES[config.param_dtype],
         rows=rows,
-        remat=remat,
+        remat=full.remat or REMAT_BY_SPEED[-1],
         scan=not on_gpu if config.scan_layers is None else config.scan_layers,
-        lr=config.optim.lr or _lr(name, weights),
+        lr=config.optim.lr or _lr(name, weights) * (0.1 if config.optim.name == "lion" else 1.0),
         out=Path(config.out or f"runs/{short}-{config.seq_len}"),
         plan=plan,
+        have=have,
+        remedy=remedy,
         notes=tuple(notes),
     )
 
@@ -183,15 +194,81 @@ def choose_model(need: int, have: int | None, device: str) -> tuple[str, str]:
     return (GPU_MODEL if fits else CPU_MODEL), why
 
 
-def _rows(config: Config, mesh: Mesh, tokens: int) -> int:
-    """Rows of about `tokens` tokens, that divide over devices and microbatches."""
+def default_rows(config: Config, mesh: Mesh | AbstractMesh, *, on_gpu: bool) -> int:
+    """Rows of a step: those asked for, or as many as divide over devices and microbatches."""
+    if config.batch_size is not None:
+        return config.batch_size
     at_least = row_shards(mesh) * config.accum
-    if mesh.devices.flat[0].platform == "gpu":
-        tokens *= row_shards(mesh)
+    tokens = GPU_TOKENS * row_shards(mesh) if on_gpu else CPU_TOKENS
     return max(1, tokens // config.seq_len // at_least) * at_least
 
 
-def _read_model(name: str) -> tuple[ModelConfig, Path | None]:
+def with_remat(
+    config: Config,
+    model: ModelConfig,
+    mesh: Mesh | AbstractMesh,
+    rows: int,
+    dtype: np.dtype,
+    attn: str,
+    have: int,
+) -> Config:
+    """The configuration with the remat asked for, or the fastest that fits `have` bytes."""
+    if config.remat is not None:
+        return config
+    all_of = {r: dataclasses.replace(config, remat=r) for r in REMAT_BY_SPEED}
+    need = {r: planned(c, model, mesh, rows, dtype, attn).total for r, c in all_of.items()}
+    return all_of[choose_remat(need, have)]
+
+
+def planned(
+    config: Config,
+    model: ModelConfig,
+    mesh: Mesh | AbstractMesh,
+    rows: int,
+    dtype: np.dtype,
+    attn: str,
+) -> memory.Plan:
+    """The memory that a run needs, with `rows` in a step and `attn` as its attention."""
+    return memory.plan(
+        model,
+        mesh,
+        rows=rows // config.accum,
+        seq_len=config.seq_len,
+        accum=config.accum,
+        remat=config.remat or REMAT_BY_SPEED[-1],
+        itemsize=dtype.itemsize,
+        attn=attn,
+        optim=config.optim,
+        param_itemsize=PARAM_DTYPES[config.param_dtype].itemsize,
+    )
+
+
+def advice(
+    config: Config,
+    model: ModelConfig,
+    mesh: Mesh | AbstractMesh,
+    rows: int,
+    dtype: np.dtype,
+    attn: str,
+    have: int,
+) -> str | None:
+    """What to change so that the run fits `have` bytes a device; None where it does."""
+
+    def needed(changed: Config) -> memory.Plan:
+        runs = attn if changed.attn == config.attn else changed.attn
+        return planned(changed, model, mesh, rows, dtype, runs)
+
+    if needed(config).total <= have:
+        return None
+    return fit.remedy(needed, config, have, most_accum=rows // row_shards(mesh))
+
+
+def read_model(name: str) -> tuple[ModelConfig, Path | None]:
+    """The architecture, and the directory of its weights if it has any.
+
+    Raises:
+        ValueError: no such preset, nor a directory with a readable config.json.
+    """
     if name in PRESETS:
         return PRESETS[name], None
     file = Path(name) / "config.json"
@@ -202,6 +279,27 @@ def _read_model(name: str) -> tuple[ModelConfig, Path | None]:
         return ModelConfig.from_hf(json.loads(file.read_text())), Path(name)
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
+
+
+def _extended(model: ModelConfig, factor: float | None, seq_len: int) -> ModelConfig:
+    """The model with --rope_factor, after checking that its positions reach."""
+    scaling = model.rope_scaling
+    if factor is not None:
+        scaling = RopeScaling(type=scaling.type if scaling else "dynamic", factor=factor)
+    trained = model.max_position_embeddings
+    reach = int(trained * (scaling.factor if scaling else 1))
+    if seq_len > reach:
+        how = f"{scaling.type} scaling by {scaling.factor:g}" if scaling else "no rotary scaling"
+        raise ValueError(
+            f"--seq_len={seq_len} is beyond the {reach:,} positions of the model ({trained:,}, "
+            f"{how}): --rope_factor={math.ceil(seq_len / trained)} extends it, or take a shorter "
+            "--seq_len"
+        )
+    return dataclasses.replace(model, rope_scaling=scaling)
+
+
+def _memories(device: jax.Device) -> set[str]:
+    return {memory.kind for memory in device.addressable_memories()}
 
 
 def _read_tokenizer(spec: str | None, weights: Path | None) -> Tokenizer:

@@ -4,6 +4,7 @@ B row of a microbatch, T position; a `Batch` has arrays [A, B, T] here.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from train.data import Batch, Loader
 from train.loss import cross_entropy
+from train.say import note
 from train.state import Params
 from train.step import put_batch
 
@@ -27,7 +28,7 @@ Sets = dict[str, Loader]
 class Evaluation:
     """Computes the losses of the sets and writes them to eval.jsonl.
 
-    A line of it has step, set, loss (the mean over the set's loss tokens) and loss_tokens.
+    A line of it has step, set, loss (the mean over the set's loss tokens), perplexity, loss_tokens.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Evaluation:
         """
         self._sets, self._accum, self._mesh, self._path = sets, accum, mesh, path
         self._sums = jax.jit(make_sums(graphdef))
-        if sets:
+        if sets and jax.process_index() == 0:
             old = path.read_text().splitlines(keepends=True) if path.exists() else []
             kept = [line for line in old if line.endswith("\n")]
             path.write_text("".join(line for line in kept if json.loads(line)["step"] <= start))
@@ -60,14 +61,22 @@ class Evaluation:
                 total, count = total + float(sums[0]), count + float(sums[1])
             losses[name] = total / count
             line = {"step": step, "set": name, "loss": losses[name], "loss_tokens": int(count)}
-            with self._path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            tqdm.write(f"step {step}: loss {losses[name]:.4f} on {name}")
+            line["perplexity"] = perplexity(losses[name])
+            if jax.process_index() == 0:
+                with self._path.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+            said = f"loss {losses[name]:.4f}, perplexity {line['perplexity']:.2f} on {name}"
+            note(f"step {step}: {said}")
         return losses
 
     def _on_devices(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         with jax.set_mesh(self._mesh):
             return self._sums(params, put_batch(batch, accum=self._accum, mesh=self._mesh))
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), at most the largest float, so that it can be written as JSON."""
+    return math.exp(min(loss, 709.0))
 
 
 def make_sums(graphdef: nnx.GraphDef) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:

@@ -1,5 +1,6 @@
 """The story of a run: settle, read, compile, begin or resume, train, save, show a sample."""
 
+import dataclasses
 import functools
 
 from train.announce import introduce, say_data
@@ -7,6 +8,7 @@ from train.checkpoint import Checkpoints
 from train.config import Config
 from train.defaults import settle
 from train.evaluate import Evaluation, OpenSets
+from train.evidence import Evidence
 from train.optim import optimizer
 from train.parts import (
     compile_training,
@@ -14,9 +16,13 @@ from train.parts import (
     model_maker,
     open_set,
     open_validation,
+    with_steps,
 )
-from train.resume import identity_of, starting_step
+from train.resolved import save_config
+from train.resume import check_not_beyond, identity_of, starting_step
 from train.sample import write_sample
+from train.say import say
+from train.sinks import check_sinks
 from train.state import abstract_state, new_state
 from train.stepping import train
 
@@ -30,27 +36,36 @@ def run(config: Config) -> None:
         FloatingPointError: the loss is not finite; the checkpoints before it stand.
     """
     settled = settle(config)
+    check_sinks(config.log)
     introduce(config, settled)
     identity = identity_of(config, settled)
-    with Checkpoints(settled.out, keep=config.keep) as checkpoints:
+    with Checkpoints(settled.out, keep=config.keep, keep_best=config.keep_best) as checkpoints:
         start = starting_step(config, settled, checkpoints, identity)
         with (
             open_set(config, settled, config.data.files, hold_out=config.data.hold_out) as loader,
             OpenSets(open_validation(config, settled)) as val,
         ):
             say_data(loader, val.sets)
-            tx = optimizer(config.optim, settled.lr, config.steps)
+            config = with_steps(config, loader.report.rows, settled.rows)
+            check_not_beyond(config, settled, checkpoints)
+            tx = optimizer(config.optim, settled.lr, config.steps, param_dtype=settled.param_dtype)
             graphdef, like = abstract_state(model_maker(config, settled), tx, settled.mesh)
             if start:
-                loader.restore(checkpoints.position())
-                state = checkpoints.restore(like)
+                state, position = checkpoints.restore(like)
+                loader.restore(position)
+                start = int(state.step)
             else:
                 checkpoints.check_space(like)
                 state = new_state(first_params(config, settled, like), tx, like)
-            if start < config.steps:
+            if start == config.steps:
+                say(f"all {config.steps} steps are done: to train on, give more --steps")
+            else:
                 step = compile_training(config, settled, graphdef, tx, state)
-                save = functools.partial(checkpoints.save, identity=identity)
+                save = functools.partial(
+                    checkpoints.save, identity=identity, config=dataclasses.asdict(config)
+                )
                 settled.out.mkdir(parents=True, exist_ok=True)
+                save_config(config, settled)
                 evaluate = Evaluation(
                     val.sets,
                     graphdef,
@@ -59,7 +74,8 @@ def run(config: Config) -> None:
                     path=settled.out / "eval.jsonl",
                     start=start,
                 )
-                state = train(config, settled, step, state, start, loader, evaluate, save)
+                evidence = Evidence(config, settled, graphdef, start)
+                state = train(config, settled, step, state, start, loader, evaluate, evidence, save)
             batch = next(loader)
     params, done = state.params, int(state.step) == config.steps
     del state  # the optimizer's memory is worth having for the sample

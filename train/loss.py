@@ -11,6 +11,7 @@ shardings; this one only reads them off its arguments.
 References:
     "Liger Kernel", Hsu et al. 2024, section 3.2 (fused linear cross-entropy) for the idea of
     forming the gradient in the forward pass.
+    "PaLM: Scaling Language Modeling with Pathways", Chowdhery et al. 2022, section 5 (z-loss).
 """
 
 import functools
@@ -32,7 +33,23 @@ def cross_entropy(
     *,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> Float[Array, ""]:
-    """Sum over positions of weight * -log softmax(x @ w)[target].
+    """Sum over positions of weight * -log softmax(x @ w)[target]; see `cross_entropy_and_z`."""
+    return cross_entropy_and_z(x_BTD, w_DV, targets_BT, weights_BT, chunk_tokens=chunk_tokens)[0]
+
+
+def cross_entropy_and_z(
+    x_BTD: Float[Array, "B T D"],
+    w_DV: Float[Array, "D V"],
+    targets_BT: Int[Array, "B T"],
+    weights_BT: Float[Array, "B T"],
+    *,
+    z_loss: float = 0.0,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """What is minimised, and the part of it that is the z-loss.
+
+    The sum over positions of weight * (-log softmax(x @ w)[target] + z_loss * log(Z)^2), where Z is
+    the softmax's denominator: the second term keeps log(Z) near 0, and with it the logits small.
 
     A sum and no mean: the caller divides by the number of loss tokens of the whole step, over
     devices, rows and accumulation, which no microbatch knows.
@@ -42,10 +59,12 @@ def cross_entropy(
         w_DV: the unembedding, gathered over the axes that shard B; V may be sharded.
         targets_BT: token ids in [0, V).
         weights_BT: float32, 0 where there is no target. Not differentiated.
+        z_loss: the second term's factor; 1e-4 in PaLM.
         chunk_tokens: positions per device and chunk.
 
     Returns:
-        A float32 scalar, replicated.
+        (the whole sum, the sum of its second terms), float32 scalars, replicated. Only the first
+        is differentiated.
 
     Raises:
         ValueError: if chunk_tokens is not positive.
@@ -56,7 +75,7 @@ def cross_entropy(
     """
     if chunk_tokens < 1:
         raise ValueError(f"{chunk_tokens=} must be at least 1")
-    local = functools.partial(_sum_of_losses, chunk_tokens)
+    local = functools.partial(_sums, chunk_tokens, z_loss)
     batch = _axes_of_rows(x_BTD)
     if not batch:
         return local(x_BTD, w_DV, targets_BT, weights_BT)
@@ -70,46 +89,47 @@ def cross_entropy(
     return jax.shard_map(
         on_each_device,
         in_specs=(P(batch), P(), P(batch), P(batch)),
-        out_specs=P(),
+        out_specs=(P(), P()),
         axis_names=set(batch),  # the axis that shards V stays with the compiler
     )(x_BTD, w_DV, targets_BT, weights_BT)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sum_of_losses(chunk_tokens, x_BTD, w_DV, targets_BT, weights_BT):
-    def step(total, chunk):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sums(chunk_tokens, z_loss, x_BTD, w_DV, targets_BT, weights_BT):
+    def step(sums, chunk):
         x_BCD, targets_BC, weights_BC = chunk
-        losses_BC, _ = _losses(x_BCD, w_DV, targets_BC)
-        return total + jnp.sum(losses_BC * weights_BC), None
+        losses_BC, zs_BC, _ = _losses(z_loss, x_BCD, w_DV, targets_BC)
+        return _add(sums, losses_BC, zs_BC, weights_BC), None
 
     chunks = _split(chunk_tokens, x_BTD, targets_BT, weights_BT)
-    total, _ = jax.lax.scan(step, _zeros_like_sum(weights_BT), chunks)
-    return total
+    sums, _ = jax.lax.scan(step, _zeros_like_sums(weights_BT), chunks)
+    return sums
 
 
-def _forward(chunk_tokens, x_BTD, w_DV, targets_BT, weights_BT):
+def _forward(chunk_tokens, z_loss, x_BTD, w_DV, targets_BT, weights_BT):
     def step(carry, chunk):
-        total, dw_DV = carry
+        sums, dw_DV = carry
         x_BCD, targets_BC, weights_BC = chunk
-        losses_BC, dlogits_BCV = _losses(x_BCD, w_DV, targets_BC)
+        losses_BC, zs_BC, dlogits_BCV = _losses(z_loss, x_BCD, w_DV, targets_BC)
         dlogits_BCV = (dlogits_BCV * weights_BC[..., None]).astype(x_BCD.dtype)
         dx_BCD = jnp.einsum(
             "BCV,DV->BCD", dlogits_BCV, w_DV, out_sharding=jax.typeof(x_BCD).sharding
         )
         dw_DV += jnp.einsum("BCD,BCV->DV", x_BCD, dlogits_BCV, preferred_element_type=jnp.float32)
-        return (total + jnp.sum(losses_BC * weights_BC), dw_DV), dx_BCD
+        return (_add(sums, losses_BC, zs_BC, weights_BC), dw_DV), dx_BCD
 
     chunks = _split(chunk_tokens, x_BTD, targets_BT, weights_BT)
-    start = (_zeros_like_sum(weights_BT), jnp.zeros_like(w_DV, dtype=jnp.float32))
-    (total, dw_DV), dx_NBCD = jax.lax.scan(step, start, chunks)
+    start = (_zeros_like_sums(weights_BT), jnp.zeros_like(w_DV, dtype=jnp.float32))
+    (sums, dw_DV), dx_NBCD = jax.lax.scan(step, start, chunks)
     dx_BTD = _join(dx_NBCD, x_BTD.shape)
     # float32 sums may wait in w's dtype: the gradient of every other weight leaves a matrix
     # product in the compute dtype too.
-    return total, (dx_BTD, dw_DV.astype(w_DV.dtype))
+    return sums, (dx_BTD, dw_DV.astype(w_DV.dtype))
 
 
-def _backward(chunk_tokens, residuals, g):
+def _backward(chunk_tokens, z_loss, residuals, cotangents):
     dx_BTD, dw_DV = residuals
+    g, _ = cotangents  # the z-loss alone is for the log
     return (
         (dx_BTD.astype(jnp.float32) * g).astype(dx_BTD.dtype),
         (dw_DV.astype(jnp.float32) * g).astype(dw_DV.dtype),
@@ -118,11 +138,15 @@ def _backward(chunk_tokens, residuals, g):
     )
 
 
-_sum_of_losses.defvjp(_forward, _backward)
+_sums.defvjp(_forward, _backward)
 
 
-def _losses(x_BCD, w_DV, targets_BC):
-    """Losses in float32, and their derivative by the logits: softmax - onehot."""
+def _losses(z_loss, x_BCD, w_DV, targets_BC):
+    """Losses, their z-loss part, and their derivative by the logits, all in float32.
+
+    softmax - onehot, and with log(Z)^2, whose derivative is 2 log(Z) softmax,
+    (1 + 2 z_loss log(Z)) softmax - onehot.
+    """
     logits_BCV = jnp.einsum("BCD,DV->BCV", x_BCD, w_DV, preferred_element_type=jnp.float32)
     lse_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
     # A comparison with every id instead of a gather: V may be sharded, and XLA fuses it away.
@@ -132,7 +156,15 @@ def _losses(x_BCD, w_DV, targets_BC):
     hit_BCV = ids_V == targets_BC[..., None]
     target_BC = jnp.sum(jnp.where(hit_BCV, logits_BCV, 0.0), axis=-1)
     softmax_BCV = jnp.exp(logits_BCV - lse_BC[..., None])
-    return lse_BC - target_BC, softmax_BCV - hit_BCV.astype(jnp.float32)
+    losses_BC, zs_BC = lse_BC - target_BC, jnp.zeros_like(lse_BC)
+    if z_loss:
+        zs_BC = z_loss * lse_BC**2
+        softmax_BCV *= 1 + 2 * z_loss * lse_BC[..., None]
+    return losses_BC + zs_BC, zs_BC, softmax_BCV - hit_BCV.astype(jnp.float32)
+
+
+def _add(sums, losses_BC, zs_BC, weights_BC):
+    return sums[0] + jnp.sum(losses_BC * weights_BC), sums[1] + jnp.sum(zs_BC * weights_BC)
 
 
 def _split(chunk_tokens, *arrays_BT):
@@ -153,9 +185,10 @@ def _join(a_NBCD, shape):
     return jnp.moveaxis(a_NBCD, 0, 1).reshape(B, -1, D)[:, :T]
 
 
-def _zeros_like_sum(weights_BT):
-    """A float32 zero of the type (varying over which devices) that a sum of weights has."""
-    return jnp.sum(jnp.zeros_like(weights_BT))
+def _zeros_like_sums(weights_BT):
+    """Two float32 zeros of the type (varying over which devices) that sums of weights have."""
+    zero = jnp.sum(jnp.zeros_like(weights_BT))
+    return zero, zero
 
 
 def _axes_of_rows(x_BTD) -> tuple[str, ...]:

@@ -8,7 +8,11 @@ import jax
 from train import device
 from train.cli import fail, parse
 from train.config import Config
+from train.dry_run import dry_run
+from train.hosts import connect
 from train.loop import run
+from train.peers import Peers, leave
+from train.recipes import check_recipe, find_recipe, recipe_list
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,23 +26,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         wrong.
     """
     try:
-        config = parse(Config, sys.argv[1:] if argv is None else argv, "train.main")
+        argv = sys.argv[1:] if argv is None else argv
+        config = parse(Config, argv, "train.main", default=find_recipe(argv))
+        if config.recipe == "list":
+            print(recipe_list())
+            return 0
+        check_recipe(config)
     except ValueError as error:
         return fail(error, 2)
-    device.set_up(keep_compiled=True)
     try:
-        run(config)
+        connect(config.dist)
+        device.set_up(keep_compiled=True)
+        with Peers():
+            (dry_run if config.dry_run else run)(config)
     except (ValueError, NotImplementedError, OSError, FloatingPointError) as error:
         if config.traceback:
             raise
-        return fail(error, 1)
+        return _failed(error)
     except jax.errors.JaxRuntimeError as error:
-        if config.traceback or "RESOURCE_EXHAUSTED" not in str(error):
+        if config.traceback:
             raise
-        return fail(
-            f"out of memory; a larger --accum or a shorter --seq_len needs less: {error}", 1
+        if "RESOURCE_EXHAUSTED" in str(error):
+            return _failed(
+                f"out of memory; a larger --accum or a shorter --seq_len needs less: {error}"
+            )
+        if jax.process_count() == 1:
+            raise
+        return _failed(
+            "another process of the run has ended or does not answer; start all of them again, "
+            f"and they go on from the last checkpoint ({str(error).splitlines()[0]:.200})"
         )
     return 0
+
+
+def _failed(error: object) -> int:
+    """Says what went wrong. One of several processes leaves at once, which ends the others."""
+    if not jax.distributed.is_initialized():
+        return fail(error, 1)
+    leave(str(error))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,21 @@
 """What a training step needs, per device, before anything is compiled.
 
-An estimate from shapes: it counts what must exist at the fullest moment, the end of the backward
-pass through one block, and leaves out what XLA may or may not fuse. It picks the default model on
-a GPU, and refuses what cannot fit before minutes are spent on finding out.
+An estimate from shapes. Weights, optimizer and what remat keeps are there all the time; the logits
+are gone before the gradients grow, so the fullest moment is either the end of the loss or that of
+the backward pass through one block. What XLA may or may not fuse is left out. The estimate picks
+the default model on a GPU, and refuses what cannot fit before minutes are spent on finding out.
 """
 
 import dataclasses
 
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from jaxattn import eager
 from models.config import ModelConfig
+from train.compact_adam import BLOCK
 from train.loss import CHUNK_TOKENS
 from train.mesh import row_shards
+from train.sections import OptimConfig
 
 GiB = 2**30
 
@@ -22,45 +25,65 @@ class Plan:
     """Bytes per device, by what they are for."""
 
     weights: int
-    """float32 parameters, and their copy in the compute type."""
+    """Parameters, and their copy in the compute type where that is another."""
 
     optimizer: int
-    """Two float32 moments per parameter."""
+    """Moments."""
 
-    gradients: int
-    """In the compute type; under accumulation their float32 sum too."""
+    sums: int
+    """Under accumulation: the float32 sum of the gradients."""
 
     gathered: int
     """Over fsdp: the embedding table, and one block's weights and gradients."""
 
     activations: int
-    """What remat keeps of every block, and everything of one block: a value's gradient takes its
-    place."""
+    """What remat keeps of every block."""
 
     logits: int
     """One chunk of logits and its gradient, the output matrix and its float32 gradient."""
 
+    gradients: int
+    """In the compute type."""
+
+    block: int
+    """Everything of one block: a value's gradient takes its place."""
+
     scores: int
     """The score matrices of one layer where attention holds them whole (eager)."""
 
+    host: int
+    """What remat keeps in the host's memory; not part of the total."""
+
+    @property
+    def backward(self) -> int:
+        """What the backward pass holds besides what is always there."""
+        return self.gradients + self.block + self.scores
+
     @property
     def total(self) -> int:
-        """Sum of all."""
-        return sum(getattr(self, f.name) for f in dataclasses.fields(self))
+        """The fullest moment."""
+        always = self.weights + self.optimizer + self.sums + self.gathered + self.activations
+        return always + max(self.logits, self.backward)
 
     def __str__(self) -> str:
         """One line, in GiB."""
-        parts = [
-            f"{f.name} {getattr(self, f.name) / GiB:.2f}"
-            for f in dataclasses.fields(self)
-            if getattr(self, f.name)
-        ]
-        return f"{self.total / GiB:.2f} GiB per device: " + ", ".join(parts)
+
+        def named(*names: str) -> str:
+            have = [n for n in names if getattr(self, n)]
+            return ", ".join(f"{n} {getattr(self, n) / GiB:.2f}" for n in have)
+
+        always = named("weights", "optimizer", "sums", "gathered", "activations")
+        backward, loss = named("gradients", "block", "scores"), named("logits")
+        host = f"; on the host {self.host / GiB:.2f}" if self.host else ""
+        return (
+            f"{self.total / GiB:.2f} GiB per device: {always}, and the larger of {backward} "
+            f"(backward pass) and {loss} (loss){host}"
+        )
 
 
 def plan(
     model: ModelConfig,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     *,
     rows: int,
     seq_len: int,
@@ -68,6 +91,8 @@ def plan(
     remat: str,
     itemsize: int,
     attn: str,
+    optim: OptimConfig | None = None,
+    param_itemsize: int = 4,
 ) -> Plan:
     """Counts the bytes of a step.
 
@@ -80,64 +105,61 @@ def plan(
         remat: key of `models.internlm2.REMAT`.
         itemsize: bytes of the compute dtype.
         attn: implementation in `jaxattn.IMPLEMENTATIONS`.
+        optim: the optimizer; None: AdamW in float32.
+        param_itemsize: bytes of a stored weight.
     """
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
     tokens = max(1, rows // row_shards(mesh)) * seq_len
     table = model.hidden_size * model.vocab_size
     of_block = (model.num_params() - 2 * table) // model.num_layers // tensor
     parameters = model.num_params() // (fsdp * tensor)
-    kept, everything = _per_token(model, tensor, remat, attn)
+    in_blocks = 1 - 2 * table / model.num_params()
+    kept, on_host, everything = _per_token(model, tensor, remat, itemsize, attn)
     chunk = min(tokens, CHUNK_TOKENS) * model.vocab_size // tensor
     local = tokens // seq_len, seq_len, seq_len, model.num_heads // tensor
+    moments = _moment_bytes(optim or OptimConfig(), in_blocks)
     return Plan(
-        weights=parameters * (4 + (itemsize if itemsize < 4 else 0)),
-        optimizer=parameters * 8,
-        gradients=parameters * (itemsize + (4 if accum > 1 else 0)),
+        weights=parameters * (param_itemsize + (itemsize if itemsize != param_itemsize else 0)),
+        optimizer=int(parameters * moments),
+        sums=parameters * 4 if accum > 1 else 0,
         gathered=(2 * of_block * itemsize + 4 * table // tensor) if fsdp > 1 else 0,
-        activations=tokens * itemsize * (model.num_layers * kept + everything),
+        activations=tokens * model.num_layers * kept,
         logits=chunk * (8 + itemsize) + table // tensor * (4 + itemsize),
+        gradients=parameters * itemsize,
+        block=tokens * everything,
         scores=eager.score_bytes(*local) if attn == "eager" else 0,
+        host=tokens * model.num_layers * on_host,
     )
 
 
-def check_fits(needed: Plan, have: int, *, rows: int, accum: int) -> None:
-    """Refuses a plan that exceeds the device, and says what to change.
-
-    Args:
-        needed: the plan.
-        have: bytes of the device.
-        rows: of a microbatch, for the advice.
-        accum: microbatches, for the advice.
-
-    Raises:
-        ValueError: with what is needed, what there is, and the cheapest remedy.
-    """
-    if needed.total <= have:
-        return
-    if needed.total - needed.scores <= have:
-        remedy = "take --attn=pallas or --attn=xla, which hold no score matrix"
-    elif needed.weights + needed.optimizer + needed.gradients > have:
-        remedy = "weights and optimizer alone exceed it: more devices (--mesh.fsdp), or a smaller "
-        remedy += "--model"
-    elif rows > 1:
-        remedy = f"take a smaller --batch_size, or more parts: --accum={2 * accum}"
-    else:
-        remedy = "take a shorter --seq_len, or split rows with --mesh.tensor"
-    raise ValueError(f"the run needs about {needed}; the device has {have / GiB:.2f} GiB: {remedy}")
+def _moment_bytes(optim: OptimConfig, in_blocks: float) -> float:
+    """Bytes of optimizer state per parameter; `in_blocks` is the share of the blocks in them."""
+    of_adam = {"fp32": 8.0, "bf16": 4.0, "int8": 2 * (1 + 4 / BLOCK)}[optim.state]
+    of_muon = 4 * in_blocks + 8 * (1 - in_blocks)
+    # Adafactor has a row and a column for each matrix.
+    return {"adamw": of_adam, "lion": 4.0, "adafactor": 0.0, "muon": of_muon}[optim.name]
 
 
-def _per_token(model: ModelConfig, tensor: int, remat: str, attn: str) -> tuple[int, int]:
-    """Numbers per token and block that remat keeps, and that the block makes in all."""
+def _per_token(
+    model: ModelConfig, tensor: int, remat: str, itemsize: int, attn: str
+) -> tuple[int, int, int]:
+    """Bytes per token and block: kept on the device, kept on the host, made by a block in all."""
+    embed = model.hidden_size
     out = model.num_heads * model.head_dim // tensor
     qkv = out + 2 * model.num_kv_heads * model.head_dim // tensor
-    everything = 4 * model.hidden_size + out + qkv + 4 * model.intermediate_size // tensor
-    named = out if attn == "pallas" else 0  # only the kernel names its output
-    dots = qkv + model.hidden_size + 2 * model.intermediate_size // tensor
-    kept = {
-        "none": everything,
-        "dots": dots + named,
-        "qkv": qkv + named,
-        "attention": named,
-        "full": 0,
+    ffn = model.intermediate_size // tensor
+    lse = 4 * model.num_heads // tensor
+    if attn != "pallas":  # only the kernel names its output
+        named = lse = 0
+    else:
+        named = out
+    kept, on_host = {
+        # Both norms keep what they read and made in float32; SwiGLU six arrays.
+        "none": (itemsize * (4 * embed + qkv + named + 6 * ffn) + 16 * embed + lse, 0),
+        "dots": (itemsize * (2 * embed + qkv + named + 2 * ffn) + lse, 0),
+        "qkv": (itemsize * (embed + qkv + named) + lse, 0),
+        "attention": (itemsize * (embed + named) + lse, 0),
+        "full": (itemsize * embed, 0),
+        "offload": (lse, itemsize * (embed + named)),
     }[remat]
-    return model.hidden_size + kept, everything
+    return kept, on_host, itemsize * (4 * embed + out + qkv + 4 * ffn)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from train.sections import MeshConfig
 
@@ -43,12 +43,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     )
 
 
-def row_shards(mesh: Mesh) -> int:
+def row_shards(mesh: Mesh | AbstractMesh) -> int:
     """In how many parts the rows of a batch are split."""
     return math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
 
 
-def check_rows(mesh: Mesh, *, rows: int, accum: int) -> None:
+def check_rows(mesh: Mesh | AbstractMesh, *, rows: int, accum: int) -> None:
     """Checks that a step's rows divide over microbatches and devices.
 
     Args:

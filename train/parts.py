@@ -1,5 +1,7 @@
 """What a run is put together from: data, model, compiled step, first weights."""
 
+import dataclasses
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,13 +11,29 @@ from flax import nnx
 
 from models import load
 from models.internlm2 import InternLM2, init
-from train.announce import say
 from train.config import Config
 from train.data import Loader, default_cache, open_data
 from train.defaults import Settled
-from train.optim import schedule
+from train.hosts import share
+from train.say import say
+from train.schedule import schedule
 from train.state import Params, TrainState, params_of
 from train.step import Step, batch_struct, compile_step, make_step
+
+
+def with_steps(config: Config, rows: int, in_step: int) -> Config:
+    """The configuration with the steps that its epochs come to.
+
+    Args:
+        config: with steps, or epochs.
+        rows: of the data.
+        in_step: rows of a step.
+    """
+    if config.epochs is None:
+        return config
+    steps = max(1, math.ceil(config.epochs * rows / in_step))
+    say(f"{config.epochs:g} epochs of {rows:,} rows are {steps:,} steps")
+    return dataclasses.replace(config, steps=steps)
 
 
 def open_set(
@@ -27,6 +45,7 @@ def open_set(
     split: Literal["train", "val"] = "train",
 ) -> Loader:
     """Opens files, or the built-in text where there are none, as batches of this run."""
+    index, count = share(settled.mesh)
     return open_data(
         files or None,
         settled.tokenizer,
@@ -39,6 +58,8 @@ def open_set(
         hold_out=hold_out,
         split=split,
         cache=Path(config.data.cache) if config.data.cache else default_cache(),
+        host_index=index,
+        host_count=count,
     )
 
 
@@ -60,6 +81,7 @@ def model_maker(config: Config, settled: Settled):
         attn=settled.attn,
         deterministic=config.deterministic,
         dtype=settled.dtype,
+        param_dtype=settled.param_dtype,
         remat=settled.remat,
         scan=settled.scan,
     )
@@ -68,7 +90,7 @@ def model_maker(config: Config, settled: Settled):
 def first_params(config: Config, settled: Settled, like: TrainState) -> Params:
     """The weights that a new run begins with: loaded, or random; in `like`'s shards."""
     if settled.weights is not None:
-        model = load(settled.weights, param_dtype="float32", mesh=settled.mesh)
+        model = load(settled.weights, param_dtype=settled.param_dtype.name, mesh=settled.mesh)
         say(f"loaded the weights of {settled.weights}")
     else:
         model = init(settled.model, seed=config.seed, mesh=settled.mesh)
@@ -83,7 +105,8 @@ def compile_training(
         rows=settled.rows, seq_len=config.seq_len, accum=config.accum, mesh=settled.mesh
     )
     begun = time.perf_counter()
-    step = make_step(graphdef, tx, schedule(config.optim, settled.lr, config.steps))
+    rate = schedule(config.optim, settled.lr, config.steps)
+    step = make_step(graphdef, tx, rate, spike=config.guard.spike, z_loss=config.z_loss)
     compiled = compile_step(step, like, batch)
     say(f"compiled the step in {time.perf_counter() - begun:.1f} s")
     return compiled

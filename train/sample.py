@@ -1,12 +1,14 @@
 """A sample of text from what was trained."""
 
+import jax
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from models.generate import generate
-from train.announce import say
 from train.config import Config
 from train.data import Batch
 from train.defaults import Settled
+from train.say import say
 from train.state import Params
 
 PROMPT_TOKENS, SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 32, 200, 0.8
@@ -16,7 +18,7 @@ def write_sample(
     config: Config, settled: Settled, graphdef: nnx.GraphDef, params: Params, batch: Batch
 ) -> None:
     """Lets the model go on from the beginning of a training row, and writes it down."""
-    prompt = [int(t) for t in batch.tokens[0, :PROMPT_TOKENS]]
+    prompt = multihost_utils.broadcast_one_to_all(batch.tokens[0, :PROMPT_TOKENS]).tolist()
     [tokens] = generate(
         nnx.merge(graphdef, params),
         [prompt],
@@ -26,5 +28,6 @@ def write_sample(
     )
     decode = settled.tokenizer.decode
     text = f"{decode(prompt)}|{decode(tokens)}"
-    (settled.out / "sample.txt").write_text(text + "\n")
+    if jax.process_index() == 0:
+        (settled.out / "sample.txt").write_text(text + "\n")
     say(f"sample after {config.steps} steps (the prompt ends at |):\n{text}")

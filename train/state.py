@@ -1,4 +1,4 @@
-"""What a step changes: step number, float32 weights, optimizer moments. One pytree, donated.
+"""What a step changes: step number, weights, optimizer, guard. One pytree, donated.
 
 Weights are a nested dict of arrays and not the module, so that a checkpoint can be read without
 the module's class, and optax sees nothing but arrays.
@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models.sharding import shardings
+from train.guard import Guard, new_guard
 
 Params = dict[str, Any]
 """Nested dict of arrays, named as in the model."""
@@ -23,14 +24,16 @@ class TrainState(NamedTuple):
     """State of training between two steps, or the same tree of structs or shardings.
 
     Attributes:
-        step: int32 scalar, optimizer steps done.
-        params: float32, sharded as `models.sharding` says.
-        opt_state: float32 moments, sharded as their parameters.
+        step: int32 scalar, batches done; those that were skipped count too.
+        params: in the type they are stored in, sharded as `models.sharding` says.
+        opt_state: moments, sharded as their parameters.
+        guard: scalars, see `train.guard`.
     """
 
     step: jax.Array
     params: Params
     opt_state: optax.OptState
+    guard: Guard
 
     @property
     def mesh(self) -> Mesh:
@@ -58,41 +61,34 @@ def abstract_state(
     """
     graphdef, weights = nnx.split(jax.eval_shape(make_model))
     params = jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, jnp.float32, sharding=s),
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
         nnx.to_pure_dict(weights),
         nnx.to_pure_dict(shardings(weights, mesh)),
     )
-
-    def begin(params: Params) -> TrainState:
-        return TrainState(step=jnp.int32(0), params=params, opt_state=tx.init(params))
 
     def on_mesh(a) -> jax.ShapeDtypeStruct:
         spec = a.sharding.spec if a.sharding is not None else PartitionSpec()
         return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec))
 
     with jax.set_mesh(mesh):
-        return graphdef, jax.tree.map(on_mesh, jax.eval_shape(begin, params))
+        return graphdef, jax.tree.map(on_mesh, jax.eval_shape(_beginning(tx), params))
 
 
 def new_state(params: Params, tx: optax.GradientTransformation, like: TrainState) -> TrainState:
     """The state before the first step.
 
     Args:
-        params: float32 and sharded; consumed.
+        params: sharded; consumed.
         tx: the optimizer.
         like: from `abstract_state`.
     """
-
-    def begin(params: Params) -> TrainState:
-        return TrainState(step=jnp.int32(0), params=params, opt_state=tx.init(params))
-
     where = jax.tree.map(lambda a: a.sharding, like)
     with jax.set_mesh(like.mesh):
-        return jax.jit(begin, donate_argnums=0, out_shardings=where)(params)
+        return jax.jit(_beginning(tx), donate_argnums=0, out_shardings=where)(params)
 
 
 def params_of(model: nnx.Module, like: TrainState) -> Params:
-    """The weights of a model as `new_state` takes them: float32, where `like` wants them.
+    """The weights of a model as `new_state` takes them: of the type and where `like` wants them.
 
     Weights that are so already are not copied.
     """
@@ -102,3 +98,10 @@ def params_of(model: nnx.Module, like: TrainState) -> Params:
             nnx.to_pure_dict(nnx.state(model)),
             like.params,
         )
+
+
+def _beginning(tx: optax.GradientTransformation) -> Callable[[Params], TrainState]:
+    """Makes parameters -> the state before the first step."""
+    return lambda params: TrainState(
+        step=jnp.int32(0), params=params, opt_state=tx.init(params), guard=new_guard()
+    )

@@ -1,18 +1,26 @@
 """The loop over steps: draw a batch, step, evaluate, save; until the last one or a signal."""
 
-import math
-from typing import Any
+import contextlib
+import time
+from collections.abc import Callable
 
-from train.announce import say, say_dispatch
+import jax
+
+from train.announce import say_dispatch
 from train.config import Config
 from train.data import Loader
 from train.defaults import Settled
 from train.evaluate import Evaluation
+from train.evidence import Evidence
 from train.flops import causal_pairs
-from train.metrics import Metrics
+from train.hosts import Agreement, share
+from train.say import say
 from train.signals import stop_on_signals
+from train.skips import Skips
 from train.state import TrainState
 from train.step import Step, put_batch
+
+SAVE, STOP = 1, 2  # what a process may wish for between two steps
 
 
 def train(
@@ -23,46 +31,73 @@ def train(
     start: int,
     loader: Loader,
     evaluate: Evaluation,
-    save,
+    evidence: Evidence,
+    save: Callable[..., None],
 ) -> TrainState:
-    """Steps until the last one or a signal; every way out but an error saves."""
-    metrics = Metrics(
-        settled.out / "metrics.jsonl",
-        model=settled.model,
-        start=start,
-        steps=config.steps,
-        log_every=config.log_every,
+    """Steps until the last one or a signal.
+
+    Every way out saves, but for an error that leaves no good state to save.
+
+    Raises:
+        FloatingPointError: too many steps in a row were skipped.
+        TimeoutError: the data made no batch.
+    """
+    skips = Skips(
+        settled.out / "skipped.jsonl", loader, patience=config.guard.patience, start=start
     )
+    agreed = Agreement(settled.mesh)
+    _, parts = share(settled.mesh)
     waiting: tuple | None = None  # a step that the devices still work on: shown one step later
-    try:
-        with stop_on_signals() as stop:
-            for number, batch in enumerate(loader, start + 1):
+
+    def show(following: tuple | None = None) -> None:
+        nonlocal waiting
+        ended, waiting = waiting, following
+        if ended is not None:
+            position, *shown = ended
+            skips.look(evidence.record(*shown), position)
+
+    def keep(loss: float | None = None) -> None:
+        with evidence.timed("checkpoint"):
+            save(state, data=loader.state(), loss=loss)
+
+    number, done, saved_at = start, False, time.monotonic()
+    with contextlib.closing(evidence), stop_on_signals() as stop:
+        try:
+            while not done:
                 position = loader.state()
+                with evidence.timed("data"):
+                    batch = loader.within(60 * config.data.stall_minutes)
+                number += 1
                 if number == start + 1:
                     say_dispatch(config, settled, batch)
+                evidence.before(number, state)
                 state, values = step(state, put_batch(batch, accum=config.accum, mesh=settled.mesh))
-                if waiting:
-                    _check_finite(metrics.record(*waiting))
-                waiting = (number, values, causal_pairs(batch.segment_ids))
+                # Other processes' documents are taken to be like these.
+                show((position, number, values, causal_pairs(batch.segment_ids) * parts))
+                losses = {}
                 if number == config.steps or number % config.eval_every == 0:
-                    evaluate(number, state.params)
-                done = number == config.steps or stop.name is not None
-                if done or number % config.save_every == 0:
-                    _check_finite(metrics.record(*waiting))
-                    waiting = None
-                    save(state, data=position)
-                if done:
-                    break
-    finally:
-        metrics.close()
-    if stop.name is not None and number < config.steps:
-        say(f"stopped by {stop.name} after step {number}; the same command goes on from there")
+                    with evidence.timed("evaluation", after=state):
+                        losses = evaluate(number, state.params)
+                evidence.after(number, state, losses)
+                late = time.monotonic() - saved_at > 60 * config.save_minutes
+                wish = agreed(STOP if stop.name is not None else SAVE if late else 0)
+                done = number == config.steps or wish == STOP
+                if done or wish == SAVE or number % config.save_every == 0:
+                    show()
+                    keep(sum(losses.values()) / len(losses) if losses else None)
+                    saved_at = time.monotonic()
+                    agreed.forget()
+        except FloatingPointError:  # on all processes at the same step
+            if waiting is not None:
+                evidence.record(*waiting[1:])
+            keep()
+            raise
+        except TimeoutError:  # on one of several processes, which cannot save alone
+            if jax.process_count() == 1 and number > start:
+                show()
+                keep()
+            raise
+    if number < config.steps:
+        why = stop.name or "a signal to another process"
+        say(f"stopped by {why} after step {number}; the same command goes on from there")
     return state
-
-
-def _check_finite(line: dict[str, Any]) -> None:
-    if not math.isfinite(line["loss"]) or not math.isfinite(line["grad_norm"]):
-        raise FloatingPointError(
-            f"step {line['step']}: loss {line['loss']}, gradient norm {line['grad_norm']}; not "
-            "saved: go on from the checkpoint before it with a smaller --optim.lr"
-        )

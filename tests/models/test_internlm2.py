@@ -223,7 +223,7 @@ def test_sharded_weights_need_no_current_mesh(make_mesh, exact):
         assert grad.sharding.spec == weight.sharding.spec
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "qkv"])  # "full" is the default
+@pytest.mark.parametrize("remat", ["none", "dots", "qkv", "offload"])  # "full" is the default
 @pytest.mark.parametrize("scan", [True, False])
 def test_remat_and_scan_change_memory_and_speed_alone(exact, remat, scan):
     model = jax.tree.map(lambda x: x, small())

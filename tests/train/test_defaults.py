@@ -102,6 +102,12 @@ def test_refusals(kwargs, error, message):
     assert "\n" not in str(caught.value)
 
 
+def test_offload_needs_pinned_memory(tiny, monkeypatch):
+    monkeypatch.setattr("train.defaults._memories", lambda _: {"device"})
+    with pytest.raises(NotImplementedError, match="needs pinned host memory.*take --remat=full"):
+        settle(Config(model="tiny", remat="offload"))
+
+
 def test_the_gpus_model_where_it_fits():
     GiB = 2**30
     name, why = choose_model(40 * GiB, 130 * GiB, "NVIDIA H200")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -51,12 +52,13 @@ def test_the_loss_is_the_mean_over_loss_tokens(files, tiny_model, tmp_path):
             total += float(loss)
         np.testing.assert_allclose(got, total / loader.report.loss_tokens, rtol=1e-5)
         line = json.loads((tmp_path / "e.jsonl").read_text())
-        assert line == {
-            "step": 3,
-            "set": "one",
-            "loss": got,
-            "loss_tokens": loader.report.loss_tokens,
-        }
+        assert line.pop("perplexity") == pytest.approx(math.exp(line["loss"]))
+    assert line == {
+        "step": 3,
+        "set": "one",
+        "loss": got,
+        "loss_tokens": loader.report.loss_tokens,
+    }
 
 
 def test_a_run_evaluates_named_sets(tiny_run, files, tmp_path, capsys):

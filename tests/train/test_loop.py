@@ -1,55 +1,25 @@
-"""A run: its losses are known, and being killed, stopped or run twice does not change them."""
+"""A run: its losses are known, and being stopped or run twice does not change them."""
 
+import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
-import warnings
+import threading
 from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
-from train import stepping
+from tests.train.runs import losses, params
+from train import loop, stepping
 from train.checkpoint import Checkpoints
+from train.config import Config
+from train.data import Loader
 from train.loop import run
+from train.sections import DataConfig
 
 GOLDEN = Path(__file__).parent / "golden_losses.json"
-
-KILLED = """
-import json, os, signal, sys
-from models.config import PRESETS, ModelConfig
-from train.main import main
-from train.metrics import Metrics
-
-record = Metrics.record
-
-def record_or_die(self, step, *rest):
-    if step == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return record(self, step, *rest)
-
-Metrics.record = record_or_die
-PRESETS["tiny"] = ModelConfig(**json.loads(sys.argv[1]))
-main(sys.argv[2:])
-"""
-
-
-def losses(out: Path) -> list[float]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    return [line["loss"] for line in lines]
-
-
-def params(out: Path, step: int):
-    """The parameters in a checkpoint, as numpy, without the code under test."""
-    with ocp.PyTreeCheckpointer() as reader, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sharding info not provided")
-        state = reader.restore(out / "checkpoints" / str(step) / "state")
-    return jax.tree.map(np.asarray, state["params"])
 
 
 def same_end(out: Path, finished: Path) -> None:
@@ -67,11 +37,30 @@ def test_golden_losses(finished):
     assert golden[-1] < golden[0]
 
 
+def test_golden_losses_of_nano(tmp_path, monkeypatch, capsys):
+    """The preset, in float32, at the default learning rate: 10 steps of 8 rows of 128.
+
+    jax 0.11.2 and 0.12.0 differ by 1e-7; a change of numerics in the fifth digit shows.
+    """
+    monkeypatch.setattr(loop, "write_sample", lambda *_: None)
+    out = tmp_path / "nano"
+    run(Config(model="nano", attn="xla", seq_len=128, batch_size=8, steps=10, out=str(out)))
+    golden = json.loads(GOLDEN.with_name("golden_losses_nano.json").read_text())
+    np.testing.assert_allclose(losses(out), golden, rtol=1e-5)
+
+
+def test_same_seed_same_losses_bit_for_bit(tiny_run, finished, tmp_path):
+    """From the beginning, in another directory, on the same machine."""
+    run(tiny_run(tmp_path / "again"))
+    same_end(tmp_path / "again", finished)
+
+
 def test_leaves_checkpoints_metrics_and_a_sample(finished):
     assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["6", "8"]
     assert "|" in (finished / "sample.txt").read_text()
     assert sorted(p.name for p in finished.iterdir()) == [
         "checkpoints",
+        "config.json",
         "metrics.jsonl",
         "sample.txt",
     ]
@@ -83,20 +72,6 @@ def test_says_what_it_does(finished):
     line = "dispatch internlm2 attn forward: xla (asked for as sdpa) on cpu; tiles "
     assert said.count(line) == 1
     assert "memory plan:" in said and "compiled the step in" in said and "380,812 tokens" in said
-
-
-def test_killed_run_ends_bitwise_as_if_it_had_not_been(tiny, tiny_run, finished, tmp_path, capsys):
-    """SIGKILL in step 5, at the earliest right after the checkpoint of step 3 was begun."""
-    out = tmp_path / "killed"
-    same = [f"--{k}={v}" for k, v in vars(tiny_run(out)).items() if type(v) in (str, int)]
-    arguments = [json.dumps(vars(tiny)), *same, "--optim.lr=1e-2"]
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert Checkpoints(out, keep=2).latest in (None, 3)
-    run(tiny_run(out))
-    same_end(out, finished)
 
 
 def test_sigterm_saves_and_the_next_run_goes_on(tiny_run, finished, tmp_path, capsys, monkeypatch):
@@ -132,18 +107,71 @@ def test_finished_run_says_so_and_trains_nothing(tiny_run, finished, capsys):
     assert losses(finished) == before
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tiny_run, tmp_path, monkeypatch):
-    """The checkpoint before it stays the latest."""
+@pytest.fixture
+def nan_in(monkeypatch):
+    """Makes the loss of chosen batches NaN, counted from 1."""
     put_batch = stepping.put_batch
-    calls = []
 
-    def put_nan(batch, **kwargs):
-        calls.append(1)
-        mask = batch.loss_mask * np.float32(np.nan if len(calls) == 5 else 1)
-        return put_batch(batch._replace(loss_mask=mask), **kwargs)
+    def inject(which) -> None:
+        calls = []
 
-    monkeypatch.setattr(stepping, "put_batch", put_nan)
-    with pytest.raises(FloatingPointError, match="step 5: loss nan.*smaller --optim.lr"):
-        run(tiny_run(tmp_path / "out"))
-    checkpoints = Checkpoints(tmp_path / "out", keep=2)
-    assert checkpoints.latest == 3
+        def put(batch, **kwargs):
+            calls.append(1)
+            mask = batch.loss_mask * np.float32(np.nan if len(calls) in which else 1)
+            return put_batch(batch._replace(loss_mask=mask), **kwargs)
+
+        monkeypatch.setattr(stepping, "put_batch", put)
+
+    return inject
+
+
+def test_a_nan_in_one_batch_is_skipped_and_said(tiny_run, finished, tmp_path, nan_in, capsys):
+    """The losses before it are the usual ones, those after it finite, and training ends."""
+    nan_in([5])
+    out = tmp_path / "out"
+    run(tiny_run(out))
+    assert "step 5 skipped: loss nan, gradient norm nan; documents " in capsys.readouterr().out
+    assert losses(out)[:4] == losses(finished)[:4] and np.isnan(losses(out)[4])
+    assert np.isfinite(losses(out)[5:]).all() and losses(out)[7] < losses(out)[0]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines] == [0] * 4 + [1] * 4
+    [skipped] = (out / "skipped.jsonl").read_text().splitlines()
+    assert json.loads(skipped)["step"] == 5
+    assert json.loads(skipped)["documents"][0].endswith("tinyshakespeare.txt:1")
+
+
+def test_a_nan_in_every_batch_stops_the_run(tiny_run, tmp_path, nan_in, capsys):
+    """After 5 in a row, with the reason; the weights before them are saved, and go on."""
+    nan_in(range(2, 100))
+    out = tmp_path / "out"
+    config = tiny_run(out)
+    with pytest.raises(FloatingPointError) as error:
+        run(config)
+    message = str(error.value)
+    assert "5 steps in a row were skipped (--guard.patience=5), the last one step 6: " in message
+    assert "loss nan, gradient norm nan; documents " in message and "shakespeare.txt:1" in message
+    assert "smaller --optim.lr" in message and "\n" not in message
+    assert len((out / "skipped.jsonl").read_text().splitlines()) == 5
+    assert Checkpoints(out, keep=2).latest == 6
+    jax.tree.map(np.testing.assert_array_equal, params(out, 6), params(out, 3))
+    nan_in([])
+    run(config)
+    assert np.isfinite(losses(out)[7])
+
+
+def test_data_that_stalls_saves_and_stops_the_run(tiny_run, tmp_path, monkeypatch):
+    """One line, in bounded time, and what was trained is not lost."""
+    make, release = Loader._make, threading.Event()
+
+    def stall(self, row):
+        if row >= 4 * 8:
+            release.wait(60)
+        return make(self, row)
+
+    monkeypatch.setattr(Loader, "_make", stall)
+    out = tmp_path / "out"
+    config = dataclasses.replace(tiny_run(out), data=DataConfig(stall_minutes=0.02))
+    with pytest.raises(TimeoutError, match="no batch in 1.2 seconds; it was to read .*txt:1$"):
+        run(config)
+    release.set()
+    assert Checkpoints(out, keep=2).latest == 4

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from train.loss import cross_entropy
+from train.loss import cross_entropy, cross_entropy_and_z
 from train.mesh import make_mesh
 from train.sections import MeshConfig
 
@@ -45,6 +45,32 @@ def test_equals_the_dense_loss(chunk_tokens):
     # float32 sums of ~70 terms in another order
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, want)
     np.testing.assert_allclose(chunked(x, w), want[0], rtol=1e-6)  # without differentiation
+
+
+@pytest.mark.parametrize("z_loss", [1e-4, 0.3])
+@pytest.mark.parametrize("chunk_tokens", [8, 10_000])
+def test_z_loss_equals_its_definition(z_loss, chunk_tokens):
+    """Value and gradients against autodiff of the formula; its part is what it adds."""
+    x, w, targets, weights = inputs()
+
+    def naive(x, w):
+        log_z_BT = jax.nn.logsumexp(jnp.einsum("BTD,DV->BTV", x, w), axis=-1)
+        return dense(x, w, targets, weights) + z_loss * jnp.sum(log_z_BT**2 * weights)
+
+    def chunked(x, w):
+        total, z = cross_entropy_and_z(
+            x, w, targets, weights, z_loss=z_loss, chunk_tokens=chunk_tokens
+        )
+        return total, z
+
+    (total, z), grads = jax.value_and_grad(chunked, (0, 1), has_aux=True)(x, w)
+    want, want_grads = jax.value_and_grad(naive, (0, 1))(x, w)
+    np.testing.assert_allclose(total, want, rtol=1e-6)
+    np.testing.assert_allclose(total - z, dense(x, w, targets, weights), rtol=1e-6)
+    np.testing.assert_allclose(chunked(x, w)[0], want, rtol=1e-6)  # without differentiation
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), grads, want_grads
+    )
 
 
 def test_bf16_inputs_sum_in_float32():

@@ -32,6 +32,13 @@ def refused(capsys, tmp_path, tiny):
     [
         ("--seq_lne=3", "unknown argument --seq_lne; the nearest is --seq_len"),
         ("--seq_len=1", "--seq_len=1 must be at least 2"),
+        ("--rope_factor=0.5", "--rope_factor=0.5 must be at least 1"),
+        ("--guard.spike=1", "--guard.spike=1.0 must be above 1"),
+        ("--guard.patience=0", "--guard.patience=0 must be at least 1"),
+        ("--save_minutes=0", "--save_minutes=0.0 must be above 0"),
+        ("--data.stall_minutes=0", "--data.stall_minutes=0.0 must be above 0"),
+        ("--z_loss=-1", "--z_loss=-1.0 must be at least 0"),
+        ("--dist.processes=2", "--dist.coordinator, --dist.processes and --dist.id go together"),
         ("--dtype=int8", "invalid choice 'int8'"),
     ],
 )
@@ -46,9 +53,12 @@ def test_wrong_flag_is_status_2(refused, flag, message):
         (["--attn=pallas"], "its kernels are for Hopper GPUs"),
         (["--attn=eager", "--seq_len=32768", "--batch_size=64"], "GiB a layer, this device has"),
         (["--model=internlm2-3b"], "is no preset (nano, internlm2-1.8b"),
-        (["--model=internlm2-20b"], "weights and optimizer alone exceed it"),
+        (["--model=internlm2-20b", "--batch_size=64"], "the run needs about"),
         (["--mesh.tensor=3"], "must be the number of devices, 8"),
         (["--mesh.tensor=8", "--model=tiny"], "must be a multiple of 8"),
+        (["--model=tiny", "--seq_len=40000"], "--seq_len=40000 is beyond the 32,768 positions"),
+        (["--model=tiny", "--seq_len=40000"], "--rope_factor=2 extends it"),
+        (["--model=nano", "--seq_len=99999"], "dynamic scaling by 2): --rope_factor=4 extends it"),
         (["--batch_size=3"], "--batch_size=3 must be a multiple of 8"),
         (["--tokenizer=nowhere"], "nowhere does not exist"),
         (["--data", "nowhere.txt"], "nowhere.txt"),
@@ -111,6 +121,15 @@ def test_out_below_a_file(refused, tmp_path):
     (tmp_path / "file").touch()
     said = refused("--model=tiny", out=tmp_path / "file" / "out")
     assert f"{tmp_path / 'file'} is a file" in said
+
+
+def test_out_of_something_else(refused, tmp_path, tiny):
+    """An HF directory, say: its config.json is not ours to replace."""
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    said = refused("--model=tiny", out=tmp_path / "hf")
+    assert "hf holds files that are not of a run (config.json): choose another --out" in said
+    assert [p.name for p in (tmp_path / "hf").iterdir()] == ["config.json"]
 
 
 def test_out_without_permission(refused, monkeypatch):

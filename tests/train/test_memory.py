@@ -1,11 +1,14 @@
-"""The plan counts bytes that can be counted by hand, and its refusals say what to change."""
+"""The plan counts bytes that can be counted by hand, and meets what was measured within 10%."""
 
 import jax
+import jax.numpy as jnp
 import pytest
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
+from models import internlm2
 from models.config import PRESETS
-from models.internlm2 import InternLM2
+from models.internlm2 import REMAT, InternLM2
 from train import memory
 from train.mesh import make_mesh
 from train.optim import optimizer
@@ -28,15 +31,87 @@ def test_1_8b_on_one_gpu():
     p = plan()
     n = BIG.num_params()
     assert (p.weights, p.optimizer, p.gradients) == (6 * n, 8 * n, 2 * n)
-    assert p.gathered == p.scores == 0
-    assert 30 * GiB < p.total < 40 * GiB  # a plain step was measured at 34 GiB
-    assert plan(accum=2).gradients == 6 * n
+    assert p.gathered == p.scores == p.sums == p.host == 0
+    assert plan(accum=2).sums == 4 * n
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "gib"),
+    [
+        ({}, 37.03),
+        ({"attn": "cudnn"}, 34.36),
+        ({"attn": "xla", "rows": 2, "seq_len": 16384}, 35.14),
+        ({"attn": "eager", "rows": 64, "seq_len": 512}, 36.05),
+        ({"attn": "eager", "rows": 8, "seq_len": 4096}, 53.55),
+        ({"attn": "eager", "rows": 2, "seq_len": 16384}, 125.43),
+    ],
+)
+def test_measured_peaks(kwargs, gib):
+    """Of whole steps of 1.8B on an H200 (train/results), remat "attention"."""
+    assert plan(remat="attention", **kwargs).total / GiB == pytest.approx(gib, rel=0.1)
 
 
 def test_more_is_kept_with_less_remat():
-    totals = [plan(remat=remat).activations for remat in ("full", "attention", "qkv", "none")]
-    assert totals == sorted(totals) and len(set(totals)) == 4
+    order = ("offload", "full", "attention", "qkv", "dots", "none")
+    totals = [plan(remat=remat).activations for remat in order]
+    assert totals == sorted(totals) and len(set(totals)) == 6
     assert plan(remat="attention", attn="xla") == plan(remat="full", attn="xla")
+    assert plan(remat="offload").host == pytest.approx(
+        plan(remat="attention").activations, rel=0.01
+    )
+
+
+@pytest.mark.parametrize("remat", REMAT)
+def test_plan_keeps_what_the_program_keeps(remat, monkeypatch):
+    """Bytes that the forward scan stacks for the backward one, in the program's own words."""
+    monkeypatch.setattr(internlm2, "attention", lambda q, k, v, mask, **_: named_attention(q, k, v))
+    monkeypatch.setattr(internlm2, "prepare", lambda mask, q, k, **_: mask)
+    kwargs = {"remat": remat, "dtype": jnp.bfloat16, "attn": "pallas"}
+    model = jax.eval_shape(lambda: InternLM2(BIG, rngs=nnx.Rngs(0), **kwargs))
+    tokens = jnp.zeros((1, 512), jnp.int32)
+    program = jax.make_jaxpr(jax.grad(lambda m: jnp.sum(m.hidden(tokens).astype(jnp.float32))))
+    forward = next(e for e in program(model).eqns if e.primitive.name == "scan")
+    stacked = [v.aval for v in forward.outvars if v.aval.shape[:1] == (BIG.num_layers,)]
+    size = sum(a.size * a.dtype.itemsize for a in stacked)
+    ours = plan(remat=remat, seq_len=512)
+    assert ours.activations + ours.host == pytest.approx(size, rel=0.01)
+
+
+@jax.custom_vjp
+def named_attention(q, k, v):
+    """Stands for the kernel, which only a GPU can trace: the same names, shapes and residuals."""
+    return q
+
+
+def _forward(q, k, v):
+    lse = checkpoint_name(jnp.sum(q.astype(jnp.float32), -1), "attn_lse")
+    o = checkpoint_name(q * 2, "attn_out")
+    return o, (q, k, v, o, lse)
+
+
+def _backward(residuals, g):
+    q, k, v, o, lse = residuals
+    return g * q * o * lse[..., None].astype(g.dtype), k, v
+
+
+named_attention.defvjp(_forward, _backward)
+
+
+@pytest.mark.parametrize(
+    ("optim", "bytes_each"),
+    [
+        (OptimConfig(state="bf16"), 4),
+        (OptimConfig(state="int8"), 2.03125),
+        (OptimConfig(name="lion"), 4),
+        (OptimConfig(name="adafactor"), 0),
+    ],
+)
+def test_other_optimizers(optim, bytes_each):
+    assert plan(optim=optim).optimizer == pytest.approx(bytes_each * BIG.num_params())
+
+
+def test_bf16_weights_have_no_copy():
+    assert plan(param_itemsize=2).weights == 2 * BIG.num_params()
 
 
 def test_devices_share():
@@ -54,30 +129,12 @@ def test_eager_scores_are_counted():
     )
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "gib", "remedy"),
-    [
-        ({"attn": "eager"}, 80, "take --attn=pallas or --attn=xla"),
-        ({}, 20, "more devices .* or a smaller --model"),
-        ({"rows": 8}, 40, "smaller --batch_size, or more parts: --accum=2"),
-        ({}, 30, "shorter --seq_len"),
-    ],
-)
-def test_refusal_names_the_remedy(kwargs, gib, remedy):
-    with pytest.raises(ValueError, match=remedy) as error:
-        memory.check_fits(plan(**kwargs), int(gib * GiB), rows=kwargs.get("rows", 1), accum=1)
-    assert f"the device has {gib:.2f} GiB" in str(error.value)
-
-
-def test_what_fits_is_not_refused():
-    memory.check_fits(plan(), 130 * GiB, rows=1, accum=1)
-
-
-def test_state_takes_what_is_planned(tiny):
-    """The arrays of the state, against weights and moments of the plan."""
+@pytest.mark.parametrize("optim", [OptimConfig(), OptimConfig(name="muon")], ids=["adamw", "muon"])
+def test_state_takes_what_is_planned(tiny, optim):
+    """The arrays of the state, against weights and moments of the plan; counts of steps are few."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    tx = optimizer(OptimConfig(), 1e-3, 10)
+    tx = optimizer(optim, 1e-3, 10)
     _, like = abstract_state(lambda: InternLM2(tiny, rngs=nnx.Rngs(0)), tx, mesh)
-    ours = plan(tiny, rows=2, seq_len=64, itemsize=4, attn="xla")
+    ours = plan(tiny, rows=2, seq_len=64, itemsize=4, attn="xla", optim=optim)
     held = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(like))
-    assert held == ours.weights + ours.optimizer + 3 * 4  # three counts of steps
+    assert ours.weights + ours.optimizer == pytest.approx(held, abs=1024)

@@ -10,7 +10,7 @@ from models.internlm2 import InternLM2
 from train.mesh import make_mesh
 from train.optim import optimizer
 from train.sections import MeshConfig, OptimConfig
-from train.state import abstract_state, new_state, params_of
+from train.state import _beginning, abstract_state, new_state, params_of
 
 
 @pytest.fixture
@@ -41,6 +41,19 @@ def test_fsdp_splits_weights_and_moments(tiny_model, tx):
     assert held < total / 8 * 1.2
     w = state.params["blocks"]["ffn"]["w1_DF"]
     assert w.addressable_shards[0].data.size * 8 == w.size
+
+
+def test_no_device_ever_holds_a_whole_optimizer_state(tiny, tx):
+    """In the program that makes the state: arguments, results and what is between, per device."""
+    mesh = make_mesh(MeshConfig())
+    _, like = abstract_state(lambda: InternLM2(tiny, rngs=nnx.Rngs(0)), tx, mesh)
+    where = jax.tree.map(lambda a: a.sharding, like)
+    with jax.set_mesh(mesh):
+        begin = jax.jit(_beginning(tx), donate_argnums=0, out_shardings=where)
+        memory = begin.lower(like.params).compile().memory_analysis()
+    total = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(like))
+    held = memory.output_size_in_bytes + memory.temp_size_in_bytes
+    assert held < total / 8 * 1.2
 
 
 def test_bf16_weights_become_float32(tiny, tiny_model, tx):

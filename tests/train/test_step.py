@@ -9,7 +9,8 @@ from flax import nnx
 
 from models.internlm2 import InternLM2
 from train.mesh import make_mesh
-from train.optim import optimizer, schedule
+from train.optim import optimizer
+from train.schedule import schedule
 from train.sections import MeshConfig, OptimConfig
 from train.state import abstract_state, new_state, params_of
 from train.step import batch_struct, compile_step, make_step, put_batch
@@ -113,6 +114,35 @@ def test_batch_without_targets_is_no_nan(trainer, packed_rows):
     first, _, params = trainer.two_steps(rows=empty)
     assert first["loss"] == first["grad_norm"] == first["loss_tokens"] == 0
     assert all(np.isfinite(p).all() for p in jax.tree.leaves(params))
+
+
+def test_a_skipped_step_is_as_if_its_batch_had_not_been(trainer):
+    """Parameters, moments and their count are bitwise those of a run without the NaN."""
+    step, like = trainer.step(ONE)
+    good = put_batch(trainer.rows, accum=1, mesh=like.mesh)
+    mask = trainer.rows.loss_mask * np.float32(np.nan)
+    bad = put_batch(trainer.rows._replace(loss_mask=mask), accum=1, mesh=like.mesh)
+    ends = {}
+    for name, batches in {"with": [good, bad, good], "without": [good, good]}.items():
+        state = trainer.state(like)
+        for batch in batches:
+            state, metrics = step(state, batch)
+        assert (metrics["skipped"], metrics["in_a_row"]) == (len(batches) - 2, 0)
+        assert int(state.step) == len(batches)
+        ends[name] = jax.tree.map(np.asarray, (state.params, state.opt_state, metrics["lr"]))
+    jax.tree.map(np.testing.assert_array_equal, ends["with"], ends["without"])
+
+
+def test_skipping_takes_no_memory(trainer, monkeypatch):
+    """The step with its guard against one that always updates."""
+    guarded, like = trainer.step(ONE)
+    monkeypatch.setattr("jax.lax.cond", lambda _, update, __, *args: update(*args))
+    trainer.steps.pop((ONE, 1, "xla"))
+    free, _ = trainer.step(ONE)
+    trainer.steps.pop((ONE, 1, "xla"))
+    a, b = guarded.memory_analysis(), free.memory_analysis()
+    assert a.temp_size_in_bytes <= 1.02 * b.temp_size_in_bytes
+    assert a.alias_size_in_bytes == b.alias_size_in_bytes
 
 
 def test_state_is_donated_and_keeps_its_place(trainer):

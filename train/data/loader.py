@@ -12,7 +12,7 @@ Every host computes the same stream and fills only its own rows of each batch.
 import hashlib
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from train.data.pieces import Overlong, Pieces, cut
 from train.data.report import Report
 from train.data.share import Split, parse_source, times
 from train.data.stream import Stream, stream
+from train.data.thread import Thread
 
 Packing = Stream | Literal["fit"]
 
@@ -143,19 +144,57 @@ class Loader(Iterator[Batch]):
         self._row = 0  # of the stream: the first one of the next batch
         self._order = (-1, np.zeros(0, np.int64))  # the last epoch asked for, and its row order
         self._made: deque[Future[Batch]] = deque()
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
+        self._thread = Thread("loader")
 
     def __next__(self) -> Batch:
+        return self.within(None)
+
+    def within(self, seconds: float | None) -> Batch:
+        """Returns the next batch.
+
+        Args:
+            seconds: to wait for it at most; None: however long it takes.
+
+        Raises:
+            TimeoutError: it did not come, and which documents it has; `close` then waits for
+                nothing.
+        """
         while len(self._made) < PREFETCH:
             row = self._row + len(self._made) * self.batch_size
             self._made.append(self._thread.submit(self._make, row))
         try:
-            batch = self._made.popleft().result()
-        except BaseException:
+            batch = self._made[0].result(seconds)
+        except BaseException as error:
+            # A TimeoutError may also be what the reading of a file ended in.
+            stalled = isinstance(error, TimeoutError) and not self._made[0].done()
             self._forget()
-            raise
+            if not stalled:
+                raise
+            names = self.documents(self.state())
+            raise TimeoutError(
+                f"the data made no batch in {seconds} seconds; it was to read {names[0]}"
+                + (f" .. {names[-1]}" if len(names) > 1 else "")
+            ) from error
+        self._made.popleft()
         self._row += self.batch_size
         return batch
+
+    def documents(self, state: dict[str, Any]) -> list[str]:
+        """Names what is in a batch: "file:line" of each of its documents, on all hosts, in order.
+
+        Args:
+            state: the position before it was drawn.
+        """
+        first = state["row"]
+        names: dict[str, None] = {}
+        for place in range(first, first + self.batch_size):
+            epoch, index = divmod(place, len(self._rows))
+            row = self._epoch_order(epoch)[index]
+            start, end = self._rows.offsets[row : row + 2]
+            for d in self._pieces.document[self._rows.pieces[start:end]]:
+                file = self._dataset.files[self._dataset.file[d]].file
+                names[f"{file}:{self._dataset.line[d]}"] = None
+        return list(names)
 
     @property
     def epoch(self) -> float:
@@ -202,7 +241,7 @@ class Loader(Iterator[Batch]):
     def close(self) -> None:
         """Ends the background thread."""
         self._forget()
-        self._thread.shutdown()
+        self._thread.end()
 
     def __enter__(self) -> "Loader":
         return self
@@ -225,9 +264,12 @@ class Loader(Iterator[Batch]):
     def _row_at(self, place: int) -> int:
         epoch, index = divmod(place, len(self._rows))
         if self._order[0] != epoch:
-            # 1 sets the key apart from that of the packing's shuffle, which is the seed alone.
-            self._order = (epoch, shuffled(len(self._rows), self._seed, 1, epoch))
+            self._order = (epoch, self._epoch_order(epoch))
         return int(self._order[1][index])
+
+    def _epoch_order(self, epoch: int) -> Int64[np.ndarray, " R"]:
+        # 1 sets the key apart from that of the packing's shuffle, which is the seed alone.
+        return shuffled(len(self._rows), self._seed, 1, epoch)
 
     def _forget(self) -> None:
         """Drops what was made ahead."""

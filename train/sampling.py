@@ -1,0 +1,88 @@
+"""What the model says to fixed prompts, every so many steps."""
+
+import json
+from pathlib import Path
+
+from flax import nnx
+
+from models.chat import encode_chat
+from models.generate import generate
+from models.tokenizer import Tokenizer
+from train.state import Params
+
+NEW_TOKENS = 100
+
+
+def read_prompts(prompts: tuple[str, ...]) -> tuple[str, ...]:
+    """Prompts as typed; one that names a .txt file stands for its lines.
+
+    Raises:
+        OSError: such a file cannot be read.
+        ValueError: it is empty.
+    """
+    texts = []
+    for prompt in prompts:
+        if not prompt.endswith(".txt"):
+            texts.append(prompt)
+            continue
+        lines = [line for line in Path(prompt).read_text().splitlines() if line.strip()]
+        if not lines:
+            raise ValueError(f"--prompts {prompt} has no line of text")
+        texts += lines
+    return tuple(texts)
+
+
+class Sampler:
+    """Continues the prompts greedily, so that steps can be compared; writes samples.jsonl.
+
+    A line has step, prompt and text.
+    """
+
+    def __init__(
+        self,
+        prompts: tuple[str, ...],
+        *,
+        chat: bool,
+        graphdef: nnx.GraphDef,
+        tokenizer: Tokenizer,
+        path: Path,
+        start: int,
+    ):
+        """Lines after `start`, of a run that died, are dropped.
+
+        Args:
+            prompts: texts.
+            chat: each is a user's message, to be answered, and not a text to go on with.
+            graphdef: the model's, from `train.state.abstract_state`.
+            tokenizer: the run's.
+            path: of samples.jsonl; there only if there are prompts.
+            start: step the run goes on from.
+
+        Raises:
+            ValueError: chat, and the tokenizer has no chat tokens.
+        """
+        self._prompts, self._graphdef, self._tokenizer = prompts, graphdef, tokenizer
+        self._path = path
+        self._ids = [
+            encode_chat([("user", text)], tokenizer)
+            if chat
+            else [tokenizer.bos_id, *tokenizer.encode(text)]
+            for text in prompts
+        ]
+        ends = (tokenizer.eos_id, tokenizer.im_end_id)
+        self._stop = tuple(i for i in ends if i is not None)
+        if prompts:
+            old = path.read_text().splitlines(keepends=True) if path.exists() else []
+            kept = [line for line in old if line.endswith("\n")]
+            path.write_text("".join(line for line in kept if json.loads(line)["step"] <= start))
+
+    def __call__(self, step: int, params: Params) -> list[str]:
+        """What the model says after `step` steps, one text for each prompt."""
+        model = nnx.merge(self._graphdef, params)
+        new = generate(model, self._ids, max_new_tokens=NEW_TOKENS, stop_ids=self._stop)
+        texts = [self._tokenizer.decode(ids) for ids in new]
+        with self._path.open("a") as file:
+            for prompt, text in zip(self._prompts, texts, strict=True):
+                line = {"step": step, "prompt": prompt, "text": text}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        return texts
