@@ -6,7 +6,8 @@ tokens) > encode (all of this for a part) > cache (parts on disk) > dataset (par
 """
 
 from train.data.cache import default_cache
-from train.data.loader import Loader, open_data
+from train.data.loader import Loader
+from train.data.open import open_data
 from train.data.packing import Batch
 from train.data.pieces import Overlong
 from train.data.report import Problem, Report

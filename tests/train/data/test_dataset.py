@@ -84,7 +84,9 @@ def test_text_without_tokens_is_a_broken_row(write, tokenizer):
 
     path = write("a.jsonl", [{"text": "unheard"}, {"text": "heard"}])
     dataset = tokenise([path], Deaf())
-    assert [str(problem) for problem in dataset.broken] == [f"{path}:1: the text has no tokens"]
+    assert [str(problem) for problem in dataset.broken] == [
+        f"{path}:1: the document has no token to predict"
+    ]
     assert dataset.lengths.tolist() == [6]
 
 
