@@ -1,8 +1,9 @@
 """Files to packed batches: open_data(paths, tokenizer, ...) -> Loader of Batch.
 
-source (files to parts) > rows (parts to rows) > formats (rows to samples) > template (samples to
-tokens) > encode (all of this for a part) > cache (parts on disk) > dataset (parts as one) > pieces
-(documents to pieces) > packing (pieces to rows of a batch) > loader (rows to batches).
+source (files to parts: cuts, arrays, tables) > rows (parts to rows) > formats (rows to samples) >
+template (samples to tokens) > encode (all of this for a part) > cache (parts on disk, filled by
+pool) > dataset (parts as one) > share (how much of each file) > pieces (documents to pieces) >
+packing (pieces to rows of a batch) > loader (rows to batches) > open (all of it).
 """
 
 from train.data.cache import default_cache
