@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-PART = 4 << 20  # bytes of rows: some seconds of work, and little beside a file worth sharing out
+PART = 2 << 20  # bytes of rows: a second or two of work, so that all processes end together
 LONGEST_ROW = 32 << 20  # bytes; tokenising one takes some fifty times as much memory
 
 Kind = Literal["array", "lines", "texts", "text", "long"]

@@ -1,4 +1,4 @@
-"""Files to parts: a file is read as stretches of about 4 MiB that begin and end with a row.
+"""Files to parts: a file is read as stretches of about 2 MiB that begin and end with a row.
 
 This file knows kinds of files and compression; cuts.py, arrays.py and tables.py know where rows
 end; what stands in a row is rows.py's part. The division depends on the file alone, so that a part
