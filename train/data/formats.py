@@ -60,7 +60,7 @@ def recognise(row: object) -> tuple[str, Sample]:
     if not isinstance(row, dict):
         raise RowError(f"a row must be an object, this is {type_name(row)}")
     for name, (keys, read) in FORMATS.items():
-        if all(key in row for key in keys):
+        if all(map(row.__contains__, keys)):
             return name, read(row)
     known = "; ".join(f"{name}: {', '.join(keys)}" for name, (keys, _) in FORMATS.items())
     found = ", ".join(map(repr, list(row)[:8])) or "none"
