@@ -31,9 +31,10 @@ class DataConfig:
     files: Annotated[
         tuple[str, ...], tyro.conf.arg(name="", metavar="FILE...", help_behavior_hint="")
     ] = ()
-    """Files to train on: .txt, .json, .jsonl, the same as .gz or .zst, .parquet. Their format is
-    recognised by their content. Without any: the built-in corpus. FILE:2 is twice in every epoch,
-    FILE:0.3 a random 30% of it."""
+    """Files to train on: .txt, .json, .jsonl, the same as .gz or .zst, .parquet, .arrow, and
+    directories that the datasets library saved. Their format is recognised by their content.
+    Without any: the built-in corpus. FILE:2 is twice in every epoch, FILE:0.3 a random 30% of
+    it."""
 
     packing: Literal["fit", "concat", "xtuner"] = "fit"
     """How rows are filled: with whole documents, best fit first; from one stream of all tokens, cut

@@ -1,9 +1,7 @@
 """Files to one long sequence of tokens, which may be far larger than the memory."""
 
-import bisect
 import dataclasses
 import hashlib
-import itertools
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -17,30 +15,7 @@ from models.tokenizer import Tokenizer
 from train.data.cache import open_documents
 from train.data.documents import Documents
 from train.data.report import FileReport, Problem
-
-
-class Tokens:
-    """Arrays of tokens, in memory or on disk, as if they were one after the other in one array."""
-
-    def __init__(self, arrays: Sequence[Int32[np.ndarray, " n"]]):
-        self._arrays = [array for array in arrays if len(array)]
-        self._starts = list(itertools.accumulate(map(len, self._arrays), initial=0))
-
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    def __getitem__(self, span: slice) -> Int32[np.ndarray, " n"]:
-        """Copies the tokens start..stop."""
-        start, stop, _ = span.indices(len(self))
-        pieces = []
-        number = bisect.bisect_right(self._starts, start) - 1
-        while start < stop:
-            first = self._starts[number]
-            piece = self._arrays[number][start - first : stop - first]
-            pieces.append(piece)
-            start += len(piece)
-            number += 1
-        return np.concatenate([np.zeros(0, np.int32), *pieces])
+from train.data.tokens import Tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

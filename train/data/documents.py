@@ -21,6 +21,8 @@ from typing import BinaryIO
 import numpy as np
 from jaxtyping import Int32, Shaped
 
+from train.data.tokens import OnDisk
+
 DOCUMENT = np.dtype(
     [
         ("length", "<i8"),  # tokens
@@ -42,14 +44,14 @@ class Documents:
     """D tokenised documents of N tokens together, one after the other.
 
     Attributes:
-        tokens: int32, `~id` where predicting the token does not count.
+        tokens: int32, `~id` where predicting the token does not count; those of a file stay there.
         index: `DOCUMENT`s.
         rows: rows that were read; `rows - D` are broken.
         formats: how many documents of each format (formats.py).
         broken: line and reason of every row that could not be used.
     """
 
-    tokens: Int32[np.ndarray, " N"]
+    tokens: Int32[np.ndarray, " N"] | OnDisk
     index: Shaped[np.ndarray, " D"]
     rows: int
     formats: dict[str, int]
@@ -77,6 +79,7 @@ class Documents:
         temporary.replace(path)
 
     def _bytes(self) -> list[bytes | memoryview]:
+        assert isinstance(self.tokens, np.ndarray)  # what is on disk is not written again
         about = {
             "tokens": len(self.tokens),
             "documents": len(self.index),
@@ -94,7 +97,7 @@ class Documents:
 
 
 def read_documents(path: Path) -> Documents:
-    """Opens what `Documents.write` wrote: tokens stay on the disk, memory-mapped.
+    """Opens what `Documents.write` wrote: tokens stay on the disk, to be mapped.
 
     Every byte is read once, to be checked, without being kept.
 
@@ -116,10 +119,8 @@ def read_documents(path: Path) -> Documents:
         at = 4 * about["tokens"]
         file.seek(at)
         index = np.frombuffer(file.read(about["documents"] * DOCUMENT.itemsize), DOCUMENT)
-    # numpy's memmap keeps no file open and cannot map nothing
-    tokens = np.memmap(path, np.int32, "r", shape=about["tokens"]) if at else np.zeros(0, np.int32)
     documents = Documents(
-        tokens=tokens,
+        tokens=OnDisk(path, about["tokens"]),
         index=index,
         rows=about["rows"],
         formats=about["formats"],

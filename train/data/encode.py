@@ -13,51 +13,64 @@ import numpy as np
 
 from models.tokenizer import Tokenizer
 from train.data.documents import DOCUMENT, Documents
-from train.data.formats import Chat, Ids, RowError, Text, recognise
+from train.data.fields import RowError
+from train.data.formats import recognise
+from train.data.part import Part
 from train.data.rows import Broken, Row, rows_of
-from train.data.source import Part
+from train.data.samples import Sample
 from train.data.template import Encoded, encode
 
 _CHUNK = 1 << 20  # bytes of rows tokenised at once: enough for every core, little memory
-_CODE = ("documents.py", "encode.py", "formats.py", "rows.py", "source.py", "template.py")
+_CODE = (  # what decides which tokens a row becomes, and where in the cache they stand
+    *("arrays.py", "cuts.py", "documents.py", "encode.py", "fields.py", "formats.py", "part.py"),
+    *("rows.py", "samples.py", "source.py", "tables.py", "template.py"),
+)
 
 
 def encode_part(part: Part, tokenizer: Tokenizer) -> Documents:
     """Tokenises a part."""
-    encoded: list[Encoded] = []
-    about: list[tuple[int, int, int, bool]] = []
+    tokens: list[np.ndarray] = [np.zeros(0, np.int32)]
+    index: list[np.ndarray] = [np.zeros(0, DOCUMENT)]
     formats: Counter[str] = Counter()
     broken: list[tuple[int, str]] = []
     for rows in _chunks(rows_of(part)):
-        usable: list[tuple[int, str, Text | Chat | Ids]] = []
+        lines: list[int] = []
+        names: list[str] = []
+        samples: list[Sample] = []
         for row in rows:
             try:
-                usable.append((row.line, *recognise(_value(row))))
+                name, sample = recognise(_value(row))
             except RowError as error:
                 broken.append((row.line, str(error)))
-        samples = encode([sample for _, _, sample in usable], tokenizer)
-        for (line, name, sample), document in zip(usable, samples, strict=True):
-            reason = _unusable(document, tokenizer)
-            if reason is not None:
-                broken.append((line, reason))
                 continue
-            encoded.append(document)
-            targets = int(document.trained[1:].sum())
-            about.append((len(document.tokens), targets, line, sample.splittable))
-            formats[name] += 1
+            lines.append(row.line)
+            names.append(name)
+            samples.append(sample)
+        encoded = encode(samples, tokenizer)
+        about = _index(encoded, lines, samples)
+        signed = np.where(encoded.trained, encoded.tokens, ~encoded.tokens)
+        if unusable := _unusable(encoded, tokenizer.vocab_size):
+            broken += [(lines[d], reason) for d, reason in unusable.items()]
+            kept = np.ones(len(about), np.bool_)
+            kept[list(unusable)] = False
+            signed, about = signed[np.repeat(kept, about["length"])], about[kept]
+            names = [name for name, keep in zip(names, kept, strict=True) if keep]
+        tokens.append(signed)
+        index.append(about)
+        formats.update(names)
     broken.sort()
-    tokens = [np.where(item.trained, item.tokens, ~item.tokens) for item in encoded]
+    documents = np.concatenate(index)
     return Documents(
-        tokens=np.concatenate([np.zeros(0, np.int32), *tokens]),
-        index=np.array(about, DOCUMENT),
-        rows=len(about) + len(broken),
+        tokens=np.concatenate(tokens),
+        index=documents,
+        rows=len(documents) + len(broken),
         formats=dict(formats),
         broken=tuple(broken),
     )
 
 
 def code_fingerprint() -> str:
-    """Hash of the template and of all else that decides which tokens a row becomes."""
+    """Hash of the template and of all else that the tokens of a file depend on."""
     digest = hashlib.blake2b(digest_size=16)
     for name in _CODE:
         digest.update(Path(__file__).with_name(name).read_bytes())
@@ -84,10 +97,25 @@ def _value(row: Row | Broken) -> object:
     return row.value
 
 
-def _unusable(document: Encoded, tokenizer: Tokenizer) -> str | None:
-    if len(document.tokens) < 2:
-        return "the text has no tokens"
-    largest = int(document.tokens.max())
-    if largest >= tokenizer.vocab_size:
-        return f"token {largest} is not below the tokenizer's {tokenizer.vocab_size}"
-    return None
+def _index(encoded: Encoded, lines: list[int], samples: list[Sample]) -> np.ndarray:
+    about = np.zeros(len(lines), DOCUMENT)
+    begin, end = encoded.offsets[:-1], encoded.offsets[1:]
+    counted = np.concatenate([[0], np.cumsum(encoded.trained)])
+    after_first = np.minimum(begin + 1, end)
+    about["length"] = end - begin
+    about["targets"] = counted[end] - counted[after_first]
+    about["line"] = lines
+    about["splittable"] = [sample.splittable for sample in samples]
+    return about
+
+
+def _unusable(encoded: Encoded, vocab_size: int) -> dict[int, str]:
+    """Documents that cannot be trained on, and why."""
+    found = {}
+    for d in np.flatnonzero(np.diff(encoded.offsets) < 2):
+        found[int(d)] = "the document has no token to predict"
+    too_large = np.flatnonzero(encoded.tokens >= vocab_size)
+    for d in np.unique(np.searchsorted(encoded.offsets, too_large, "right") - 1):
+        largest = encoded.tokens[encoded.offsets[d] : encoded.offsets[d + 1]].max()
+        found[int(d)] = f"token {largest} is not below the tokenizer's {vocab_size}"
+    return found

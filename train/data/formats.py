@@ -30,10 +30,12 @@ also carry a rendered `text`. A row that fits none, or whose values are of the w
 empty, raises `RowError`.
 """
 
-import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
+
+from train.data.fields import RowError, answer, flag, objects, string, type_name
+from train.data.samples import Chat, Ids, Sample, Text, Turn
 
 PLUGIN, ACTION, ACTION_END = "<|plugin|>", "<|action_start|>", "<|action_end|>"
 SPEAKERS = {
@@ -46,65 +48,7 @@ SPEAKERS = {
 ANSWERS = ("gpt", "assistant", "chatgpt", "function_call")
 
 
-class RowError(ValueError):
-    """A row that cannot be used; the message says why in a few words."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Text:
-    """Raw text: one document, which may be split when it is longer than a row."""
-
-    text: str
-    splittable = True
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Turn:
-    """One exchange.
-
-    Attributes:
-        input: what the user says; may be empty.
-        output: what the assistant answers; not empty.
-        system: system text before the user's, empty for none.
-        loss: whether the answer is trained on.
-        prompt: (role, text) of the messages before the answer, where they are not just a system
-            text and a user's; `input` and `system` are empty then.
-    """
-
-    input: str
-    output: str
-    system: str = ""
-    loss: bool = True
-    prompt: tuple[tuple[str, str], ...] = ()
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Chat:
-    """A conversation of one or more turns: never split."""
-
-    turns: tuple[Turn, ...]
-    splittable = False
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Ids:
-    """A document that is tokens already.
-
-    Attributes:
-        tokens: ids; nothing is added to them.
-        trained: whether predicting each one counts.
-    """
-
-    tokens: tuple[int, ...]
-    trained: tuple[bool, ...]
-
-    @property
-    def splittable(self) -> bool:
-        """A document without masked tokens is raw text; one with them is a chat."""
-        return all(self.trained)
-
-
-def recognise(row: object) -> tuple[str, Text | Chat | Ids]:
+def recognise(row: object) -> tuple[str, Sample]:
     """Returns the name of a row's format and the sample it means.
 
     Raises:
@@ -114,9 +58,9 @@ def recognise(row: object) -> tuple[str, Text | Chat | Ids]:
         InternLM/xtuner v0.1.23, xtuner/dataset/map_fns/dataset_map_fns/{alpaca,openai}_map_fn.py
     """
     if not isinstance(row, dict):
-        raise RowError(f"a row must be an object, this is {_type_name(row)}")
+        raise RowError(f"a row must be an object, this is {type_name(row)}")
     for name, (keys, read) in FORMATS.items():
-        if all(key in row for key in keys):
+        if all(map(row.__contains__, keys)):
             return name, read(row)
     known = "; ".join(f"{name}: {', '.join(keys)}" for name, (keys, _) in FORMATS.items())
     found = ", ".join(map(repr, list(row)[:8])) or "none"
@@ -125,14 +69,14 @@ def recognise(row: object) -> tuple[str, Text | Chat | Ids]:
 
 def _conversation(row: dict[str, Any]) -> Chat:
     turns = []
-    for number, turn in enumerate(_objects(row, "conversation"), start=1):
+    for number, turn in enumerate(objects(row, "conversation"), start=1):
         where = f"turn {number}: "
         turns.append(
             Turn(
-                input=_string(turn, "input", where, optional=True),
-                output=_answer(turn, "output", where),
-                system=_string(turn, "system", where, optional=True),
-                loss=_flag(turn, "output_with_loss", where),
+                input=string(turn, "input", where, optional=True),
+                output=answer(turn, "output", where),
+                system=string(turn, "system", where, optional=True),
+                loss=flag(turn, "output_with_loss", where),
             )
         )
     return Chat(tuple(turns))
@@ -147,20 +91,20 @@ def _messages(row: dict[str, Any]) -> Chat:
     turns: list[Turn] = []
     system = user = ""
     opened = False
-    for number, message in enumerate(_objects(row, "messages"), start=1):
+    for number, message in enumerate(objects(row, "messages"), start=1):
         where = f"message {number}: "
-        role = _string(message, "role", where)
+        role = string(message, "role", where)
         if role == "assistant":
             if opened:
-                answer = _answer(message, "content", where)
-                turns.append(Turn(user, answer, system, _flag(message, "loss", where)))
+                said = answer(message, "content", where)
+                turns.append(Turn(user, said, system, flag(message, "loss", where)))
                 system = user = ""
             continue
         opened = True
         if role == "system":
-            system = _string(message, "content", where)
+            system = string(message, "content", where)
         elif role == "user":
-            user += _string(message, "content", where)
+            user += string(message, "content", where)
         else:
             raise RowError(f"{where}unknown role {role!r} (known: system, user, assistant)")
     if not turns:
@@ -171,13 +115,13 @@ def _messages(row: dict[str, Any]) -> Chat:
 def _alpaca(row: dict[str, Any]) -> Chat:
     if row.get("history"):
         raise RowError("'history' is not read: write the turns as 'messages'")
-    answer = _answer(row, "output")
-    if answer == "<nooutput>":  # the Alpaca authors' mark for instructions without an answer
+    output = answer(row, "output")
+    if output == "<nooutput>":  # the Alpaca authors' mark for instructions without an answer
         raise RowError("the output is '<nooutput>'")
-    instruction = _string(row, "instruction")
-    context = _string(row, "input", optional=True)
-    system = _string(row, "system", optional=True)
-    return Chat((Turn(f"{instruction}\n{context}", answer, system),))
+    instruction = string(row, "instruction")
+    context = string(row, "input", optional=True)
+    system = string(row, "system", optional=True)
+    return Chat((Turn(f"{instruction}\n{context}", output, system),))
 
 
 def _sharegpt(row: dict[str, Any]) -> Chat:
@@ -188,26 +132,26 @@ def _sharegpt(row: dict[str, Any]) -> Chat:
     """
     turns: list[Turn] = []
     prompt: list[tuple[str, str]] = []
-    system = _string(row, "system", optional=True)
+    system = string(row, "system", optional=True)
     if system:
         prompt.append(("system", system))
     if row.get("tools") and (tools := _json_text(row, "tools").strip()) != "[]":
         prompt.append((f"system name={PLUGIN}", tools))
     heard = False
-    for number, message in enumerate(_objects(row, "conversations"), start=1):
+    for number, message in enumerate(objects(row, "conversations"), start=1):
         where = f"message {number}: "
-        speaker = _string(message, "from", where)
+        speaker = string(message, "from", where)
         if speaker in SPEAKERS:
             heard = heard or speaker != "system"
-            prompt.append((SPEAKERS[speaker], _string(message, "value", where)))
+            prompt.append((SPEAKERS[speaker], string(message, "value", where)))
         elif speaker in ANSWERS:
             if not heard:
                 raise RowError(f"{where}{speaker!r} answers before anyone asked")
-            answer = _answer(message, "value", where)
+            said = answer(message, "value", where)
             if speaker == "function_call":
-                answer = f"{ACTION}{PLUGIN}\n{answer}{ACTION_END}"
-            loss = _flag(message, "loss", where)
-            turns.append(Turn("", answer, loss=loss, prompt=tuple(prompt)))
+                said = f"{ACTION}{PLUGIN}\n{said}{ACTION_END}"
+            loss = flag(message, "loss", where)
+            turns.append(Turn("", said, loss=loss, prompt=tuple(prompt)))
             prompt = []
         else:
             known = ", ".join((*SPEAKERS, *ANSWERS))
@@ -219,13 +163,13 @@ def _sharegpt(row: dict[str, Any]) -> Chat:
 
 def _json_text(row: dict[str, Any], key: str) -> str:
     value = row[key]
-    return _string(row, key) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return string(row, key) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _tokens(row: dict[str, Any]) -> Ids:
     ids = row["tokens"]
     if not isinstance(ids, list):
-        raise RowError(f"'tokens' must be a list, this is {_type_name(ids)}")
+        raise RowError(f"'tokens' must be a list, this is {type_name(ids)}")
     for number, token in enumerate(ids, start=1):
         if type(token) is not int or abs(token) >= 2**31:
             raise RowError(f"'tokens' {number} must be an id, this is {token!r:.40}")
@@ -235,14 +179,14 @@ def _tokens(row: dict[str, Any]) -> Ids:
 
 
 def _question_answer(row: dict[str, Any]) -> Chat:
-    return Chat((Turn(_string(row, "question"), _answer(row, "answer")),))
+    return Chat((Turn(string(row, "question"), answer(row, "answer")),))
 
 
 def _text(row: dict[str, Any]) -> Text:
-    return Text(_answer(row, "text"))
+    return Text(answer(row, "text"))
 
 
-FORMATS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], Text | Chat | Ids]]] = {
+FORMATS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], Sample]]] = {
     "conversation": (("conversation",), _conversation),
     "messages": (("messages",), _messages),
     "alpaca": (("instruction", "output"), _alpaca),
@@ -251,53 +195,3 @@ FORMATS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], Text | Chat
     "tokens": (("tokens",), _tokens),
     "text": (("text",), _text),
 }
-
-
-def _objects(row: dict[str, Any], key: str) -> list[dict[str, Any]]:
-    items = row[key]
-    if not isinstance(items, list):
-        raise RowError(f"'{key}' must be a list, this is {_type_name(items)}")
-    if not items:
-        raise RowError(f"'{key}' is empty")
-    for number, item in enumerate(items, start=1):
-        if not isinstance(item, dict):
-            raise RowError(f"'{key}' {number} must be an object, this is {_type_name(item)}")
-    return items
-
-
-def _answer(row: dict[str, Any], key: str, where: str = "") -> str:
-    """Returns a string that must hold more than white space: there is nothing else to train."""
-    value = _string(row, key, where)
-    if not value.strip():
-        raise RowError(f"{where}'{key}' is empty")
-    return value
-
-
-def _string(row: dict[str, Any], key: str, where: str = "", *, optional: bool = False) -> str:
-    value = row.get(key)
-    if value is None and optional:
-        return ""
-    if not isinstance(value, str):
-        raise RowError(f"{where}'{key}' must be a string, this is {_type_name(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        code = ord(value[error.start])
-        # source.py reads bytes that are not UTF-8 as U+DC80..U+DCFF (surrogateescape).
-        raw = f"byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"U+{code:04X}"
-        raise RowError(f"{where}'{key}' is not UTF-8: {raw} at character {error.start}") from None
-    return value
-
-
-def _flag(row: dict[str, Any], key: str, where: str) -> bool:
-    """Returns a truth value given as a bool or as a string; true where it is missing."""
-    value = str(row.get(key, True)).lower()
-    if value not in ("true", "false"):
-        raise RowError(f"{where}'{key}' must be true or false, this is {row[key]!r:.40}")
-    return value == "true"
-
-
-def _type_name(value: object) -> str:
-    names = {type(None): "null", bool: "a bool", int: "a number", float: "a number"}
-    names |= {str: "a string", list: "a list", dict: "an object"}
-    return names[type(value)]

@@ -10,114 +10,42 @@ Every host computes the same stream and fills only its own rows of each batch.
 """
 
 import hashlib
+import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
 
-from models.tokenizer import Tokenizer
-from train.data.corpus import TINY_SHAKESPEARE
-from train.data.dataset import Dataset, tokenise
+from train.data.dataset import Dataset
 from train.data.order import shuffled
-from train.data.packing import Batch, Rows, fill, pack
-from train.data.pieces import Overlong, Pieces, cut
-from train.data.report import Report
-from train.data.share import Split, parse_source, times
-from train.data.stream import Stream, stream
+from train.data.packing import Batch, Rows, fill
+from train.data.pieces import Pieces
+from train.data.summary import summarise
 from train.data.thread import Thread
 
-Packing = Stream | Literal["fit"]
-
-PREFETCH = 2  # batches made ahead: one in the making while one waits
-
-
-def open_data(
-    paths: Sequence[str | Path] | None,
-    tokenizer: Tokenizer,
-    *,
-    seq_len: int,
-    batch_size: int,
-    seed: int = 0,
-    strict: bool = False,
-    packing: Packing = "fit",
-    overlong: Overlong = "drop",
-    hold_out: float = 0.0,
-    split: Split = "train",
-    cache: Path | None = None,
-    workers: int | None = None,
-    host_index: int = 0,
-    host_count: int = 1,
-) -> "Loader":
-    """Reads, tokenises and packs files, and returns the batches.
-
-    Args:
-        paths: files (source.read_parts), mixed as one pool; None for the built-in text.
-            `file:2` is twice in every epoch, `file:0.3` a random 30% of it once (share.py).
-        tokenizer: makes the ids.
-        seq_len: places of a row, at least 2.
-        batch_size: rows of a batch over all hosts.
-        seed: of every shuffle, >= 0.
-        strict: the first broken row is fatal instead of skipped and counted.
-        packing: "fit" puts whole documents into rows (packing.py), "concat" and "xtuner" cut a
-            stream of all tokens (stream.py).
-        overlong: what becomes of chats longer than a row (pieces.cut), with "fit".
-        hold_out: share of each file's documents that is not trained on.
-        split: "val" for the batches of what `hold_out` holds out.
-        cache: directory that keeps the tokens of `paths` (cache.py); None: the memory does.
-        workers: processes that fill the cache; by default one a core. The batches are the same.
-        host_index: which host this is, 0..host_count-1.
-        host_count: hosts that share each batch in equal parts.
-
-    Raises:
-        ValueError: a bad argument or bad data; one line that names the file and line.
-    """
-    if seq_len < 2:
-        raise ValueError(f"{seq_len=} must be at least 2: a token and its target")
-    if seed < 0:
-        raise ValueError(f"{seed=} must not be negative")
-    if paths is not None and not paths:
-        raise ValueError("no data files are named; name some, or none at all for built-in text")
-    check_shares(batch_size, host_index, host_count)
-    sources = [parse_source(path) for path in paths or [TINY_SHAKESPEARE]]
-    files = [path for path, _ in sources]
-    dataset = tokenise(
-        files, tokenizer, strict=strict, cache=cache if paths else None, workers=workers
-    )
-    taken = times(
-        dataset, [weight for _, weight in sources], seed=seed, hold_out=hold_out, split=split
-    )
-    if packing == "fit":
-        pieces = cut(dataset, seq_len, overlong=overlong, times=taken)
-        rows = pack(pieces.length, seq_len, seed=seed)
-    else:
-        pieces, rows = stream(dataset, seq_len, how=packing, seed=seed, times=taken)
-    return Loader(
-        dataset,
-        pieces,
-        rows,
-        seq_len=seq_len,
-        batch_size=batch_size,
-        pad_id=tokenizer.pad_id,
-        seed=seed,
-        host_index=host_index,
-        host_count=host_count,
-    )
+AHEAD = 2  # batches made while the caller works on one: one that waits, one in the making
 
 
 class Loader(Iterator[Batch]):
     """An endless iterator of batches, made ahead in one background thread.
 
-    An error in the thread is raised by `next`, as it is; the position then stays where it was.
-    Also a context manager that ends the thread; without it the thread ends with the process.
+    At most `AHEAD` batches wait to be taken. An error in the thread is raised by `next`, as it is;
+    the position then stays where it was. The position is that of the batch `next` returns next,
+    whatever was made ahead. Also a context manager that ends the thread; without it the thread ends
+    with the process.
+
+    Every host opens the same files with its own `host_index`, and its batches are its rows, in
+    order, of the batches that a single host would get: rows `host_index * batch_size / host_count`
+    and on. States are the same on all hosts and fit any number of them.
 
     Attributes:
         report: what became of the data.
         batch_size: rows of a batch over all hosts; `next` returns `batch_size / host_count`.
         fingerprint: hash of all rows and their order; a state fits only the same data.
+        wait_seconds: how long `next` has waited so far, in all, for batches that were not ready.
     """
 
     def __init__(
@@ -134,7 +62,7 @@ class Loader(Iterator[Batch]):
         host_count: int = 1,
     ):
         check_shares(batch_size, host_index, host_count)
-        self.report = _report(dataset, pieces, rows, seq_len)
+        self.report = summarise(dataset, pieces, rows, seq_len)
         self.batch_size = batch_size
         self.fingerprint = _fingerprint(dataset, pieces, rows, seq_len, seed)
         self._dataset, self._pieces, self._rows = dataset, pieces, rows
@@ -143,6 +71,7 @@ class Loader(Iterator[Batch]):
         self._skipped = host_index * self._share
         self._row = 0  # of the stream: the first one of the next batch
         self._order = (-1, np.zeros(0, np.int64))  # the last epoch asked for, and its row order
+        self.wait_seconds = 0.0
         self._made: deque[Future[Batch]] = deque()
         self._thread = Thread("loader")
 
@@ -159,9 +88,10 @@ class Loader(Iterator[Batch]):
             TimeoutError: it did not come, and which documents it has; `close` then waits for
                 nothing.
         """
-        while len(self._made) < PREFETCH:
+        while len(self._made) <= AHEAD:
             row = self._row + len(self._made) * self.batch_size
             self._made.append(self._thread.submit(self._make, row))
+        begun = time.perf_counter()
         try:
             batch = self._made[0].result(seconds)
         except BaseException as error:
@@ -175,6 +105,8 @@ class Loader(Iterator[Batch]):
                 f"the data made no batch in {seconds} seconds; it was to read {names[0]}"
                 + (f" .. {names[-1]}" if len(names) > 1 else "")
             ) from error
+        finally:
+            self.wait_seconds += time.perf_counter() - begun
         self._made.popleft()
         self._row += self.batch_size
         return batch
@@ -288,27 +220,6 @@ def check_shares(batch_size: int, host_index: int, host_count: int) -> None:
         raise ValueError(f"{batch_size=} must be a positive multiple of {host_count=}")
     if not 0 <= host_index < host_count:
         raise ValueError(f"{host_index=} must be between 0 and {host_count=} - 1")
-
-
-def _report(dataset: Dataset, pieces: Pieces, rows: Rows, seq_len: int) -> Report:
-    per_document = np.bincount(pieces.document, minlength=len(dataset.line))
-    _, first = np.unique(pieces.start, return_index=True)  # a weight may repeat a piece
-    apart = np.bincount(pieces.document[first])
-    per_row = np.add.reduceat(pieces.length[rows.pieces], rows.offsets[:-1])
-    return Report(
-        files=dataset.files,
-        documents=int((per_document > 0).sum()),
-        split=int((apart > 1).sum()),
-        rows=len(rows),
-        seq_len=seq_len,
-        tokens=int(pieces.length.sum()),
-        loss_tokens=int(pieces.targets.sum()),
-        tail=int(per_row.min()),
-        left_out=len(dataset.line) - int((per_document > 0).sum()) - len(pieces.dropped),
-        broken=dataset.broken,
-        dropped=pieces.dropped,
-        truncated=pieces.truncated,
-    )
 
 
 def _fingerprint(dataset: Dataset, pieces: Pieces, rows: Rows, seq_len: int, seed: int) -> str:

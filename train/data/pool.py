@@ -1,5 +1,6 @@
 """Processes that tokenise parts, in order and never more at once than there are processes."""
 
+import contextlib
 import os
 import pickle
 import queue
@@ -12,7 +13,16 @@ from pathlib import Path
 
 from models.tokenizer import Tokenizer
 from train.data.encode import encode_part
-from train.data.source import Part
+from train.data.part import Part
+
+# The packages' own __init__ would import all of them, and jax: 1.5 s and 200 MB for each process.
+_WORKER = """
+import importlib.util, sys
+for name in ("models", "train", "train.data"):
+    sys.modules[name] = importlib.util.module_from_spec(importlib.util.find_spec(name))
+from train.data.worker import main
+main()
+"""
 
 Job = tuple[Part, Path | None]
 """A part, and where its documents go; None: they are there."""
@@ -47,7 +57,8 @@ def write_parts(jobs: Iterable[Job], tokenizer: Tokenizer, *, workers: int) -> I
         running: deque[tuple[Part, Future[None] | None]] = deque()
         for part, path in (job for some in (waiting, jobs) for job in some):
             running.append((part, None if path is None else pool.submit(part, path)))
-            while sum(future is not None for _, future in running) > workers:
+            # Twice as many as work on them: nobody waits while the oldest is the slowest.
+            while sum(future is not None for _, future in running) >= 2 * workers:
                 yield _done(*running.popleft())
         while running:
             yield _done(*running.popleft())
@@ -71,37 +82,20 @@ class _Pool:
 
     def __init__(self, tokenizer: Tokenizer, workers: int):
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="tokenise")
-        root = Path(__file__).parents[2]
-        path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-        # One core each; a GPU, if any, is not theirs.
-        own = {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false", "JAX_PLATFORMS": "cpu"}
-        self._processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", "train.data.worker"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env=os.environ | own,
-                # Ctrl-C is this process's to handle: it ends them in an orderly way.
-                process_group=0,
-            )
-            for _ in range(workers)
-        ]
+        self._processes: list[subprocess.Popen[bytes]] = []
         self._free: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
-        for process in self._processes:
-            self._free.put(process)
         self._tokenizer: bytes = pickle.dumps(tokenizer)
-        self._greeted: set[int] = set()
 
     def submit(self, part: Part, path: Path) -> Future[None]:
         return self._threads.submit(self._ask, part, path)
 
     def _ask(self, part: Part, path: Path) -> None:
-        process = self._free.get()
+        try:
+            process = self._free.get_nowait()
+        except queue.Empty:  # a thread has one process at a time, so there are never more
+            process = self._start()
         assert process.stdin is not None and process.stdout is not None
         try:
-            if process.pid not in self._greeted:
-                self._greeted.add(process.pid)
-                process.stdin.write(self._tokenizer)
             pickle.dump((part, path), process.stdin)
             process.stdin.flush()
             error = pickle.load(process.stdout)
@@ -113,6 +107,25 @@ class _Pool:
             self._free.put(process)
         if error is not None:
             raise error
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        root = Path(__file__).parents[2]
+        path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+        # One core each; a GPU, if any, is not theirs.
+        own = {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false", "JAX_PLATFORMS": "cpu"}
+        process = subprocess.Popen(
+            [sys.executable, "-c", _WORKER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | own,
+            # Ctrl-C is this process's to handle: it ends them in an orderly way.
+            process_group=0,
+        )
+        self._processes.append(process)
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it died: the first answer will not come
+            process.stdin.write(self._tokenizer)
+        return process
 
     def __enter__(self) -> "_Pool":
         return self

@@ -10,7 +10,9 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from train.data.source import LONGEST_ROW, Part, next_row, read_parts, skip_space
+from train.data.arrays import next_row, skip_space
+from train.data.part import LONGEST_ROW, Part
+from train.data.source import read_parts
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -26,13 +26,13 @@ References:
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Int32, Int64
 
 from models.tokenizer import Tokenizer
-from train.data.formats import Chat, Ids, Text, Turn
+from train.data.samples import Chat, Ids, Sample, Text, Turn
 
 MESSAGE = "<|im_start|>{}\n{}<|im_end|>\n"
 OPEN_ANSWER = "<|im_start|>assistant\n"
@@ -42,30 +42,52 @@ SEPARATOR = "\n"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Encoded:
-    """A tokenised document of N tokens, the first of them `<s>`.
+    """D tokenised documents of N tokens together, one after the other.
 
     Attributes:
-        tokens: int32 ids.
+        tokens: int32 ids; a document begins with `<s>`, unless it was ids before.
         trained: bool, true where predicting this very token counts. The shift to "loss at the
             position before" is made when rows are filled.
+        offsets: int64, E = D + 1; document d is `tokens[offsets[d]:offsets[d + 1]]`.
     """
 
     tokens: Int32[np.ndarray, " N"]
     trained: Bool[np.ndarray, " N"]
+    offsets: Int64[np.ndarray, " E"]
 
 
-def encode(samples: Sequence[Text | Chat | Ids], tokenizer: Tokenizer) -> list[Encoded]:
-    """Tokenises samples, all their pieces in one batch for the tokenizers that are parallel."""
+def encode(samples: Sequence[Sample], tokenizer: Tokenizer) -> Encoded:
+    """Tokenises samples, all their pieces in one batch for the tokenizers that are parallel.
+
+    What is done for each sample is as little as can be, the rest is done in arrays for all at once:
+    chats are short, and building cares for every microsecond of them.
+    """
     rendered = [[] if isinstance(sample, Ids) else render(sample) for sample in samples]
-    ids = iter(tokenizer.encode_batch([text for pieces in rendered for text, _ in pieces]))
-    return [
-        Encoded(np.array(sample.tokens, np.int32), np.array(sample.trained, np.bool_))
-        if isinstance(sample, Ids)
-        else _join(
-            list(itertools.islice(ids, len(pieces))), [flag for _, flag in pieces], tokenizer
-        )
-        for sample, pieces in zip(samples, rendered, strict=True)
-    ]
+    ids_of = _encode_distinct((text for pieces in rendered for text, _ in pieces), tokenizer)
+    ids: list[Sequence[int]] = []
+    flags: list[bool] = []
+    counts: list[int] = []
+    for sample, pieces in zip(samples, rendered, strict=True):
+        if isinstance(sample, Ids):
+            ids.append(sample.tokens)
+            flags.append(True)
+            counts.append(1)
+        else:
+            ids.append((tokenizer.bos_id,))
+            flags.append(False)
+            for text, trained in pieces:
+                ids.append(ids_of[text])
+                flags.append(trained)
+            counts.append(len(pieces) + 1)
+    edges = np.zeros(len(ids) + 1, np.int64)
+    np.cumsum([len(piece) for piece in ids], out=edges[1:])
+    offsets = edges[np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])]
+    trained = np.repeat(np.array(flags, np.bool_), np.diff(edges))
+    for sample, start, end in zip(samples, offsets, offsets[1:], strict=False):
+        if isinstance(sample, Ids):
+            trained[start:end] = sample.trained
+    tokens = np.fromiter(itertools.chain.from_iterable(ids), np.int32, int(edges[-1]))
+    return Encoded(tokens, trained, offsets)
 
 
 def render(sample: Text | Chat) -> list[tuple[str, bool]]:
@@ -89,9 +111,7 @@ def _messages(turn: Turn) -> list[tuple[str, str]]:
     return [*system, ("user", turn.input)]
 
 
-def _join(ids: list[list[int]], trained: list[bool], tokenizer: Tokenizer) -> Encoded:
-    ids, trained = [[tokenizer.bos_id], *ids], [False, *trained]
-    return Encoded(
-        tokens=np.fromiter(itertools.chain.from_iterable(ids), np.int32),
-        trained=np.repeat(trained, [len(piece) for piece in ids]),
-    )
+def _encode_distinct(texts: Iterable[str], tokenizer: Tokenizer) -> dict[str, list[int]]:
+    """Tokenises each text once: every turn ends with the same newline, many begin alike."""
+    distinct = list(dict.fromkeys(texts))
+    return dict(zip(distinct, tokenizer.encode_batch(distinct), strict=True))

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from models.tokenizer import Tokenizer, load_tokenizer
-from train.data.dataset import Dataset, Tokens
+from train.data.dataset import Dataset
 from train.data.report import FileReport
+from train.data.tokens import Tokens
 
 
 @pytest.fixture

@@ -40,6 +40,9 @@ BAD_LINES = b"\n".join(
         b'["Q", "A"]',
         b'{"prompt": "Q"}',
         b'{"messages": [{"role": "wizard", "content": "A"}]}',
+        b'{"tokens": []}',
+        b'{"tokens": [999]}',
+        b'{"tokens": [1, 999]}',
     ]
 )
 
@@ -47,9 +50,9 @@ BAD_LINES = b"\n".join(
 def test_every_kind_of_broken_row_is_counted_with_its_line(write, tokenizer):
     path = write("a.jsonl", BAD_LINES)
     dataset = tokenise([path], tokenizer)
-    assert dataset.files[0].rows == 9
+    assert dataset.files[0].rows == 12
     assert dataset.files[0].documents == 1
-    assert [problem.line for problem in dataset.broken] == [2, 3, 4, 5, 6, 7, 8, 9]
+    assert [problem.line for problem in dataset.broken] == list(range(2, 13))
     assert all("\n" not in str(problem) for problem in dataset.broken)
 
 
@@ -84,7 +87,9 @@ def test_text_without_tokens_is_a_broken_row(write, tokenizer):
 
     path = write("a.jsonl", [{"text": "unheard"}, {"text": "heard"}])
     dataset = tokenise([path], Deaf())
-    assert [str(problem) for problem in dataset.broken] == [f"{path}:1: the text has no tokens"]
+    assert [str(problem) for problem in dataset.broken] == [
+        f"{path}:1: the document has no token to predict"
+    ]
     assert dataset.lengths.tolist() == [6]
 
 

@@ -1,6 +1,8 @@
 """Packed training is training on the documents one by one: same loss, same gradients."""
 
+import dataclasses
 import json
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxattn import attention, prepare
+from models import internlm2
 from models.internlm2 import init
 from models.tokenizer import load_tokenizer
+from tests.jaxattn.interpret import interpreted
 from train.data import Batch, open_data
 from train.loss import cross_entropy
 
@@ -17,10 +22,43 @@ from train.loss import cross_entropy
 @pytest.mark.parametrize("attn", ["eager", "xla"])
 def test_packed_rows_equal_single_documents(tiny, tmp_path, attn):
     """float32, 1e-5: a document's neighbours in its row leave no trace."""
-    rows = [{"question": f"Q{i}", "answer": "answer " * (i % 4 + 1)} for i in range(7)]
+    check(tiny, tmp_path, attn, texts=7, place=at_the_beginning)
+
+
+def test_packed_rows_equal_single_documents_with_the_kernel(tiny, tmp_path, monkeypatch):
+    """The same with the Pallas kernels, interpreted; they take 16 bits, all else is float32.
+
+    A document alone stands where it stood in its row: at the row's beginning it would fall into
+    other tiles, and its 16-bit results would be rounded elsewhere. That these differ by roundings
+    alone is shown in tests/jaxattn/test_contract.py.
+    """
+    small = dataclasses.replace(tiny, hidden_size=128, num_heads=2, num_kv_heads=1, num_layers=1)
+
+    def half(x):
+        return jax.ShapeDtypeStruct(x.shape, jnp.bfloat16)
+
+    def attention_16(q, k, v, mask, *, impl):
+        return attention(*(x.astype(jnp.bfloat16) for x in (q, k, v)), mask, impl=impl).astype(
+            q.dtype
+        )
+
+    def prepare_16(mask, q, k, *, impl):
+        return prepare(mask, half(q), half(k), impl=impl)
+
+    monkeypatch.setattr(internlm2, "attention", attention_16)
+    monkeypatch.setattr(internlm2, "prepare", prepare_16)
+    # The interpreter cannot be rematerialised; that remat changes nothing is shown in tests/models.
+    monkeypatch.setattr(jax, "checkpoint", lambda function, **_: function)
+    with interpreted():
+        check(small, tmp_path, "pallas", texts=3, place=in_its_place)
+
+
+def check(config, tmp_path, attn: str, *, texts: int, place: Callable[[Batch, int], Batch]) -> None:
+    """Compares loss and gradients of packed rows with those of their documents, one a row."""
+    rows = [{"question": f"Q{i}", "answer": "answer " * (i % 4 + 1)} for i in range(texts)]
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    graphdef, state = nnx.split(init(tiny, dtype=jnp.float32, attn=attn))
+    graphdef, state = nnx.split(init(config, dtype=jnp.float32, attn=attn))
 
     @jax.jit
     def loss_and_grads(state, batch):
@@ -41,7 +79,7 @@ def test_packed_rows_equal_single_documents(tiny, tmp_path, attn):
         packed = list(loader.once())
         assert len(packed) < len(rows) == loader.report.documents
         count = loader.report.loss_tokens
-    single = [alone(batch, number) for batch in packed for number in range(1, batch_max(batch) + 1)]
+    single = [place(batch, number) for batch in packed for number in range(1, batch_max(batch) + 1)]
     assert len(single) == len(rows)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a / count, b / count, rtol=1e-5, atol=1e-5),
@@ -54,8 +92,14 @@ def batch_max(batch: Batch) -> int:
     return int(batch.segment_ids.max())
 
 
-def alone(batch: Batch, number: int) -> Batch:
-    """One document of the row, at the row's beginning, the rest of it padding."""
+def in_its_place(batch: Batch, number: int) -> Batch:
+    """One document of the row, the rest of it padding."""
+    here = batch.segment_ids == number
+    return Batch(*(np.where(here, field, 0).astype(field.dtype) for field in batch))
+
+
+def at_the_beginning(batch: Batch, number: int) -> Batch:
+    """The same, moved to the row's beginning."""
     here = batch.segment_ids[0] == number
     fields = []
     for field in batch:

@@ -2,7 +2,9 @@
 
 import pytest
 
-from train.data.formats import Chat, Ids, RowError, Text, Turn, recognise
+from train.data.fields import RowError
+from train.data.formats import recognise
+from train.data.samples import Chat, Ids, Text, Turn
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 import json
 import threading
+import time
 
 import numpy as np
 import pytest
 
+from train.data import cache, open_data
 from train.data import loader as loader_module
-from train.data import open_data
+from train.data.source import read_parts
 
 
 @pytest.fixture
@@ -102,6 +104,23 @@ def test_resume_on_another_number_of_hosts(opened):
     assert np.array_equal(next(half).tokens, next(one).tokens[2:])
 
 
+def test_resume_with_another_number_of_workers_and_hosts(opened, tmp_path, monkeypatch):
+    """The cache is made by one process or by three; the state goes from one host to four."""
+    monkeypatch.setattr(cache, "read_parts", lambda path: read_parts(path, part=1024))
+    one = opened(cache=tmp_path / "one", workers=1)
+    four = [
+        opened(cache=tmp_path / "three", workers=3, host_index=i, host_count=4) for i in range(4)
+    ]
+    for _ in range(7):
+        next(one)
+    state = json.loads(json.dumps(one.state()))
+    for host in four:
+        host.restore(state)
+    for _ in range(20):
+        parts = [next(host) for host in four]
+        assert same(next(one), [np.concatenate(field) for field in zip(*parts, strict=True)])
+
+
 def test_fewer_rows_than_the_batch_repeats_rows(write, tokenizer):
     path = write("a.jsonl", [{"question": "Q", "answer": "A"}])
     with open_data([path], tokenizer, seq_len=32, batch_size=3) as loader:
@@ -151,6 +170,60 @@ def test_an_error_in_the_thread_surfaces_and_the_position_stays(opened, monkeypa
                 next(loader)
         assert loader.state() == state
     assert same(next(loader), expected[1])
+
+
+class Counted:
+    """`fill`, which counts the batches it made, and takes its time as if the disk were slow."""
+
+    def __init__(self, fill, pause: float = 0.0):
+        self.fill, self.pause, self.done = fill, pause, 0
+
+    def __call__(self, *args, **kwargs):
+        time.sleep(self.pause)
+        batch = self.fill(*args, **kwargs)
+        self.done += 1
+        return batch
+
+
+def test_batches_are_made_while_the_caller_works(opened, monkeypatch):
+    """Work that takes longer than a batch waits for the first one alone."""
+    loader = opened()
+    with monkeypatch.context() as patch:
+        patch.setattr(loader_module, "fill", slow := Counted(loader_module.fill, pause=0.05))
+        next(loader)
+        first = loader.wait_seconds
+        assert first >= 0.05
+        deadline = time.monotonic() + 30
+        while slow.done < 1 + loader_module.AHEAD and time.monotonic() < deadline:
+            time.sleep(0.01)
+        next(loader)
+        assert loader.wait_seconds - first < 0.05
+
+
+def test_no_more_than_the_limit_is_made_ahead(opened, monkeypatch):
+    loader = opened()
+    with monkeypatch.context() as patch:
+        patch.setattr(loader_module, "fill", counted := Counted(loader_module.fill))
+        for number in range(1, 5):
+            next(loader)
+            time.sleep(0.2)
+            assert counted.done <= number + loader_module.AHEAD
+
+
+def test_waiting_is_counted_where_batches_come_too_late(opened, monkeypatch):
+    loader = opened()
+    with monkeypatch.context() as patch:
+        patch.setattr(loader_module, "fill", Counted(loader_module.fill, pause=0.02))
+        for _ in range(10):
+            next(loader)
+    assert loader.wait_seconds >= 10 * 0.02
+
+
+def test_closing_ends_the_thread(opened):
+    loader = opened()
+    next(loader)
+    loader.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("loader") and t.is_alive()]
 
 
 def test_the_built_in_text_needs_no_files(tokenizer):

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.data import source as source_module
+from train.data import arrays, cuts, library
 from train.data.rows import Broken, Row, read_rows, rows_of
-from train.data.source import PARQUET, read_parts
+from train.data.source import read_parts
+from train.data.tables import ARROW, PARQUET
 
 ROWS = [{"text": f"row {i}", "more": {"ü": ["a,]}", '"', "\\", i]}} for i in range(40)]
 
@@ -55,7 +56,7 @@ def without_column(row):
 
 
 def test_a_row_larger_than_what_is_read_at_once(write, monkeypatch):
-    monkeypatch.setattr(source_module, "_PEEK", 7)
+    monkeypatch.setattr(arrays, "PEEK", 7)
     path = write("a.json", ROWS)
     assert [row.value for row in in_parts(path, 1)] == ROWS
 
@@ -70,7 +71,7 @@ def test_a_long_text_becomes_documents_that_end_with_lines(write):
 
 def test_a_line_too_long_to_be_read_is_named_and_passed_over(write, monkeypatch):
     """A 100 MB line costs no more memory than the limit; the lines around it are read."""
-    monkeypatch.setattr(source_module, "LONGEST_ROW", 1000)
+    monkeypatch.setattr(cuts, "LONGEST_ROW", 1000)
     path = write("a.jsonl", '{"text": "a"}\n{"text": "' + "x" * 5000 + '"}\n{"text": "b"}\n')
     before, long, after = in_parts(path, 100)
     assert isinstance(long, Broken) and (long.line, long.size) == (2, 5013)
@@ -82,6 +83,42 @@ def test_a_line_too_long_to_be_read_is_named_and_passed_over(write, monkeypatch)
     assert after.line == 3
     path = write("end.jsonl", '{"text": "' + "x" * 5000)
     assert [type(row) for row in in_parts(path, 100)] == [Broken]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("place", [0, 3, 9])
+@pytest.mark.parametrize(("peek", "part"), [(64, 100), (1 << 20, 100), (1 << 20, 1 << 20)])
+def test_a_row_too_long_in_an_array_is_named_and_passed_over(
+    write, monkeypatch, place, indent, peek, part
+):
+    """At the beginning, in the middle and at the end; read bit by bit or at once."""
+    monkeypatch.setattr(arrays, "LONGEST_ROW", 1000)
+    monkeypatch.setattr(arrays, "PEEK", peek)
+    rows = [{"n": i} for i in range(10)]
+    rows[place] = {"text": "x" * 5000}
+    path = write("a.json", json.dumps(rows, indent=indent))
+    found = in_parts(path, part)
+    [long] = [row for row in found if isinstance(row, Broken)]
+    assert [row.value for row in found if isinstance(row, Row)] == [
+        row for row in rows if "n" in row
+    ]
+    assert long.reason.startswith("a row of 5,0")
+    if indent:
+        assert [row.line for row in found] == [2 + 3 * i for i in range(10)]
+    assert sum(each.size for each in read_parts(path, part=part)) == path.stat().st_size
+
+
+@pytest.mark.parametrize("peek", [64, 1 << 20])
+def test_an_array_broken_in_a_string_costs_no_more_than_the_limit(write, monkeypatch, peek):
+    """A string that never ends is passed over, and the rows after it are found."""
+    monkeypatch.setattr(arrays, "LONGEST_ROW", 1000)
+    monkeypatch.setattr(arrays, "PEEK", peek)
+    rows = [f'{{"n": {i}}}' for i in range(6)]
+    rows[2] = '{"n": "' + "x" * 3000
+    for between in (",\n", ", "):
+        found = in_parts(write("a.json", "[\n" + between.join(rows) + "\n]"), 50)
+        good = [row.value["n"] for row in found if isinstance(row, Row)]
+        assert good == ([0, 1, 3, 4, 5] if between == ",\n" else [0, 1, 4, 5])
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
@@ -108,24 +145,14 @@ def test_zstandard_holds_the_same_rows(write):
         list(read_rows(write("b.jsonl.zst", b"no zstandard")))
 
 
-def test_parquet_holds_the_same_rows(write, tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    rows = [{"question": f"Q{i}", "answer": "ü"} for i in range(2500)]
-    path = tmp_path / "a.parquet"
-    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    read = list(read_rows(path))
-    assert [row.value for row in read] == rows
-    assert [row.line for row in read] == list(range(1, 2501))
-    with pytest.raises(ValueError, match="cannot be read"):
-        list(read_rows(write("b.parquet", b"PAR1 no parquet")))
-
-
-@pytest.mark.parametrize(("name", "extra"), [("a.jsonl.zst", "zstd"), (f"a{PARQUET}", "parquet")])
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [("a.jsonl.zst", "zstd"), (f"a{PARQUET}", "parquet"), (f"a{ARROW}", "parquet")],
+)
 def test_a_missing_library_names_its_extra(write, monkeypatch, name, extra):
     def missing(library):
         raise ImportError(library)
 
-    monkeypatch.setattr(source_module.importlib, "import_module", missing)
+    monkeypatch.setattr(library.importlib, "import_module", missing)
     with pytest.raises(ValueError, match=rf"is not installed: pip install .*\[{extra}\]"):
         list(read_rows(write(name, b"x")))

@@ -124,7 +124,11 @@ def test_a_line_of_many_megabytes_is_one_row(write):
         ("a.txt", "", "is empty"),
         ("a.jsonl", "\n \n", "is empty"),
         ("a.json", b"\xef\xbb\xbf", "is empty"),
-        ("a.csv", "a,b", "unknown kind of file '.csv' (known: .txt, .json, .jsonl, .parquet; "),
+        (
+            "a.csv",
+            "a,b",
+            "unknown kind of file '.csv' (known: .txt, .json, .jsonl, .parquet, .arrow; ",
+        ),
     ],
 )
 def test_files_without_rows_are_one_clear_error(write, name, content, message):

@@ -1,13 +1,15 @@
 """Golden ids of the chat template and of raw text."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from models.tokenizer import load_tokenizer
-from train.data.formats import Chat, Text, Turn, recognise
+from train.data.formats import recognise
+from train.data.samples import Chat, Ids, Text, Turn
 from train.data.template import encode, render
 
 BOS, END, START = 1, 263, 264
@@ -18,7 +20,8 @@ def ids(text: str) -> list[int]:
 
 
 def encode_one(sample, tokenizer):
-    (encoded,) = encode([sample], tokenizer)
+    encoded = encode([sample], tokenizer)
+    assert encoded.offsets.tolist() == [0, len(encoded.tokens)]
     return encoded
 
 
@@ -94,12 +97,15 @@ def test_raw_text_is_bos_and_the_stripped_text(tokenizer):
 
 
 def test_many_samples_are_those_one_by_one(tokenizer):
-    samples = [Text("a"), Chat((Turn("Q", "A"), Turn("", "B", "S"))), Text("b c")]
-    for sample, encoded in zip(samples, encode(samples, tokenizer), strict=True):
+    chat = Chat((Turn("Q", "A"), Turn("", "B", "S")))
+    ids = Ids((7, 8, 9), (True, False, True))
+    samples = [Text("a"), ids, chat, Ids((), ()), Text("b c"), chat]
+    encoded = encode(samples, tokenizer)
+    for sample, (begin, end) in zip(samples, pairwise(encoded.offsets), strict=True):
         alone = encode_one(sample, tokenizer)
-        assert np.array_equal(encoded.tokens, alone.tokens)
-        assert np.array_equal(encoded.trained, alone.trained)
-    assert encode([], tokenizer) == []
+        assert np.array_equal(encoded.tokens[begin:end], alone.tokens)
+        assert np.array_equal(encoded.trained[begin:end], alone.trained)
+    assert encode([], tokenizer).offsets.tolist() == [0]
 
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_template.json").read_text(encoding="utf-8"))

@@ -1,0 +1,96 @@
+"""Files to a loader: reads, tokenises, takes shares, packs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from models.tokenizer import Tokenizer
+from train.data.corpus import TINY_SHAKESPEARE
+from train.data.dataset import tokenise
+from train.data.loader import Loader, check_shares
+from train.data.packing import pack
+from train.data.pieces import Overlong, cut
+from train.data.share import Split, parse_source, times
+from train.data.source import files_of
+from train.data.stream import Stream, stream
+
+Packing = Stream | Literal["fit"]
+
+
+def open_data(
+    paths: Sequence[str | Path] | None,
+    tokenizer: Tokenizer,
+    *,
+    seq_len: int,
+    batch_size: int,
+    seed: int = 0,
+    strict: bool = False,
+    packing: Packing = "fit",
+    overlong: Overlong = "drop",
+    hold_out: float = 0.0,
+    split: Split = "train",
+    cache: Path | None = None,
+    workers: int | None = None,
+    host_index: int = 0,
+    host_count: int = 1,
+) -> Loader:
+    """Reads, tokenises and packs files, and returns the batches.
+
+    Args:
+        paths: files (source.read_parts) and directories that the `datasets` library saved, mixed
+            as one pool; None for the built-in text.
+            `file:2` is twice in every epoch, `file:0.3` a random 30% of it once (share.py).
+        tokenizer: makes the ids.
+        seq_len: places of a row, at least 2.
+        batch_size: rows of a batch over all hosts.
+        seed: of every shuffle, >= 0.
+        strict: the first broken row is fatal instead of skipped and counted.
+        packing: "fit" puts whole documents into rows (packing.py), "concat" and "xtuner" cut a
+            stream of all tokens (stream.py).
+        overlong: what becomes of chats longer than a row (pieces.cut), with "fit".
+        hold_out: share of each file's documents that is not trained on.
+        split: "val" for the batches of what `hold_out` holds out.
+        cache: directory that keeps the tokens of `paths` (cache.py); None: the memory does.
+        workers: processes that fill the cache; by default one a core. The batches are the same.
+        host_index: which host this is, 0..host_count-1, as `jax.process_index()`.
+        host_count: hosts that share each batch in equal parts, as `jax.process_count()`. Each
+            tokenises all files, or finds them in a cache they share, and makes its own rows only.
+
+    Raises:
+        ValueError: a bad argument or bad data; one line that names the file and line.
+    """
+    if seq_len < 2:
+        raise ValueError(f"{seq_len=} must be at least 2: a token and its target")
+    if seed < 0:
+        raise ValueError(f"{seed=} must not be negative")
+    if paths is not None and not paths:
+        raise ValueError("no data files are named; name some, or none at all for built-in text")
+    check_shares(batch_size, host_index, host_count)
+    sources = [
+        (file, weight)
+        for path, weight in map(parse_source, paths or [TINY_SHAKESPEARE])
+        for file in files_of(path)
+    ]
+    files = [file for file, _ in sources]
+    dataset = tokenise(
+        files, tokenizer, strict=strict, cache=cache if paths else None, workers=workers
+    )
+    taken = times(
+        dataset, [weight for _, weight in sources], seed=seed, hold_out=hold_out, split=split
+    )
+    if packing == "fit":
+        pieces = cut(dataset, seq_len, overlong=overlong, times=taken)
+        rows = pack(pieces.length, seq_len, seed=seed)
+    else:
+        pieces, rows = stream(dataset, seq_len, how=packing, seed=seed, times=taken)
+    return Loader(
+        dataset,
+        pieces,
+        rows,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        pad_id=tokenizer.pad_id,
+        seed=seed,
+        host_index=host_index,
+        host_count=host_count,
+    )
