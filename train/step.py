@@ -7,6 +7,7 @@ A microbatch, B row of a microbatch, T position, D embed. A `Batch` has arrays [
 segment_ids may be None: one document a row, without padding.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -96,9 +97,9 @@ def make_step(
             "skipped": guard.skipped.astype(jnp.float32),
             "in_a_row": guard.in_a_row.astype(jnp.float32),
         }
-        params, opt_state = jax.lax.cond(
-            good, update, lambda _, *old: old, grads, state.params, state.opt_state
-        )
+        old = state.params, state.opt_state
+        new = update(grads, *old)
+        params, opt_state = jax.tree.map(functools.partial(jnp.where, good), new, old)
         return TrainState(state.step + 1, params, opt_state, guard), metrics
 
     return step
