@@ -11,10 +11,9 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from jaxattn import cudnn, eager, xla
+from jaxattn import cudnn, eager, sharded, xla
 from jaxattn.mask import Mask
 from jaxattn.pallas import op as pallas
 
@@ -116,7 +115,7 @@ def attention(
             options["deterministic"] = deterministic
         return IMPLEMENTATIONS[name](q, k, v, mask, scale=scale, **options)
 
-    return _over_devices(run, q_BTNH, k_BSKH, v_BSKH, mask, return_lse=return_lse)
+    return sharded.run_on_parts(run, q_BTNH, k_BSKH, v_BSKH, mask, return_lse=return_lse)
 
 
 def prepare(mask: Mask, q: Shaped, k: Shaped, *, impl: str = "auto") -> Mask:
@@ -139,19 +138,12 @@ def prepare(mask: Mask, q: Shaped, k: Shaped, *, impl: str = "auto") -> Mask:
     if name != "pallas":
         return mask
 
-    def run(mask):
+    q_local, k_local = sharded.local(q), sharded.local(k)
+
+    def plan(mask):
         return pallas.prepare(mask, q_local, k_local).plan
 
-    mesh = jax.sharding.get_abstract_mesh()
-    q_local, k_local = _local(q), _local(k)
-    if mesh.empty or not mesh.explicit_axes:
-        return dataclasses.replace(mask, plan=run(mask))
-    # Every device plans its own rows; the plans of all lie end to end, split as the rows are.
-    rows = PartitionSpec(_spec(q)[0])
-    plan = jax.shard_map(run, in_specs=(_mask_spec(mask, rows),), out_specs=rows, check_vma=False)(
-        mask
-    )
-    return dataclasses.replace(mask, plan=plan)
+    return dataclasses.replace(mask, plan=sharded.plan_rows(plan, q, mask))
 
 
 def resolve(
@@ -304,7 +296,7 @@ def _why_not(name: str, device: jax.Device, q: Shaped, k: Shaped, mask: Mask | N
         if q.dtype not in (jnp.bfloat16, jnp.float16):
             return f"it takes bfloat16 and float16, not {q.dtype}; use impl='xla'"
     if name == "eager":
-        batch, t, num_heads = _local(q).shape[:3]
+        batch, t, num_heads = sharded.local(q).shape[:3]
         need = eager.score_bytes(batch, t, k.shape[1], num_heads)
         have = device_memory(device)
         if need > have:
@@ -313,49 +305,3 @@ def _why_not(name: str, device: jax.Device, q: Shaped, k: Shaped, mask: Mask | N
                 f"a layer, this device has {have / 2**30:.0f} GiB; use impl='pallas' or impl='xla'"
             )
     return None
-
-
-def _spec(x: Shaped) -> PartitionSpec:
-    """How x is split over the explicit mesh."""
-    sharding = jax.typeof(x).sharding if isinstance(x, jax.Array) else getattr(x, "sharding", None)
-    spec = getattr(sharding, "spec", None) or PartitionSpec()
-    return PartitionSpec(*spec, *[None] * (len(x.shape) - len(spec)))
-
-
-def _local(x: Shaped) -> jax.ShapeDtypeStruct:
-    """The part of x that one device of the explicit mesh works on."""
-    mesh = jax.sharding.get_abstract_mesh()
-    shape = list(x.shape)
-    for i, axes in enumerate(_spec(x) if not mesh.empty else ()):
-        for axis in (axes,) if isinstance(axes, str) else axes or ():
-            shape[i] //= mesh.shape[axis]
-    return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
-
-
-def _over_devices(
-    run: Callable[..., Any], q: Array, k: Array, v: Array, mask: Mask, *, return_lse: bool
-) -> Any:
-    """Runs `run` on every device's own rows and heads; directly where nothing is sharded."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not mesh.explicit_axes:
-        return run(q, k, v, mask)
-    spec = _spec(q)
-    if spec[1] is not None or spec[3] is not None:
-        raise ValueError(f"q is sharded {spec}; only batch and heads may be sharded")
-    for name, x in (("k", k), ("v", v)):
-        if _spec(x) != spec:
-            raise ValueError(f"{name} is sharded {_spec(x)}, must be as q: {spec}")
-    rows = PartitionSpec(spec[0])
-    in_specs = (spec, spec, spec, _mask_spec(mask, rows))
-    out_specs = (spec, PartitionSpec(*spec[:3])) if return_lse else spec
-    return jax.shard_map(run, in_specs=in_specs, out_specs=out_specs, check_vma=False)(
-        q, k, v, mask
-    )
-
-
-def _mask_spec(mask: Mask, rows: PartitionSpec) -> Mask:
-    """How a mask is split: by batch rows, but a block pattern for all rows not at all."""
-    specs = jax.tree.map(lambda _: rows, mask)
-    if mask.blocks is not None and mask.blocks.ndim == 2:
-        specs = dataclasses.replace(specs, blocks=PartitionSpec())
-    return specs

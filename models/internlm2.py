@@ -33,28 +33,7 @@ from models.layers import (
     rope_table,
     rotate,
 )
-
-# What the backward pass finds in memory; the rest of a block it recomputes.
-# "attn_out" and "attn_lse" are named by jaxattn's kernel, "gate_up" in models/layers.py.
-_POLICIES = jax.checkpoint_policies
-REMAT: dict[str, Callable | None] = {
-    "none": _POLICIES.everything_saveable,
-    # What matrix products and attention gave; norms and SwiGLU are cheap to repeat.
-    "dots": _POLICIES.save_only_these_names("attn_out", "attn_lse", "qkv", "attn_proj", "gate_up"),
-    # As "attention", and the rotated q, k, v: their projection is not recomputed either.
-    "qkv": _POLICIES.save_only_these_names("attn_out", "attn_lse", "qkv"),
-    # The attention kernel does not run again in the backward pass.
-    "attention": _POLICIES.save_only_these_names("attn_out", "attn_lse"),
-    # Only the input of each block.
-    "full": _POLICIES.nothing_saveable,
-    # As "attention", but in the host's memory: only one block's at a time on the device.
-    "offload": _POLICIES.save_and_offload_only_these_names(
-        names_which_can_be_saved=["attn_lse"],
-        names_which_can_be_offloaded=["attn_out", "block_input"],
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
-}
+from models.remat import REMAT
 
 # (q_BTNH, k_BTKH, v_BTKH, carried) -> (o_BTNH, result): how a block attends. `carried` is this
 # layer's slice of what the caller scans beside the blocks (a cache), or None.
@@ -160,7 +139,7 @@ class InternLM2(nnx.Module):
         promises them.
       dtype: type of activations and of the weights in use.
       param_dtype: type of the stored weights.
-      remat: what the backward pass recomputes, a key of `REMAT`.
+      remat: what the backward pass recomputes, a key of `models.remat.REMAT`.
       scan: run training's layers as one loop over stacked weights, which compiles L times less;
         else each layer is compiled, and XLA neither copies what remat keeps into and out of
         stacks nor the weights out of theirs (measured at 1.8B: 12% of a step). Prefill and

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from models.config import PRESETS
-from models.internlm2 import REMAT
+from models.remat import REMAT
 from train.bench_cell import Cell
 from train.cli import fail, parse
 

@@ -55,7 +55,7 @@ class Cell:
     """Rows of documents instead of one document each."""
 
     remat: str
-    """Key of `models.internlm2.REMAT`."""
+    """Key of `models.remat.REMAT`."""
 
     scan_layers: bool
     """Compile one block for all layers."""

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from jaxattn import device_memory
 from models.config import PRESETS, ModelConfig, RopeScaling
-from models.internlm2 import REMAT
+from models.remat import REMAT
 from models.tokenizer import Tokenizer, load_tokenizer
 from train import fit, memory
 from train.attention import resolve_attention
@@ -62,7 +62,7 @@ class Settled:
     """In a step; a multiple of accum, and its part of the devices that split rows."""
 
     remat: str
-    """Key of `models.internlm2.REMAT`."""
+    """Key of `models.remat.REMAT`."""
 
     scan: bool
     """Whether training's layers are one loop."""

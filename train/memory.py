@@ -102,7 +102,7 @@ def plan(
         rows: of one microbatch, over all devices.
         seq_len: tokens of a row.
         accum: microbatches of a step.
-        remat: key of `models.internlm2.REMAT`.
+        remat: key of `models.remat.REMAT`.
         itemsize: bytes of the compute dtype.
         attn: implementation in `jaxattn.IMPLEMENTATIONS`.
         optim: the optimizer; None: AdamW in float32.

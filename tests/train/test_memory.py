@@ -8,7 +8,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from models import internlm2
 from models.config import PRESETS
-from models.internlm2 import REMAT, InternLM2
+from models.internlm2 import InternLM2
+from models.remat import REMAT
 from train import memory
 from train.mesh import make_mesh
 from train.optim import optimizer

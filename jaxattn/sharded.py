@@ -1,0 +1,92 @@
+"""Attention under an explicit mesh: every device works on its own rows and heads, alone.
+
+Nothing is communicated: a query's keys lie in its own batch row and its own group of heads.
+B batch, T query pos, S key pos, N query heads, K kv heads, H head dim.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array
+
+from jaxattn.mask import Mask
+
+Shaped = Array | jax.ShapeDtypeStruct
+
+
+def local(x: Shaped) -> jax.ShapeDtypeStruct:
+    """The part of x that one device of the explicit mesh works on."""
+    mesh = jax.sharding.get_abstract_mesh()
+    shape = list(x.shape)
+    for i, axes in enumerate(_spec(x) if not mesh.empty else ()):
+        for axis in (axes,) if isinstance(axes, str) else axes or ():
+            shape[i] //= mesh.shape[axis]
+    return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
+
+
+def plan_rows(plan: Callable[[Mask], Any], q: Shaped, mask: Mask) -> Any:
+    """Has every device plan its own rows; the plans of all lie end to end, split as the rows are.
+
+    Args:
+      plan: the tile metadata of one device's rows.
+      q: queries [B, T, N, H].
+      mask: of all rows.
+    """
+    if not _is_sharded():
+        return plan(mask)
+    rows = PartitionSpec(_spec(q)[0])
+    specs = _mask_spec(mask, rows)
+    return jax.shard_map(plan, in_specs=(specs,), out_specs=rows, check_vma=False)(mask)
+
+
+def run_on_parts(
+    run: Callable[..., Any], q: Array, k: Array, v: Array, mask: Mask, *, return_lse: bool
+) -> Any:
+    """Runs `run` on every device's own rows and heads; directly where nothing is sharded.
+
+    Args:
+      run: (q, k, v, mask) -> out [B, T, N, H], and the log-sum-exp [B, T, N] if there is one.
+      q: queries [B, T, N, H].
+      k: keys [B, S, K, H].
+      v: values, as the keys.
+      mask: of all rows.
+      return_lse: whether run returns both.
+
+    Raises:
+      ValueError: positions or the head dim are sharded, or k and v not as q.
+    """
+    if not _is_sharded():
+        return run(q, k, v, mask)
+    spec = _spec(q)
+    if spec[1] is not None or spec[3] is not None:
+        raise ValueError(f"q is sharded {spec}; only batch and heads may be sharded")
+    for name, x in (("k", k), ("v", v)):
+        if _spec(x) != spec:
+            raise ValueError(f"{name} is sharded {_spec(x)}, must be as q: {spec}")
+    in_specs = (spec, spec, spec, _mask_spec(mask, PartitionSpec(spec[0])))
+    out_specs = (spec, PartitionSpec(*spec[:3])) if return_lse else spec
+    parts = jax.shard_map(run, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return parts(q, k, v, mask)
+
+
+def _is_sharded() -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and bool(mesh.explicit_axes)
+
+
+def _spec(x: Shaped) -> PartitionSpec:
+    """How x is split over the explicit mesh."""
+    sharding = jax.typeof(x).sharding if isinstance(x, jax.Array) else getattr(x, "sharding", None)
+    spec = getattr(sharding, "spec", None) or PartitionSpec()
+    return PartitionSpec(*spec, *[None] * (len(x.shape) - len(spec)))
+
+
+def _mask_spec(mask: Mask, rows: PartitionSpec) -> Mask:
+    """How a mask is split: by batch rows, but a block pattern for all rows not at all."""
+    specs = jax.tree.map(lambda _: rows, mask)
+    if mask.blocks is not None and mask.blocks.ndim == 2:
+        specs = dataclasses.replace(specs, blocks=PartitionSpec())
+    return specs
