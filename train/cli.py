@@ -27,7 +27,7 @@ def parse[C](config: type[C], argv: Sequence[str], module: str, *, default: C | 
         with contextlib.redirect_stderr(said):
             parsed, unknown = tyro.cli(
                 config,
-                default=config() if default is None else default,
+                default=tyro.MISSING_NONPROP if default is None else default,
                 prog=f"python -m {module}",
                 args=list(argv),
                 use_underscores=True,

@@ -295,7 +295,7 @@ def _extended(model: ModelConfig, factor: float | None, seq_len: int) -> ModelCo
             f"{how}): --rope_factor={math.ceil(seq_len / trained)} extends it, or take a shorter "
             "--seq_len"
         )
-    return dataclasses.replace(model, rope_scaling=scaling)
+    return model if factor is None else dataclasses.replace(model, rope_scaling=scaling)
 
 
 def _memories(device: jax.Device) -> set[str]:

@@ -92,7 +92,7 @@ def test_learns_and_resumes_exactly_on_a_mesh(rule, tiny, tiny_model, packed_row
             if number == 2:
                 checkpoints.save(state, data={}, identity={})
         checkpoints.wait()
-        again = checkpoints.restore(like)
+        again, _ = checkpoints.restore(like)
     for _ in range(2):
         again, _ = step(again, batch)
     jax.tree.map(np.testing.assert_array_equal, again, state)

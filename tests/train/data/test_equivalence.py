@@ -37,10 +37,9 @@ def test_packed_rows_equal_single_documents_with_the_kernel(tiny, tmp_path, monk
     def half(x):
         return jax.ShapeDtypeStruct(x.shape, jnp.bfloat16)
 
-    def attention_16(q, k, v, mask, *, impl):
-        return attention(*(x.astype(jnp.bfloat16) for x in (q, k, v)), mask, impl=impl).astype(
-            q.dtype
-        )
+    def attention_16(q, k, v, mask, **options):
+        inputs = (x.astype(jnp.bfloat16) for x in (q, k, v))
+        return attention(*inputs, mask, **options).astype(q.dtype)
 
     def prepare_16(mask, q, k, *, impl):
         return prepare(mask, half(q), half(k), impl=impl)
