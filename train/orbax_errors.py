@@ -10,6 +10,9 @@ _SYSTEM_WORDS = (
     "Disk quota exceeded",
     "Permission denied",
 )
+# What ends after the checkpoint that it belongs to was given up: a write that finds its event loop
+# closed, a read that is thrown away half done.
+_LEFT_BEHIND = ("Event loop is closed", "Encountered error while reading array index")
 
 
 def quiet_orbax() -> None:
@@ -21,8 +24,7 @@ def quiet_orbax() -> None:
     usual = sys.unraisablehook
 
     def hook(unraisable) -> None:
-        # Writes that end after the save they belong to has failed find its event loop closed.
-        if "Event loop is closed" not in str(unraisable.exc_value):
+        if not any(words in str(unraisable.exc_value) for words in _LEFT_BEHIND):
             usual(unraisable)
 
     if usual.__module__ != __name__:
