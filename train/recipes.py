@@ -11,6 +11,7 @@ References:
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 from train.config import Config
@@ -99,7 +100,7 @@ def recipe_list() -> str:
 def _given(argv: Sequence[str], flag: str) -> str | None:
     """The value that a flag was given, the last one counting."""
     value = None
-    for here, following in zip(argv, [*argv[1:], ""], strict=True):
+    for here, following in itertools.pairwise([*argv, ""]):
         name, equals, after = here.partition("=")
         if name == f"--{flag}":
             value = after if equals else following

@@ -90,3 +90,8 @@ def test_epochs_are_steps(tiny, tmp_path, capsys, monkeypatch):
     assert "0.5 epochs of 20 rows are 2 steps" in capsys.readouterr().out
     assert main(argv) == 0
     assert "all 2 steps are done" in capsys.readouterr().out
+
+
+def test_without_flags_there_is_no_recipe():
+    """The first thing that a newcomer types."""
+    assert find_recipe([]) == Config()
