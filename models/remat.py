@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 
 _POLICIES = jax.checkpoint_policies
+# From the most memory on the device to the least; then what takes the host's.
 REMAT: dict[str, Callable | None] = {
     "none": _POLICIES.everything_saveable,
     # What matrix products and attention gave; norms and SwiGLU are cheap to repeat.

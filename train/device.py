@@ -5,6 +5,10 @@ from pathlib import Path
 
 import jax
 
+SHARE = 0.92
+"""Of a GPU's memory, what jax takes. By default it is 75%; a training run has the GPU to itself,
+but for what CUDA libraries allocate beside it."""
+
 
 def set_up(*, keep_compiled: bool) -> None:
     """Lets jax have nearly all of a GPU, and remember what it compiles for one.
@@ -14,9 +18,7 @@ def set_up(*, keep_compiled: bool) -> None:
             JAX_COMPILATION_CACHE_DIR names another place. On a GPU only: for a CPU it saves little,
             and code compiled for one CPU may not run on the next.
     """
-    # jax takes 75% by default; a training run has the GPU to itself, but for what CUDA libraries
-    # allocate beside it.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(SHARE))
     on_gpu = jax.default_backend() == "gpu"
     if keep_compiled and on_gpu and jax.config.jax_compilation_cache_dir is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "internlm2-jax"

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from jaxattn import ALIASES, IMPLEMENTATIONS
+from train import device
 from train.announce import introduce
 from train.config import Config
 from train.defaults import (
@@ -34,8 +35,6 @@ DEVICES = {
     "a100": ("NVIDIA A100 80GB", 81_920 / 1024),
 }
 """Names of GPUs, and their GiB."""
-USABLE = 0.92
-"""Share of a GPU's memory that jax is given (`train.device`)."""
 
 
 def dry_run(config: Config) -> None:
@@ -97,7 +96,7 @@ def _of_described(config: Config, name: str) -> None:
     if attn not in IMPLEMENTATIONS:
         raise ValueError(f"--attn={attn} must be auto or one of {', '.join(IMPLEMENTATIONS)}")
     model, _ = read_model(config.model or GPU_MODEL)
-    dtype, have = jnp.dtype(config.dtype or "bfloat16"), int(gib * USABLE * GiB)
+    dtype, have = jnp.dtype(config.dtype or "bfloat16"), int(gib * device.SHARE * GiB)
     say(
         f"{config.model or GPU_MODEL}: {model.num_params():,} parameters on {mesh.size} {kind} "
         f"({' x '.join(f'{n} {s}' for n, s in mesh.shape.items())}), {dtype} compute; {rows} rows "

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from train.data import Batch, Loader
 from train.loss import cross_entropy
+from train.records import text_until
 from train.say import note
 from train.state import Params
 from train.step import put_batch
@@ -47,9 +48,7 @@ class Evaluation:
         self._sets, self._accum, self._mesh, self._path = sets, accum, mesh, path
         self._sums = jax.jit(make_sums(graphdef))
         if sets and jax.process_index() == 0:
-            old = path.read_text().splitlines(keepends=True) if path.exists() else []
-            kept = [line for line in old if line.endswith("\n")]
-            path.write_text("".join(line for line in kept if json.loads(line)["step"] <= start))
+            path.write_text(text_until(path, start))
 
     def __call__(self, step: int, params: Params) -> dict[str, float]:
         """Evaluates all sets after `step` steps, says and writes the losses, and returns them."""

@@ -8,6 +8,7 @@ alone, they do together.
 import dataclasses
 from collections.abc import Callable, Iterator
 
+from models.remat import REMAT
 from train.config import Config
 from train.memory import GiB, Plan
 
@@ -53,7 +54,7 @@ def _changes(config: Config, most_accum: int) -> Iterator[tuple[str, Callable[[C
         if most_accum % accum == 0:
             yield setting(f"--accum={accum}", accum=accum)
         accum *= 2
-    order = ["none", "dots", "qkv", "attention", "full"]
+    order = [remat for remat in REMAT if remat != "offload"]
     if config.remat is not None and config.remat in order:
         for remat in order[order.index(config.remat) + 1 :]:
             yield setting(f"--remat={remat}", remat=remat)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from models.config import ModelConfig
 from train.flops import peak_flops, training_flops
+from train.records import text_until
 
 Part = Literal["data", "checkpoint", "evaluation"]
 PARTS: tuple[Part, ...] = ("data", "checkpoint", "evaluation")
@@ -73,8 +74,7 @@ class Metrics:
         self._peak = None if peak is None else peak * jax.device_count()
         first = jax.process_index() == 0  # of several processes; the others only wait for values
         if first:
-            kept = [line for line in _lines(path) if json.loads(line)["step"] <= start]
-            path.write_text("".join(kept))
+            path.write_text(text_until(path, start))
         self._file = path.open("a") if first else open(os.devnull, "w")  # noqa: SIM115
         watched = sys.stderr.isatty() and first
         self._bar = tqdm(
@@ -168,9 +168,3 @@ def _postfix(line: dict[str, Any]) -> str:
     if line.get("skipped"):
         parts.append(f"skipped {line['skipped']:.0f}")
     return ", ".join(parts)
-
-
-def _lines(path: Path) -> list[str]:
-    """Complete lines of an earlier run; one that was cut off by a kill is not complete."""
-    text = path.read_text() if path.exists() else ""
-    return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]

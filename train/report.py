@@ -15,6 +15,7 @@ import tyro
 
 from train.cli import fail, parse
 from train.curves import Run, figures
+from train.records import whole_lines
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,11 +87,8 @@ def read_run(out: Path) -> Run:
 
 def _read(path: Path) -> list[dict[str, Any]]:
     """The lines of a file; the last one may be half-written by a run that goes on."""
-    if not path.is_file():
-        return []
-    texts = [t for t in path.read_text().splitlines(keepends=True) if t.endswith("\n")]
     lines = []
-    for number, text in enumerate(texts, 1):
+    for number, text in enumerate(whole_lines(path), 1):
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError as error:

@@ -8,6 +8,7 @@ from flax import nnx
 from models.chat import encode_chat
 from models.generate import generate
 from models.tokenizer import Tokenizer
+from train.records import text_until
 from train.state import Params
 
 NEW_TOKENS = 100
@@ -72,9 +73,7 @@ class Sampler:
         ends = (tokenizer.eos_id, tokenizer.im_end_id)
         self._stop = tuple(i for i in ends if i is not None)
         if prompts:
-            old = path.read_text().splitlines(keepends=True) if path.exists() else []
-            kept = [line for line in old if line.endswith("\n")]
-            path.write_text("".join(line for line in kept if json.loads(line)["step"] <= start))
+            path.write_text(text_until(path, start))
 
     def __call__(self, step: int, params: Params) -> list[str]:
         """What the model says after `step` steps, one text for each prompt."""

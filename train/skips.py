@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from train.data import Loader
+from train.records import text_until
 from train.say import note
 
 NAMED = 5
@@ -34,10 +35,7 @@ class Skips:
         self._path, self._loader, self._patience = path, loader, patience
         self._writes = jax.process_index() == 0
         if self._writes and path.exists():
-            whole = [
-                line for line in path.read_text().splitlines(keepends=True) if line[-1] == "\n"
-            ]
-            path.write_text("".join(line for line in whole if json.loads(line)["step"] <= start))
+            path.write_text(text_until(path, start))
 
     def look(self, line: dict[str, Any], position: dict[str, Any]) -> None:
         """Says so if a step was skipped.
