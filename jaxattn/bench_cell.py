@@ -22,7 +22,7 @@ from jaxattn.bench_timing import milliseconds
 from jaxattn.mask import Mask
 
 # What `bench_torch` measures.
-TORCH = ("torch-sdpa", "torch-flex")
+TORCH = ("torch-sdpa", "torch-flex", "torch-fa4")
 # Useful FLOPs of a forward pass that a CPU is asked to do: some seconds of its work.
 CPU_FLOPS = 1e10
 

@@ -1,4 +1,4 @@
-"""The bench's cells of PyTorch's attention: its fused SDPA kernels and FlexAttention.
+"""The bench's cells of PyTorch's attention: fused SDPA kernels, FlexAttention, FlashAttention-4.
 
 B batch, T tokens (queries and keys), N query heads, K kv heads, H head dim; torch's order is
 [B, N, T, H]. PyTorch is no dependency: this file is imported when a cell of it is asked for.
@@ -19,7 +19,7 @@ from torch.nn.functional import (  # pyright: ignore[reportMissingImports]
     scaled_dot_product_attention,
 )
 
-from jaxattn.bench_shapes import Shape
+from jaxattn.bench_shapes import Shape, document_lengths
 from jaxattn.bench_timing import milliseconds
 
 # Queries at a time in the fp32 oracle: bounds its scores to ORACLE_ROWS * T * 4 bytes a head.
@@ -40,7 +40,11 @@ def measure(shape: Shape, impl: str, *, check: bool) -> dict:
     try:
         if impl == "torch-flex":
             return _measure(shape, _flex(shape, "cuda"), check)
+        if impl == "torch-fa4":
+            return _measure(shape, _fa4(shape), check)
         return _measure_sdpa(shape, check)
+    except ImportError:
+        return {"why_not": f"{impl} is not installed (pip install flash-attn-4)"}
     except torch.OutOfMemoryError:
         return {"why_not": "out of device memory"}
     finally:
@@ -122,6 +126,37 @@ def _flex(shape: Shape, device: str) -> Callable:
     blocks = make(mask_mod(shape, device), batch, None, size, size, device=device)
     attend = torch.compile(flex_attention, dynamic=False)
     return functools.partial(attend, block_mask=blocks, enable_gqa=True)
+
+
+def _fa4(shape: Shape) -> Callable:
+    """FlashAttention-4; documents by its interface of variable lengths, all rows end to end."""
+    from flash_attn.cute import (  # pyright: ignore[reportMissingImports]
+        flash_attn_func,
+        flash_attn_varlen_func,
+    )
+
+    settings: dict = {"causal": True}
+    if shape.window is not None:
+        settings["window_size"] = (shape.window - 1, 0)
+    if shape.documents is None:
+        run = functools.partial(flash_attn_func, **settings)
+    else:
+        lengths = document_lengths(shape.length, *shape.documents) * shape.batch
+        ends = torch.tensor([0, *lengths], device="cuda").cumsum(0).to(torch.int32)
+        sizes = {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
+        sizes |= {"max_seqlen_q": max(lengths), "max_seqlen_k": max(lengths)}
+        run = functools.partial(flash_attn_varlen_func, **settings, **sizes)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # It takes [B, T, heads, H], which is how `_inputs` lie in memory, or [B * T, heads, H].
+        rows = [x.transpose(1, 2) for x in (q, k, v)]
+        if shape.documents is not None:
+            rows = [x.flatten(0, 1) for x in rows]
+        out = run(*rows)
+        out = out[0] if isinstance(out, tuple) else out
+        return out.reshape(shape.batch, shape.length, *out.shape[-2:]).transpose(1, 2)
+
+    return attend
 
 
 def _measure(shape: Shape, attend: Callable, check: bool) -> dict:
