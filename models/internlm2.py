@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 from jaxattn import Mask, attention, prepare
 from models import sharding
 from models.config import ModelConfig
+from models.heads import rotated_heads
 from models.layers import (
     SwiGLU,
     constant,
@@ -31,7 +32,6 @@ from models.layers import (
     normal,
     rms_norm,
     rope_table,
-    rotate,
 )
 from models.remat import REMAT
 
@@ -80,11 +80,7 @@ class Attention(nnx.Module):
         )
         if self.bias:
             qkv_BTKgH += self.wqkv_bias_KgH[...][None, None]
-        B, T, K, g, H = qkv_BTKgH.shape
-        q_BTNH = rotate(qkv_BTKgH[:, :, :, :-2].reshape(B, T, K * (g - 2), H), *rope)
-        k_BTKH = rotate(qkv_BTKgH[:, :, :, -2], *rope)
-        v_BTKH = qkv_BTKgH[:, :, :, -1]
-        q_BTNH, k_BTKH, v_BTKH = checkpoint_name((q_BTNH, k_BTKH, v_BTKH), "qkv")
+        q_BTNH, k_BTKH, v_BTKH = checkpoint_name(rotated_heads(qkv_BTKgH, *rope), "qkv")
 
         o_BTNH, result = attend(q_BTNH, k_BTKH, v_BTKH, carried)
 
