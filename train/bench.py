@@ -1,15 +1,21 @@
-"""`python -m train.bench`: the whole training step, per attention implementation and length.
+"""`python -m train.bench`: the whole training step, per model, length, attention and remat.
 
-Each cell runs in a process of its own (`train.bench_cell`), so one that cannot run is a line that
-says why, and the table goes on. Tokens per step are the same in every cell, as far as rows allow.
+Each cell runs in a process of its own (`train.bench_cell`, `train.bench_torch`), so one that cannot
+run is a line that says why, and the table goes on. Tokens per step are the same in every cell, as
+far as rows allow. Several calls with the same --out make one table: what is measured again is
+replaced, the rest is kept.
 """
 
 import dataclasses
 import datetime
+import importlib.util
+import itertools
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,36 +23,67 @@ import tyro
 
 from models.config import PRESETS
 from models.remat import REMAT
-from train.bench_cell import Cell
+from train.bench_shapes import TORCH, Cell, RowKind
+from train.bench_table import HEADER, line, merged, read, write
 from train.cli import fail, parse
 
-ON_GPU = {"model": "internlm2-1.8b", "tokens": 32_768, "seq_lens": (512, 4096, 16384, 32768)}
-ON_CPU = {"model": "nano", "tokens": 1_024, "seq_lens": (128, 256, 512)}
+ON_GPU = {
+    "model": ("internlm2-1.8b",),
+    "tokens": 32_768,
+    "seq_lens": (512, 2048, 4096, 8192, 16384, 32768),
+}
+ON_CPU = {"model": ("nano",), "tokens": 1_024, "seq_lens": (128, 256, 512)}
+OURS = ("pallas", "cudnn", "xla", "eager")
+CPU = "cpu"  # what stands for the device where there is no GPU
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchOptim:
+    """As in train.main."""
+
+    name: Literal["adamw", "adafactor", "lion", "muon"] = "adamw"
+    """Optimizer."""
+
+    state: Literal["fp32", "bf16", "int8"] = "fp32"
+    """What adamw stores its two moments in."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchConfig:
-    """Times the training step of a model with random weights, on random tokens."""
+    """Times the training step of a model with random weights."""
 
-    model: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = None
-    """Preset. By default internlm2-1.8b on a GPU, else nano."""
+    model: Annotated[
+        tuple[str, ...] | None, tyro.conf.arg(metavar="NAME...", help_behavior_hint="")
+    ] = None
+    """Presets. By default internlm2-1.8b on a GPU, else nano."""
 
-    attn: tuple[str, ...] = ("pallas", "cudnn", "xla", "eager")
-    """Implementations: the columns of the plot."""
+    attn: Annotated[
+        tuple[str, ...] | None, tyro.conf.arg(metavar="NAME...", help_behavior_hint="")
+    ] = None
+    """Implementations: the columns of the table. By default pallas, cudnn, xla, eager, and where
+    PyTorch is installed torch_sdpa and torch_eager: transformers' Llama of the same shape."""
+
+    rows: tuple[RowKind, ...] = ("dense", "packed")
+    """What is in a row: one document (dense); documents of log-normal length, median 1,500 (packed;
+    both random tokens); or documents of --data."""
+
+    data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE...", help_behavior_hint="")] = ()
+    """Files for --rows=data, packed and read as in train.main."""
+
+    tokenizer: str = "byte"
+    """For --data, as in train.main."""
 
     seq_lens: Annotated[
         tuple[int, ...] | None, tyro.conf.arg(metavar="INT...", help_behavior_hint="")
     ] = None
-    """Tokens of a row. By default 512 4096 16384 32768 on a GPU, less elsewhere."""
+    """Tokens of a row. By default 512 2048 4096 8192 16384 32768 on a GPU, less elsewhere."""
 
     tokens: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")] = None
     """Of a step, per GPU: rows = tokens / seq_len. By default 32,768 on a GPU, less elsewhere."""
 
-    packed: bool = False
-    """Pack rows with documents of log-normal length (median 1,500) instead of one a row."""
-
-    remat: str = "dots"
-    """What the backward pass finds in memory, as in train.main."""
+    remat: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...", help_behavior_hint="")] = ()
+    """What the backward pass finds in memory, as in train.main. By default the fastest that
+    fits."""
 
     scan_layers: bool = False
     """Compile one block for all layers, as in train.main."""
@@ -57,11 +94,19 @@ class BenchConfig:
     ] = None
     """Compute type. By default bfloat16 on a GPU, else float32."""
 
-    repeats: int = 5
-    """Timed runs of 3 steps of a cell, after one to warm up; their median counts."""
+    param_dtype: Literal["fp32", "bf16"] = "fp32"
+    """What weights are stored in. PyTorch's with fp32 compute under autocast."""
+
+    optim: BenchOptim = dataclasses.field(default_factory=BenchOptim)
+
+    repeats: int = 3
+    """Timed runs of 3 steps of a cell, after some to warm up; their median counts."""
+
+    cached: bool = True
+    """Compile once more, in a second process, from the compilation cache of the first."""
 
     out: Path = Path("runs/bench")
-    """Where <model>[-packed].json and .png go."""
+    """Where bench.json, table.md and the plots go; cells of earlier calls are kept."""
 
     def __post_init__(self):
         """Checks what would otherwise fail in every cell.
@@ -69,122 +114,131 @@ class BenchConfig:
         Raises:
             ValueError: naming the flag.
         """
-        if self.model is not None and self.model not in PRESETS:
-            raise ValueError(f"--model={self.model} must be one of {', '.join(PRESETS)}")
-        if self.remat not in REMAT:
-            raise ValueError(f"--remat={self.remat} must be one of {', '.join(REMAT)}")
+        for flag, values, known in (
+            ("model", self.model or (), PRESETS),
+            ("attn", self.attn or (), (*OURS, *TORCH)),
+            ("remat", self.remat, REMAT),
+        ):
+            for value in values:
+                if value not in known:
+                    raise ValueError(f"--{flag}={value} must be one of {', '.join(known)}")
         if self.repeats < 1:
             raise ValueError(f"--repeats={self.repeats} must be at least 1")
+        if ("data" in self.rows) != bool(self.data):
+            raise ValueError("--rows=data and --data=FILE go together: give both or neither")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints and writes the table; returns the exit status."""
     try:
         config = parse(BenchConfig, sys.argv[1:] if argv is None else argv, "train.bench")
+        machine = _machine()
+        found = read(config.out / "bench.json", machine["device"])
     except ValueError as error:
         return fail(error, 2)
-    machine = _machine()
-    chosen = ON_GPU if machine["platform"] == "gpu" else ON_CPU
-    model = config.model or chosen["model"]
-    dtype = config.dtype or ("bfloat16" if machine["platform"] == "gpu" else "float32")
-    print(f"{model} on {machine['device']}, {machine['versions']}, {machine['date']}", flush=True)
+    print(", ".join(machine.values()), flush=True)
+    if config.attn is None and not _has_torch():
+        print("without PyTorch's columns: it is not installed (pip install -e '.[torch]')")
     print(HEADER, flush=True)
-    cells = []
-    for seq_len in config.seq_lens or chosen["seq_lens"]:
-        for attn in config.attn:
-            cell = Cell(
-                model=model,
-                attn=attn,
-                seq_len=seq_len,
-                tokens=config.tokens or chosen["tokens"],
-                packed=config.packed,
-                remat=config.remat,
-                scan_layers=config.scan_layers,
-                dtype=dtype,
-                repeats=config.repeats,
-            )
-            cells.append(run_cell(cell))
-            print(row(cells[-1]), flush=True)
-    name = f"{model}{'-packed' if config.packed else ''}"
-    config.out.mkdir(parents=True, exist_ok=True)
-    table = config.out / f"{name}.json"
-    table.write_text(json.dumps(machine | {"cells": cells}, indent=1) + "\n")
-    plot(cells, machine, config.out / f"{name}.png")
-    print(f"wrote {table} and {table.with_suffix('.png')}")
-    return 0 if any("ms" in cell for cell in cells) else 1
+    any_ran = False
+    for cell in cells_of(config, on_gpu=machine["device"] != CPU):
+        new = run_cell(cell, cached=config.cached) | machine
+        any_ran |= "ms" in new
+        found = merged(found, new)
+        write(found, config.out)  # after every cell: what is cut off keeps what it has
+        print(line(new), flush=True)
+    print(f"wrote {config.out}/bench.json, table.md and plots, {len(found)} cells in all")
+    return 0 if any_ran else 1
 
 
-def run_cell(cell: Cell) -> dict[str, Any]:
-    """Measures in a process of its own.
+def cells_of(config: BenchConfig, *, on_gpu: bool) -> Iterator[Cell]:
+    """The cells that were asked for, implementation by implementation."""
+    chosen: dict[str, Any] = ON_GPU if on_gpu else ON_CPU
+    attns = config.attn or ((*OURS, *TORCH) if _has_torch() else OURS)
+    for model, rows, attn, seq_len, remat in itertools.product(
+        config.model or chosen["model"],
+        config.rows,
+        attns,
+        config.seq_lens or chosen["seq_lens"],
+        config.remat or (None,),
+    ):
+        yield Cell(
+            model=model,
+            attn=attn,
+            seq_len=seq_len,
+            tokens=config.tokens or chosen["tokens"],
+            rows=rows,
+            remat=remat,
+            scan_layers=config.scan_layers,
+            dtype=config.dtype or ("bfloat16" if on_gpu else "float32"),
+            param_dtype=config.param_dtype,
+            optim=config.optim.name,
+            state=config.optim.state,
+            repeats=config.repeats,
+            data=config.data if rows == "data" else (),
+            tokenizer=config.tokenizer,
+        )
+
+
+def run_cell(cell: Cell, *, cached: bool) -> dict[str, Any]:
+    """Measures in a process of its own, and compiles in a second one.
+
+    Args:
+        cell: what to measure.
+        cached: whether to start the second.
 
     Returns:
-        What `bench_cell.measure` returns, or the cell's fields and "why" it cannot run.
+        What `bench_cell.Program.measure` or `bench_torch.measure` returns, and
+        cached_compile_seconds with cached_cache_hits, programs found in the cache (or cached_why
+        there are none); or the cell's fields and "why" it cannot run.
     """
     fields = dataclasses.asdict(cell)
-    command = [sys.executable, "-m", "train.bench_cell", json.dumps(fields)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    if cell.attn in TORCH:
+        if not _has_torch():
+            return fields | {"why": "PyTorch is not installed (pip install -e '.[torch]')"}
+        # The GPU is PyTorch's: jax, which reads the rows, must not take it.
+        return _run("train.bench_torch", fields, JAX_PLATFORMS="cpu")
+    with tempfile.TemporaryDirectory(prefix="internlm2-jax-bench-") as cache:
+        variables = {
+            "JAX_COMPILATION_CACHE_DIR": cache,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        found = _run("train.bench_cell", fields, **variables)
+        if cached and "ms" in found:
+            same = fields | {"remat": found["remat"]}
+            again = _run("train.bench_cell", same, "--compile_only", **variables)
+            found |= {
+                f"cached_{name}": again[name]
+                for name in ("compile_seconds", "cache_hits", "why")
+                if name in again
+            }
+    return found
+
+
+def _run(module: str, fields: dict[str, Any], *flags: str, **variables: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", module, json.dumps(fields), *flags]
+    environment = dict(os.environ) | variables
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     try:
         return json.loads(done.stdout.splitlines()[-1])
     except (IndexError, json.JSONDecodeError):
-        said = [line for line in done.stderr.splitlines() if line.strip()] or ["nothing"]
+        said = [text for text in done.stderr.splitlines() if text.strip()] or ["nothing"]
         return fields | {"why": f"process ended with {done.returncode}: {said[-1][:300]}"}
-
-
-HEADER = (
-    f"{'seq_len':>8} {'rows':>5} {'attention':<10} {'ms/step':>10} {'tokens/s':>10} {'MFU':>6} "
-    f"{'peak GiB':>9} {'compile s':>9}"
-)
-
-
-def row(cell: dict[str, Any]) -> str:
-    """A line of the table."""
-    name = f"{cell['attn']:<10}"
-    if "why" in cell:
-        return f"{cell['seq_len']:>8} {'':>5} {name} cannot run: {cell['why']}"
-    mfu = f"{cell['mfu']:.1%}" if "mfu" in cell else "-"
-    return (
-        f"{cell['seq_len']:>8} {cell['rows']:>5} {name} {cell['ms']:>10.1f} "
-        f"{cell['tokens_per_second']:>10,.0f} {mfu:>6} {cell['peak_memory_bytes'] / 2**30:>9.1f} "
-        f"{cell['compile_seconds']:>9.1f}"
-    )
-
-
-def plot(cells: list[dict[str, Any]], machine: dict[str, str], path: Path) -> None:
-    """Draws step time against sequence length, a line per implementation."""
-    from matplotlib.figure import Figure  # not pyplot: no display, no global state
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for attn in dict.fromkeys(cell["attn"] for cell in cells):
-        points = sorted((c["seq_len"], c["ms"]) for c in cells if c["attn"] == attn and "ms" in c)
-        if points:
-            axes.plot(*zip(*points, strict=True), marker="o", label=attn)
-            axes.legend()
-    lengths = sorted({cell["seq_len"] for cell in cells})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:,.0f}")
-    axes.yaxis.set_minor_formatter("{x:,.0f}")
-    axes.set(xlabel="sequence length", ylabel="ms per training step")
-    axes.set_title(
-        f"{cells[0]['model']}{', packed' if cells[0]['packed'] else ''}, {cells[0]['tokens']:,} "
-        f"tokens a step\n{machine['device']}, {machine['versions']}, {machine['date']}",
-        fontsize=9,
-    )
-    axes.grid(alpha=0.3, which="both")
-    figure.savefig(path, dpi=150)
 
 
 def _machine() -> dict[str, str]:
     """Device and versions, asked in another process: this one must not hold the GPU."""
     code = (
-        "import jax, jaxlib, json; d = jax.devices(); print(json.dumps({'platform': d[0].platform,"
-        "'device': f'{len(d)} x {d[0].device_kind}',"
-        "'versions': f'jax {jax.__version__}, {d[0].client.platform_version.splitlines()[0]}'}))"
+        "import jax, json; d = jax.devices(); print(json.dumps({'device': "
+        "f'{len(d)} x {d[0].device_kind}' if d[0].platform == 'gpu' else d[0].platform, 'versions':"
+        " f'jax {jax.__version__}, {d[0].client.platform_version.splitlines()[0]}'}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1]) | {"date": f"{datetime.date.today()}"}
+
+
+def _has_torch() -> bool:
+    return importlib.util.find_spec("torch") is not None
 
 
 if __name__ == "__main__":

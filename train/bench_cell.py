@@ -1,177 +1,194 @@
 """One cell of the bench, in a process of its own: `python -m train.bench_cell '<json>'`.
 
 A process has the whole GPU memory, its own peak, and may die without taking the table with it.
-Its last line of output is the result as JSON.
+Its last line of output is the result as JSON. With --compile_only it is the time that compiling
+took: with the compilation cache of a process before it, what a run waits for when it starts again.
 """
 
 import dataclasses
 import json
-import statistics
 import sys
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from jaxattn.bench_shapes import document_lengths
+from jaxattn import ALIASES, device_memory
 from models.config import PRESETS
 from models.internlm2 import InternLM2, init
 from train import device, memory
 from train.attention import resolve_attention
-from train.data import Batch
-from train.flops import causal_pairs, peak_flops, training_flops
+from train.bench_shapes import Cell, batches, outcome, time_steps
+from train.defaults import PARAM_DTYPES, REMAT_BY_SPEED, choose_remat
 from train.mesh import make_mesh, row_shards
 from train.metrics import peak_memory
 from train.optim import optimizer
 from train.schedule import schedule
 from train.sections import MeshConfig, OptimConfig
 from train.state import abstract_state, new_state, params_of
-from train.step import compile_step, make_step, put_batch
+from train.step import batch_struct, compile_step, make_step, put_batch
 
-STEPS = 3
-"""Steps from one wait for the device to the next, queued as in training."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Cell:
-    """What to measure."""
-
-    model: str
-    """A preset."""
-
-    attn: str
-    """Implementation."""
-
-    seq_len: int
-    """Tokens of a row."""
-
-    tokens: int
-    """Of a step, per device that holds rows; at least one row each."""
-
-    packed: bool
-    """Rows of documents instead of one document each."""
-
-    remat: str
-    """Key of `models.remat.REMAT`."""
-
-    scan_layers: bool
-    """Compile one block for all layers."""
-
-    dtype: str
-    """Compute type."""
-
-    repeats: int
-    """Timed runs of `STEPS` steps; their median counts."""
+RATE, RUN = 1e-4, 100  # learning rate and steps of the whole run: they take no time
 
 
-def measure(cell: Cell) -> dict:
-    """Times the full training step, forward, backward and update, on random tokens.
+class Program:
+    """The step of a cell, before and after it is compiled.
 
-    Returns:
-        The cell's fields and: rows; ms, of a step, median of the timed runs; tokens_per_second;
-            mfu (where the device's peak is known); peak_memory_bytes; compile_seconds; plan_bytes.
-
-    Raises:
-        ValueError, NotImplementedError: the cell cannot run, and why.
-        jax.errors.JaxRuntimeError: out of memory, among others.
+    Attributes:
+        cell: with its remat chosen.
+        rows: of a batch.
+        plan: the memory that it should need.
     """
-    model, mesh = PRESETS[cell.model], make_mesh(MeshConfig())
-    rows = max(1, cell.tokens // cell.seq_len) * row_shards(mesh)
-    dtype = jnp.dtype(cell.dtype)
-    shape: Any = {"rows": rows, "seq_len": cell.seq_len}
-    attn = resolve_attention(cell.attn, model, mesh, **shape, dtype=dtype, documents=cell.packed)
-    plan = memory.plan(
-        model, mesh, **shape, accum=1, remat=cell.remat, itemsize=dtype.itemsize, attn=attn
-    )
-    config = OptimConfig(lr=1e-4)
-    tx = optimizer(config, 1e-4, 100)
 
-    def make():
-        return InternLM2(
-            model,
-            rngs=nnx.Rngs(params=0),
-            attn=attn,
+    def __init__(self, cell: Cell):
+        """Chooses what is open; nothing is allocated.
+
+        Raises:
+            ValueError, NotImplementedError: the cell cannot run, and why.
+        """
+        self._model, self._mesh = PRESETS[cell.model], make_mesh(MeshConfig())
+        self.rows = cell.batch_size * row_shards(self._mesh)
+        self._optim = OptimConfig(name=cell.optim, state=cell.state, lr=RATE)  # pyright: ignore[reportArgumentType]
+        self.cell = self._with_remat(cell)
+        self.plan = self._planned(self.cell)
+
+    def compile(self) -> tuple[jax.stages.Compiled, float]:
+        """The compiled step, and the seconds that tracing and compiling took."""
+        cell, dtype = self.cell, jnp.dtype(self.cell.dtype)
+        attn = resolve_attention(
+            cell.attn,
+            self._model,
+            self._mesh,
+            rows=self.rows,
+            seq_len=cell.seq_len,
             dtype=dtype,
-            remat=cell.remat,
-            scan=cell.scan_layers,
+            documents=cell.rows != "dense",
+        )
+        self._tx = optimizer(self._optim, RATE, RUN, param_dtype=PARAM_DTYPES[cell.param_dtype])
+
+        def make():
+            return InternLM2(
+                self._model,
+                rngs=nnx.Rngs(params=0),
+                attn=attn,
+                dtype=dtype,
+                param_dtype=PARAM_DTYPES[cell.param_dtype],
+                remat=cell.remat or REMAT_BY_SPEED[-1],
+                scan=cell.scan_layers,
+            )
+
+        batch = batch_struct(rows=self.rows, seq_len=cell.seq_len, accum=1, mesh=self._mesh)
+        if cell.rows == "dense":
+            batch = batch._replace(segment_ids=None)
+        begun = time.perf_counter()
+        graphdef, self._like = abstract_state(make, self._tx, self._mesh)
+        step = make_step(graphdef, self._tx, schedule(self._optim, RATE, RUN), spike=10.0)
+        compiled = compile_step(step, self._like, batch)
+        return compiled, time.perf_counter() - begun
+
+    def first_state(self):
+        """Random weights, and moments of zero."""
+        params = params_of(init(self._model, mesh=self._mesh), self._like)
+        return new_state(params, self._tx, self._like)
+
+    def measure(self) -> dict[str, Any]:
+        """Times the full training step: forward, backward and update.
+
+        Returns:
+            `bench_shapes.outcome`, and: compile_seconds, tracing included; first_step_seconds;
+            peak_memory_bytes; plan_bytes; xla_bytes, what the compiler says that the step needs;
+            loss.
+
+        Raises:
+            jax.errors.JaxRuntimeError: out of memory, among others.
+        """
+        work = batches(self.cell, self.rows)
+        compiled, compile_seconds = self.compile()
+        state, values = self.first_state(), {}
+        on_device = [put_batch(batch, accum=1, mesh=self._mesh) for batch in work]
+
+        def step(i: int):
+            nonlocal state, values
+            state, values = compiled(state, on_device[i % len(work)])
+            return state, values
+
+        first, seconds = time_steps(step, jax.block_until_ready, self.cell.repeats)
+        kind, devices = self._mesh.devices.flat[0].device_kind, self._mesh.size
+        return outcome(self.cell, work, seconds=seconds, device=kind, devices=devices) | {
+            "compile_seconds": compile_seconds,
+            "first_step_seconds": first,
+            "peak_memory_bytes": peak_memory(jax.local_devices()),
+            "plan_bytes": self.plan.total,
+            "xla_bytes": _needed(compiled),
+            "loss": float(values["loss"]),
+        }
+
+    def _with_remat(self, cell: Cell) -> Cell:
+        if cell.remat is not None:
+            return cell
+        all_of = {remat: dataclasses.replace(cell, remat=remat) for remat in REMAT_BY_SPEED}
+        need = {remat: self._planned(chosen).total for remat, chosen in all_of.items()}
+        return all_of[choose_remat(need, device_memory(self._mesh.devices.flat[0]))]
+
+    def _planned(self, cell: Cell) -> memory.Plan:
+        return memory.plan(
+            self._model,
+            self._mesh,
+            rows=self.rows,
+            seq_len=cell.seq_len,
+            accum=1,
+            remat=cell.remat or REMAT_BY_SPEED[-1],
+            itemsize=jnp.dtype(cell.dtype).itemsize,
+            attn=ALIASES.get(cell.attn, cell.attn),
+            optim=self._optim,
+            param_itemsize=PARAM_DTYPES[cell.param_dtype].itemsize,
         )
 
-    graphdef, like = abstract_state(make, tx, mesh)
-    state = new_state(params_of(init(model, mesh=mesh), like), tx, like)
-    rows_BT = random_rows(rows, cell.seq_len, model.vocab_size, packed=cell.packed)
-    pairs = causal_pairs(rows_BT.segment_ids)
-    if not cell.packed:  # a plain causal mask, which every implementation knows
-        rows_BT = rows_BT._replace(segment_ids=None)
-    batch = put_batch(rows_BT, accum=1, mesh=mesh)
-    begun = time.perf_counter()
-    step = compile_step(make_step(graphdef, tx, schedule(config, 1e-4, 100)), state, batch)
-    compile_seconds = time.perf_counter() - begun
-    seconds = []
-    for _ in range(1 + cell.repeats):  # the first warms up
-        begun = time.perf_counter()
-        for _ in range(STEPS):
-            state, values = step(state, batch)
-        jax.block_until_ready((state, values))
-        seconds.append((time.perf_counter() - begun) / STEPS)
-    median = statistics.median(seconds[1:])
-    tokens = rows * cell.seq_len
-    result = dataclasses.asdict(cell) | {
-        "rows": rows,
-        "ms": 1e3 * median,
-        "tokens_per_second": tokens / median,
-        "peak_memory_bytes": peak_memory(jax.local_devices()),
-        "plan_bytes": plan.total,
-        "compile_seconds": compile_seconds,
-        "loss": float(values["loss"]),
-    }
-    peak = peak_flops(mesh.devices.flat[0])
-    if peak is not None:
-        useful = training_flops(model, tokens, pairs)
-        result["mfu"] = useful / median / (peak * mesh.size)
-    return result
+
+def _needed(compiled: jax.stages.Compiled) -> int:
+    """Bytes of a device: arguments, results that do not take their place, temporary memory."""
+    found = compiled.memory_analysis()
+    if found is None:  # a backend that does not say
+        return 0
+    outer = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return outer + found.temp_size_in_bytes
 
 
-def random_rows(rows: int, seq_len: int, vocab_size: int, *, packed: bool) -> Batch:
-    """Rows [rows, seq_len] without padding, every position with a target.
+def _count(event: str) -> list[str]:
+    """A list that grows by one with each such event of jax."""
+    seen: list[str] = []
 
-    Args:
-        rows: of the batch.
-        seq_len: tokens of a row.
-        vocab_size: of the uniform random tokens.
-        packed: documents with the lengths of jaxattn.bench's 7b_32k_packed (log-normal, median
-            1,500, sigma 1), the same in every row; else one a row.
-    """
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, vocab_size, (rows, seq_len + 1), dtype=np.int32)
-    lengths = document_lengths(seq_len, 1500.0, 1.0) if packed else [seq_len]
-    of_row = np.repeat(np.arange(1, len(lengths) + 1, dtype=np.int32), lengths)
-    segment_ids = np.tile(of_row, (rows, 1))
-    counted = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
-    positions = np.tile(counted, (rows, 1))
-    return Batch(
-        tokens=tokens[:, :-1],
-        targets=tokens[:, 1:],
-        loss_mask=np.ones((rows, seq_len), np.float32),
-        segment_ids=segment_ids,
-        positions=positions,
-    )
+    def listen(name: str, /, **_) -> None:
+        if name == event:
+            seen.append(name)
+
+    jax.monitoring.register_event_listener(listen)  # pyright: ignore[reportArgumentType]
+    return seen
 
 
 def main() -> None:
     """Measures the cell of the command line and prints the result, or why there is none."""
-    cell = Cell(**json.loads(sys.argv[1]))
+    fields = json.loads(sys.argv[1])
+    cell = Cell(**fields | {"data": tuple(fields["data"])})
     device.set_up(keep_compiled=False)
     try:
-        result = measure(cell)
-    except (ValueError, NotImplementedError) as error:
+        program = Program(cell)
+        cell = program.cell
+        if "--compile_only" in sys.argv:
+            hits = _count("/jax/compilation_cache/cache_hits")
+            _, seconds = program.compile()
+            result: dict[str, Any] = {"compile_seconds": seconds, "cache_hits": len(hits)}
+        else:
+            result = program.measure()
+    except (ValueError, NotImplementedError, OSError) as error:
         result = dataclasses.asdict(cell) | {"why": str(error)}
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        why = f"out of memory: {str(error).splitlines()[0][:200]}"
+        planned = program.plan.total / memory.GiB
+        why = f"out of memory with remat {cell.remat}; the plan says {planned:.1f} GiB"
         result = dataclasses.asdict(cell) | {"why": why}
     print(json.dumps(result))
 

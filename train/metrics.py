@@ -152,8 +152,11 @@ class Metrics:
 def peak_memory(devices: list[jax.Device]) -> int:
     """Most bytes in use so far: of the fullest GPU, or of this process where there is none."""
     peaks = [(d.memory_stats() or {}).get("peak_bytes_in_use", 0) for d in devices]
-    if max(peaks) > 0:
-        return max(peaks)
+    return max(peaks) or resident_peak()
+
+
+def resident_peak() -> int:
+    """Most bytes of host memory that this process has had."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -5,63 +5,103 @@ import json
 import numpy as np
 import pytest
 
+from tests.train.cells import CELL
 from train import bench
-from train.bench_cell import random_rows
-from train.flops import causal_pairs
 
 
-def test_table_json_and_plot(tmp_path, capsys, monkeypatch):
-    """Real processes: one cell that runs on a CPU, and one that cannot."""
-    monkeypatch.setenv("XLA_FLAGS", "")  # the children need no 8 devices
-    flags = ["--attn", "xla", "pallas", "--seq_lens", "32", "--tokens", "32", "--repeats", "1"]
-    assert bench.main([*flags, f"--out={tmp_path}"]) == 0
+@pytest.fixture
+def children(monkeypatch):
+    """The children need no 8 devices."""
+    monkeypatch.setenv("XLA_FLAGS", "")
+
+
+@pytest.fixture
+def without_torch(monkeypatch):
+    monkeypatch.setattr(bench, "_has_torch", lambda: False)
+
+
+def test_two_calls_make_one_table(tmp_path, capsys, children, without_torch):
+    """Real processes: cells that run on a CPU, compile again from the cache, and that cannot."""
+    flags = ["--seq_lens", "32", "--tokens", "64", "--repeats", "1", f"--out={tmp_path}"]
+    assert bench.main([*flags, "--attn", "xla", "pallas", "--rows", "dense"]) == 0
     said = capsys.readouterr().out
-    assert "32     1 xla" in said
+    assert "dense       32   2 xla         dots" in said
+    assert "cannot run: attention 'pallas' cannot run: its kernels are for Hopper" in said
+
+    text = tmp_path / "some.jsonl"
+    text.write_text("".join(json.dumps({"text": "abc" * n}) + "\n" for n in range(1, 11)))
+    again = ["--attn", "xla", "torch_sdpa", "--rows", "data", "--data", str(text), "--remat=full"]
+    compact = ["--optim.state=int8", "--param_dtype=bf16", "--no_cached", "--scan_layers"]
+    assert bench.main([*flags, *again, *compact]) == 0
+    cells = json.loads((tmp_path / "bench.json").read_text())["cells"]
+    assert [(c["attn"], c["rows"]) for c in cells] == [
+        ("xla", "dense"),
+        ("pallas", "dense"),
+        ("xla", "data"),
+        ("torch_sdpa", "data"),
+    ]
+    dense, pallas, data, torch = cells
+    assert dense["device"] == "cpu" and "jax" in dense["versions"] and dense["date"]
+    assert dense["tokens_per_second"] == pytest.approx(64 / dense["ms"] * 1e3)
+    assert dense["compile_seconds"] > 0 and dense["first_step_seconds"] > 0
+    assert dense["cached_compile_seconds"] > 0 and dense["cached_cache_hits"] >= 1
+    assert dense["xla_bytes"] > dense["filled"] == 1 and dense["plan_bytes"] > 0
+    assert np.isfinite(dense["loss"]) and np.isfinite(data["loss"])
+    assert data["remat"] == "full" and "cached_compile_seconds" not in data
+    assert 0.5 < data["filled"] < 1  # padding is no work
+    assert data["tokens_per_second"] == pytest.approx(64 * data["filled"] / data["ms"] * 1e3)
+    assert data["plan_bytes"] < dense["plan_bytes"]
+    assert "ms" not in pallas and "not installed" in torch["why"]
+    for name in ("nano-dense.png", "nano-data.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert (
-        "pallas     cannot run: attention 'pallas' cannot run: its kernels are for Hopper" in said
+        "| nano | data, 32 x 2 | xla | bf16, int8 | full |" in (tmp_path / "table.md").read_text()
     )
-    table = json.loads((tmp_path / "nano.json").read_text())
-    assert table["platform"] == "cpu" and "jax" in table["versions"] and table["date"]
-    xla, pallas = table["cells"]
-    assert xla["ms"] > 0 and xla["compile_seconds"] > 0 and np.isfinite(xla["loss"])
-    assert xla["tokens_per_second"] == pytest.approx(32 / xla["ms"] * 1e3)
-    assert "ms" not in pallas and pallas["why"]
-    assert (tmp_path / "nano.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_process_that_dies_is_a_line(monkeypatch):
     monkeypatch.setattr(bench.sys, "executable", "/bin/false")
-    cell = bench.Cell(
-        model="nano",
-        attn="xla",
-        seq_len=8,
-        tokens=8,
-        packed=False,
-        remat="full",
-        scan_layers=True,
-        dtype="float32",
-        repeats=1,
-    )
-    assert "cannot run: process ended with 1: nothing" in bench.row(bench.run_cell(cell))
+    why = bench.run_cell(CELL, cached=True)["why"]
+    assert why == "process ended with 1: nothing"
 
 
-@pytest.mark.parametrize("flag", ["--model=huge", "--remat=some", "--repeats=0", "--repeat=3"])
-def test_wrong_flags(flag, capsys):
-    assert bench.main([flag]) == 2
+def test_default_cells(without_torch):
+    """The table of the README: every length, implementation and kind of rows, the remat chosen."""
+    cells = list(bench.cells_of(bench.BenchConfig(), on_gpu=True))
+    assert len(cells) == len(set(cells)) == 2 * 4 * 6
+    assert {c.seq_len * c.batch_size for c in cells} == {32768}
+    assert {(c.model, c.remat, c.dtype) for c in cells} == {("internlm2-1.8b", None, "bfloat16")}
+    small = bench.cells_of(bench.BenchConfig(attn=("xla",), rows=("packed",)), on_gpu=False)
+    assert [(c.model, c.seq_len, c.dtype) for c in small] == [
+        ("nano", length, "float32") for length in (128, 256, 512)
+    ]
+
+
+def test_torch_joins_where_it_is_installed(monkeypatch):
+    monkeypatch.setattr(bench, "_has_torch", lambda: True)
+    cells = bench.cells_of(bench.BenchConfig(), on_gpu=True)
+    assert {c.attn for c in cells} == {*bench.OURS, "torch_sdpa", "torch_eager"}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--model=huge"],
+        ["--attn=fast"],
+        ["--remat=some"],
+        ["--repeats=0"],
+        ["--repeat=3"],
+        ["--rows=data"],
+        ["--data=some.txt"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_flags(flags, capsys):
+    assert bench.main(flags) == 2
     assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_packed_rows_are_documents():
-    rows = random_rows(2, 32768, 320, packed=True)
-    lengths = np.bincount(rows.segment_ids[0])[1:]
-    assert len(lengths) == 20 and lengths.sum() == 32768  # as jaxattn.bench's 7b_32k_packed
-    assert lengths.max() == 5526 and lengths[:-1].min() >= 16
-    starts = np.flatnonzero(rows.positions[0] == 0)
-    assert len(starts) == len(lengths) and (rows.positions[0] < 16384).all()
-    assert causal_pairs(rows.segment_ids) < 2 * 32768 * 32769 // 2 / 4
-
-
-def test_dense_rows_are_one_document():
-    rows = random_rows(3, 16, 320, packed=False)
-    assert (rows.segment_ids == 1).all() and (rows.positions == np.arange(16)).all()
-    np.testing.assert_array_equal(rows.targets[:, :-1], rows.tokens[:, 1:])
+def test_cells_of_another_device_are_kept_apart(tmp_path, capsys):
+    (tmp_path / "bench.json").write_text('{"cells": [{"device": "1 x Abacus"}]}')
+    assert bench.main([f"--out={tmp_path}"]) == 2
+    assert "is of 1 x Abacus, not" in capsys.readouterr().err

@@ -1,0 +1,20 @@
+"""A cell of the bench that a CPU runs in seconds."""
+
+from train.bench_shapes import Cell
+
+CELL = Cell(
+    model="nano",
+    attn="xla",
+    seq_len=32,
+    tokens=64,
+    rows="dense",
+    remat="full",
+    scan_layers=True,
+    dtype="float32",
+    param_dtype="fp32",
+    optim="adamw",
+    state="fp32",
+    repeats=1,
+    data=(),
+    tokenizer="byte",
+)
