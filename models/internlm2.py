@@ -88,7 +88,7 @@ class Attention(nnx.Module):
         y_BTD = sharding.einsum("BTNH,NHD->BTD", o_BTNH, wo_NHD, out=("batch", None, None))
         if self.bias:
             y_BTD += self.wo_bias_D[...][None, None]
-        return checkpoint_name(y_BTD, "attn_proj"), result
+        return y_BTD, result
 
 
 class Block(nnx.Module):
@@ -109,7 +109,7 @@ class Block(nnx.Module):
         with jax.named_scope("attention"):
             normed_BTD = rms_norm(x_BTD, self.attention_norm_D[...], eps=self.eps)
             y_BTD, result = self.attention(normed_BTD, rope, attend, carried)
-            x_BTD += y_BTD
+            x_BTD = checkpoint_name(x_BTD + y_BTD, "ffn_input")
         with jax.named_scope("ffn"):
             x_BTD += self.ffn(rms_norm(x_BTD, self.ffn_norm_D[...], eps=self.eps))
         return x_BTD, result

@@ -28,7 +28,8 @@ def rms_norm(
     """
     x32_BTD = x_BTD.astype(jnp.float32)
     mean_square_BT1 = jnp.mean(jnp.square(x32_BTD), axis=-1, keepdims=True)
-    normed_BTD = (x32_BTD * jax.lax.rsqrt(mean_square_BT1 + eps)).astype(x_BTD.dtype)
+    scale_BT1 = checkpoint_name(jax.lax.rsqrt(mean_square_BT1 + eps), "norm_scale")
+    normed_BTD = (x32_BTD * scale_BT1).astype(x_BTD.dtype)
     return normed_BTD * weight_D.astype(x_BTD.dtype)[None, None]
 
 

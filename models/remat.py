@@ -1,7 +1,7 @@
 """What the backward pass finds in memory; the rest of a block it recomputes.
 
-Names are given where a value is made: "attn_out" and "attn_lse" by jaxattn's kernel, "gate_up" in
-models/layers.py, the others in models/internlm2.py.
+Names are given where a value is made: "attn_out" and "attn_lse" by jaxattn's kernel, "gate_up"
+and "norm_scale" in models/layers.py, the others in models/internlm2.py.
 """
 
 from collections.abc import Callable
@@ -12,8 +12,11 @@ _POLICIES = jax.checkpoint_policies
 # From the most memory on the device to the least; then what takes the host's.
 REMAT: dict[str, Callable | None] = {
     "none": _POLICIES.everything_saveable,
-    # What matrix products and attention gave; norms and SwiGLU are cheap to repeat.
-    "dots": _POLICIES.save_only_these_names("attn_out", "attn_lse", "qkv", "attn_proj", "gate_up"),
+    # What matrix products and attention gave, the last one with the residual added; norms and
+    # SwiGLU are cheap to repeat, but the norms' scales (4 bytes a token) would take a pass more.
+    "dots": _POLICIES.save_only_these_names(
+        "attn_out", "attn_lse", "qkv", "ffn_input", "gate_up", "norm_scale"
+    ),
     # As "attention", and the rotated q, k, v: their projection is not recomputed either.
     "qkv": _POLICIES.save_only_these_names("attn_out", "attn_lse", "qkv"),
     # The attention kernel does not run again in the backward pass.
