@@ -142,6 +142,7 @@ class Program:
             remat=cell.remat or REMAT_BY_SPEED[-1],
             itemsize=jnp.dtype(cell.dtype).itemsize,
             attn=ALIASES.get(cell.attn, cell.attn),
+            scan=cell.scan_layers,
             optim=self._optim,
             param_itemsize=PARAM_DTYPES[cell.param_dtype].itemsize,
         )

@@ -156,7 +156,7 @@ def settle(config: Config) -> Settled:
         param_dtype=PARAM_DTYPES[config.param_dtype],
         rows=rows,
         remat=full.remat or REMAT_BY_SPEED[-1],
-        scan=not on_gpu if config.scan_layers is None else config.scan_layers,
+        scan=in_scan(config, mesh),
         lr=config.optim.lr or _lr(name, weights) * (0.1 if config.optim.name == "lion" else 1.0),
         out=Path(config.out or f"runs/{short}-{config.seq_len}"),
         plan=plan,
@@ -238,9 +238,17 @@ def planned(
         remat=config.remat or REMAT_BY_SPEED[-1],
         itemsize=dtype.itemsize,
         attn=attn,
+        scan=in_scan(config, mesh),
         optim=config.optim,
         param_itemsize=PARAM_DTYPES[config.param_dtype].itemsize,
     )
+
+
+def in_scan(config: Config, mesh: Mesh | AbstractMesh) -> bool:
+    """Whether training's layers are one loop; a mesh without devices stands for GPUs."""
+    if config.scan_layers is not None:
+        return config.scan_layers
+    return isinstance(mesh, Mesh) and mesh.devices.flat[0].platform != "gpu"
 
 
 def advice(

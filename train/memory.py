@@ -2,8 +2,10 @@
 
 An estimate from shapes. Weights, optimizer and what remat keeps are there all the time; the logits
 are gone before the gradients grow, so the fullest moment is either the end of the loss or that of
-the backward pass through one block. What XLA may or may not fuse is left out. The estimate picks
-the default model on a GPU, and refuses what cannot fit before minutes are spent on finding out.
+the backward pass through one block. Under a scan all gradients are there by then, as stacks; where
+each layer is compiled on its own, its gradients take the place of what remat kept of it. What XLA
+may or may not fuse is left out. The estimate picks the default model on a GPU, and refuses what
+cannot fit before minutes are spent on finding out.
 """
 
 import dataclasses
@@ -25,7 +27,8 @@ class Plan:
     """Bytes per device, by what they are for."""
 
     weights: int
-    """Parameters, and their copy in the compute type where that is another."""
+    """Parameters, and their copy in the compute type: where that is another, or where layers are
+    taken out of their stacks."""
 
     optimizer: int
     """Moments."""
@@ -43,7 +46,7 @@ class Plan:
     """One chunk of logits and its gradient, the output matrix and its float32 gradient."""
 
     gradients: int
-    """In the compute type."""
+    """In the compute type; without a scan what of them exceeds the activations."""
 
     block: int
     """Everything of one block: a value's gradient takes its place."""
@@ -91,6 +94,7 @@ def plan(
     remat: str,
     itemsize: int,
     attn: str,
+    scan: bool,
     optim: OptimConfig | None = None,
     param_itemsize: int = 4,
 ) -> Plan:
@@ -105,6 +109,7 @@ def plan(
         remat: key of `models.remat.REMAT`.
         itemsize: bytes of the compute dtype.
         attn: implementation in `jaxattn.IMPLEMENTATIONS`.
+        scan: whether all layers are one loop.
         optim: the optimizer; None: AdamW in float32.
         param_itemsize: bytes of a stored weight.
     """
@@ -118,14 +123,16 @@ def plan(
     chunk = min(tokens, CHUNK_TOKENS) * model.vocab_size // tensor
     local = tokens // seq_len, seq_len, seq_len, model.num_heads // tensor
     moments = _moment_bytes(optim or OptimConfig(), in_blocks)
+    copied = 1.0 if itemsize != param_itemsize else 0.0 if scan else in_blocks
+    activations = tokens * model.num_layers * kept
     return Plan(
-        weights=parameters * (param_itemsize + (itemsize if itemsize != param_itemsize else 0)),
+        weights=int(parameters * (param_itemsize + copied * itemsize)),
         optimizer=int(parameters * moments),
         sums=parameters * 4 if accum > 1 else 0,
         gathered=(2 * of_block * itemsize + 4 * table // tensor) if fsdp > 1 else 0,
-        activations=tokens * model.num_layers * kept,
+        activations=activations,
         logits=chunk * (8 + itemsize) + table // tensor * (4 + itemsize),
-        gradients=parameters * itemsize,
+        gradients=max(0, parameters * itemsize - (0 if scan else activations)),
         block=tokens * everything,
         scores=eager.score_bytes(*local) if attn == "eager" else 0,
         host=tokens * model.num_layers * on_host,

@@ -7,7 +7,7 @@ import io
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,24 +36,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return fail(error, 2)
     try:
-        page = report(config)
+        runs = _read_runs(config)
+        page = report(runs, Path(config.to or f"{config.runs[0]}/report"))
     except (ValueError, OSError) as error:
         return fail(error, 1)
+    for text in compared(runs):
+        print(text)
     print(f"wrote {page}")
     return 0
 
 
-def report(config: ReportConfig) -> Path:
+def report(runs: Sequence[Run], to: Path) -> Path:
     """Draws the runs; returns the page's path.
 
+    Args:
+        runs: at least one.
+        to: directory of report.html and the PNGs.
+
     Raises:
-        ValueError: no run, or a directory that holds none.
-        OSError: what cannot be read or written.
+        OSError: what cannot be written.
     """
-    if not config.runs:
-        raise ValueError("which runs? python -m train.report OUT [OUT...]")
-    runs = [read_run(Path(name)) for name in config.runs]
-    to = Path(config.to) if config.to else Path(config.runs[0]) / "report"
     to.mkdir(parents=True, exist_ok=True)
     images = []
     for name, figure in figures(runs):
@@ -64,6 +66,24 @@ def report(config: ReportConfig) -> Path:
     page = to / "report.html"
     page.write_text(_page(runs, images))
     return page
+
+
+def compared(runs: Sequence[Run]) -> Iterator[str]:
+    """Yields a line for each run but the first: its loss against the first one's.
+
+    Means over the last `TAIL` steps that both have: single steps differ by their documents.
+    """
+    first, *others = ({line["step"]: line["loss"] for line in run.steps} for run in runs)
+    for run, losses in zip(runs[1:], others, strict=True):
+        steps = sorted(first.keys() & losses.keys())[-TAIL:]
+        if not steps:
+            yield f"{run.name}: no step in common with {runs[0].name}"
+            continue
+        mean, of_first = (statistics.fmean(of[step] for step in steps) for of in (losses, first))
+        yield (
+            f"{run.name}: mean loss of steps {steps[0]:,} to {steps[-1]:,} {mean:.4f}, "
+            f"{mean / of_first - 1:+.2%} of {runs[0].name}'s {of_first:.4f}"
+        )
 
 
 def read_run(out: Path) -> Run:
@@ -85,6 +105,12 @@ def read_run(out: Path) -> Run:
     return Run(name=name, steps=lines, evals=_read(out / "eval.jsonl"), config=record)
 
 
+def _read_runs(config: ReportConfig) -> list[Run]:
+    if not config.runs:
+        raise ValueError("which runs? python -m train.report OUT [OUT...]")
+    return [read_run(Path(name)) for name in config.runs]
+
+
 def _read(path: Path) -> list[dict[str, Any]]:
     """The lines of a file; the last one may be half-written by a run that goes on."""
     lines = []
@@ -96,12 +122,13 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _page(runs: list[Run], images: list[tuple[str, bytes]]) -> str:
+def _page(runs: Sequence[Run], images: list[tuple[str, bytes]]) -> str:
     rows = "".join(
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _summary(run)) + "</tr>"
         for run in runs
     )
     head = "".join(f"<th>{name}</th>" for name in SUMMARY)
+    losses = "".join(f"<p>{html.escape(text)}</p>\n" for text in compared(runs))
     drawn = "".join(
         f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">\n'
         for name, png in images
@@ -115,9 +142,12 @@ def _page(runs: list[Run], images: list[tuple[str, bytes]]) -> str:
     title = html.escape(", ".join(run.name for run in runs))
     return (
         f'<!doctype html><meta charset="utf-8"><title>{title}</title>\n<style>{_STYLE}</style>\n'
-        f"<h1>{title}</h1>\n<table><tr>{head}</tr>{rows}</table>\n{drawn}{flags}\n"
+        f"<h1>{title}</h1>\n<table><tr>{head}</tr>{rows}</table>\n{losses}{drawn}{flags}\n"
     )
 
+
+TAIL = 50
+"""Steps whose mean loss is compared."""
 
 SUMMARY = ("run", "steps", "loss", "best validation", "tokens/s", "MFU", "peak GiB", "skipped")
 _STYLE = """

@@ -18,12 +18,13 @@ from train.state import abstract_state
 
 BIG = PRESETS["internlm2-1.8b"]
 GiB = 2**30
+INT8 = OptimConfig(state="int8")
 
 
 def plan(model=BIG, devices=1, **kwargs):
     sizes = kwargs.pop("sizes", MeshConfig())
     options = {"rows": 1, "seq_len": 32768, "accum": 1, "remat": "full", "itemsize": 2}
-    options |= {"attn": "pallas"} | kwargs
+    options |= {"attn": "pallas", "scan": True} | kwargs
     return memory.plan(model, make_mesh(sizes, jax.devices()[:devices]), **options)
 
 
@@ -48,8 +49,24 @@ def test_1_8b_on_one_gpu():
     ],
 )
 def test_measured_peaks(kwargs, gib):
-    """Of whole steps of 1.8B on an H200 (train/results), remat "attention"."""
+    """Of whole steps of 1.8B on an H200 (train/results), remat "attention", under a scan."""
     assert plan(remat="attention", **kwargs).total / GiB == pytest.approx(gib, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("model", "kwargs", "gib"),
+    [
+        ("internlm2-1.8b", {"remat": "dots"}, 66.23),
+        ("internlm2-1.8b", {"remat": "attention"}, 34.19),
+        ("internlm2-1.8b", {"remat": "full"}, 31.30),
+        ("internlm2-7b", {"remat": "qkv", "optim": INT8}, 94.70),
+        ("internlm2-7b", {"remat": "qkv", "optim": INT8, "param_itemsize": 2}, 78.13),
+    ],
+)
+def test_what_the_compiler_needs(model, kwargs, gib):
+    """XLA's own count (jax 0.11.2, for an H200) of the step at 32k, each layer on its own."""
+    total = plan(PRESETS[model], scan=False, **kwargs).total / GiB
+    assert total == pytest.approx(gib, rel=0.05)
 
 
 def test_more_is_kept_with_less_remat():
@@ -111,8 +128,11 @@ def test_other_optimizers(optim, bytes_each):
     assert plan(optim=optim).optimizer == pytest.approx(bytes_each * BIG.num_params())
 
 
-def test_bf16_weights_have_no_copy():
-    assert plan(param_itemsize=2).weights == 2 * BIG.num_params()
+def test_copies_of_bf16_weights():
+    """None under a scan; else those of the blocks, which XLA slices out of their stacks."""
+    n, table = BIG.num_params(), BIG.vocab_size * BIG.hidden_size
+    assert plan(param_itemsize=2).weights == 2 * n
+    assert plan(param_itemsize=2, scan=False).weights == pytest.approx(4 * n - 4 * table)
 
 
 def test_devices_share():

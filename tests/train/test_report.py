@@ -27,12 +27,15 @@ CURVES = "grad_norm loss lr memory mfu skipped time tokens validation"
 
 @pytest.fixture
 def run(tmp_path):
-    """Makes the directory of a run of 3 steps, the last line of it half-written."""
+    """Makes the directory of a run, by default of 3 steps; its last line is half-written."""
 
-    def make(name, *, evals=True):
+    def make(name, *, evals=True, losses=(2.0, 2.0, 2.0)):
         out = tmp_path / name
         out.mkdir()
-        lines = [json.dumps({"step": step} | LINE) + "\n" for step in (1, 2, 3)]
+        lines = [
+            json.dumps({"step": step} | LINE | {"loss": loss}) + "\n"
+            for step, loss in enumerate(losses, 1)
+        ]
         (out / "metrics.jsonl").write_text("".join(lines) + '{"step": 4, "lo')
         if evals:
             line = {"step": 3, "set": "a<b", "loss": 1.5, "perplexity": 4.5, "loss_tokens": 9}
@@ -59,6 +62,17 @@ def test_runs_are_compared(run, tmp_path):
     assert main([str(one), str(two), f"--to={tmp_path / 'both'}"]) == 0
     page = (tmp_path / "both" / "report.html").read_text()
     assert "<h1>one, two</h1>" in page and page.count("<tr>") == 3
+
+
+def test_losses_are_compared_over_the_last_common_steps(run, capsys):
+    """Means of steps 11 to 60: of 61 and 60 steps the last 50 that both have."""
+    one = run("one", losses=[9.0] * 10 + [2.0] * 51)
+    two = run("two", losses=[1.0] * 10 + [2.02] * 50)
+    assert main([str(one), str(two)]) == 0
+    said = "two: mean loss of steps 11 to 60 2.0200, +1.00% of one's 2.0000"
+    assert said in capsys.readouterr().out
+    page = (one / "report" / "report.html").read_text()
+    assert said.replace("'", "&#x27;") in page
 
 
 def test_what_is_no_run(run, tmp_path, capsys):
