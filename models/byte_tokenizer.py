@@ -1,0 +1,92 @@
+"""The built-in tokenizer, bytes of UTF-8, behind the interface of `models.tokenizer.Tokenizer`."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+BYTE = "byte"
+# The names of the six chat tokens in the order of their ids, which are the last six of the
+# vocabulary. In the published tokenizer.model these ids hold [UNUSED_TOKEN_141] .. _146.
+CHAT_TOKENS = (
+    "<|plugin|>",
+    "<|interpreter|>",
+    "<|action_end|>",
+    "<|action_start|>",
+    "<|im_end|>",
+    "<|im_start|>",
+)
+
+
+_FIRST_BYTE = 3
+_FIRST_CHAT = 259
+
+
+@dataclasses.dataclass
+class ByteTokenizer:
+    """Bytes of UTF-8 as ids, laid out like the head of InternLM2's vocabulary.
+
+    0 <unk>, 1 <s>, 2 </s> (also padding), 3 .. 258 the bytes, 259 .. 264 the chat tokens in their
+    published order. Every text comes back exactly.
+    """
+
+    name: str = BYTE
+    fingerprint: str = "byte-1"
+    vocab_size: int = 265
+    unk_id: int = 0
+    bos_id: int = 1
+    eos_id: int = 2
+    pad_id: int = 2
+    im_start_id: int | None = 264
+    im_end_id: int | None = 263
+
+    def encode(self, text: str) -> list[int]:
+        """See `Tokenizer`. Of the special tokens the six of a chat are recognised."""
+        ids: list[int] = []
+        for piece in _split_chat(text):
+            if piece in CHAT_TOKENS:
+                ids.append(_FIRST_CHAT + CHAT_TOKENS.index(piece))
+            else:
+                # surrogatepass: half a surrogate pair, which JSON can hold, is bytes like others.
+                utf8 = np.frombuffer(piece.encode("utf-8", "surrogatepass"), np.uint8)
+                ids.extend((utf8.astype(np.int32) + _FIRST_BYTE).tolist())
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """See `Tokenizer`."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+        """See `Tokenizer`. Ids from 265, which only a padded vocabulary has, are U+FFFD."""
+        parts = [_byte_piece(int(i), skip_special) for i in ids]
+        return b"".join(parts).decode("utf-8", "replace")
+
+
+def _split_chat(text: str) -> list[str]:
+    """The text cut before and after every chat token in it."""
+    pieces = [text]
+    for token in CHAT_TOKENS:
+        pieces = [
+            part
+            for piece in pieces
+            for part in ([piece] if piece in CHAT_TOKENS else _cut(piece, token))
+        ]
+    return pieces
+
+
+def _cut(text: str, token: str) -> list[str]:
+    parts = text.split(token)
+    between = [x for part in parts for x in (part, token)][:-1]
+    return [x for x in between if x]
+
+
+@functools.cache
+def _byte_piece(token: int, skip_special: bool) -> bytes:
+    if _FIRST_BYTE <= token < _FIRST_CHAT:
+        return bytes([token - _FIRST_BYTE])
+    specials = ("<unk>", "<s>", "</s>") if token < _FIRST_BYTE else CHAT_TOKENS
+    index = token if token < _FIRST_BYTE else token - _FIRST_CHAT
+    if not 0 <= index < len(specials):
+        return "�".encode()
+    return b"" if skip_special else specials[index].encode()
