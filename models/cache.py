@@ -2,7 +2,9 @@
 
 B batch, T prompt slots, S cache slots, N query heads, K kv heads, H head dim, V vocab, L layers.
 
-Prompts of different lengths are padded on the left, so that all rows write the same slot.
+Prompts of different lengths are padded on the left, so that all rows write the same slot. Each
+layer's keys and values are arrays of their own, which a step updates in place: of a stack of all
+layers it would read, write and read again every layer's part (as of stacked weights under a scan).
 """
 
 import dataclasses
@@ -11,10 +13,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxattn import Mask, attention
+from jaxattn import attention
+from jaxattn.cached import BLOCK, attend_cached
 from models import sharding
 from models.internlm2 import InternLM2, logits
 from models.layers import document_positions, rope_table
+
+SLOTS = 64  # small caches, and prompts, are padded to a multiple of this
 
 
 @jax.tree_util.register_dataclass
@@ -23,19 +28,28 @@ class KVCache:
     """What a decoder remembers of its rows.
 
     Attributes:
-      k_LBSKH: keys after rotary embedding, with the base that was current when they were written
-        (as in the original: a base that grows later does not turn them again).
-      v_LBSKH: values.
+      k_BKSH: for each layer, keys after rotary embedding, with the base that was current when they
+        were written (as in the original: a base that grows later does not turn them again).
+      v_BKSH: for each layer, values.
       filled_BS: 1 where a slot holds a token, 0 where it is padding or still empty.
       used: slots in use, the same in every row; the next token goes there.
       lengths_B: tokens of each row, which is the position of its next one.
     """
 
-    k_LBSKH: Float[Array, "L B S K H"]
-    v_LBSKH: Float[Array, "L B S K H"]
+    k_BKSH: tuple[Float[Array, "B K S H"], ...]
+    v_BKSH: tuple[Float[Array, "B K S H"], ...]
     filled_BS: Int[Array, "B S"]
     used: Int[Array, ""]
     lengths_B: Int[Array, " B"]
+
+
+def capacity_for(slots: int) -> int:
+    """The least capacity of a cache that holds so many slots and is fast to attend to.
+
+    Requests whose lengths are similar share it, and so one compilation.
+    """
+    multiple = SLOTS if slots <= 2 * BLOCK else BLOCK
+    return -(-slots // multiple) * multiple
 
 
 def prefill(
@@ -51,7 +65,7 @@ def prefill(
       model: the model.
       tokens_BT: prompts, padded on the left.
       filled_BT: 1 for a token, 0 for padding; the last column is all ones.
-      capacity: slots of the cache, at least T (static).
+      capacity: slots of the cache, at least T (static); see `capacity_for`.
 
     Returns:
       Logits after the last token, fp32, and the cache.
@@ -72,11 +86,10 @@ def prefill(
 
         rope = rope_table(document_positions(filled_BT), model.config, segment_ids=filled_BT)
         x_BTD, (k_LBTKH, v_LBTKH) = model.run_blocks(model.embed(tokens_BT), rope, attend)
-        room = [(0, 0), (0, 0), (0, capacity - T), (0, 0), (0, 0)]
         cache = KVCache(
-            k_LBSKH=jnp.pad(k_LBTKH, room),
-            v_LBSKH=jnp.pad(v_LBTKH, room),
-            filled_BS=jnp.pad(filled_BT, room[1:3]),
+            k_BKSH=_by_layer(k_LBTKH, capacity),
+            v_BKSH=_by_layer(v_LBTKH, capacity),
+            filled_BS=jnp.pad(filled_BT, [(0, 0), (0, capacity - T)]),
             used=jnp.int32(T),
             lengths_B=filled_BT.sum(axis=1, dtype=jnp.int32),
         )
@@ -98,28 +111,34 @@ def decode(
     """
     with sharding.mesh_of(model.norm_D[...]):
         tokens_B1 = sharding.constrain(tokens_B[:, None], "batch", None)
-        new_B1 = jnp.ones_like(tokens_B1)
-        filled_BS = _write(cache.filled_BS, new_B1, cache.used, axis=1)
-        mask = Mask(segment_ids=new_B1, kv_segment_ids=filled_BS, causal=False)
+        filled_BS = _write(cache.filled_BS, jnp.ones_like(tokens_B1), cache.used, axis=1)
 
         def attend(q_B1NH, k_B1KH, v_B1KH, layer_cache):
-            k_BSKH, v_BSKH = layer_cache
-            k_BSKH = _write(k_BSKH, k_B1KH, cache.used, axis=1)
-            v_BSKH = _write(v_BSKH, v_B1KH, cache.used, axis=1)
-            # One query a row is a matrix-vector product: no kernel for long rows helps it.
-            return attention(q_B1NH, k_BSKH, v_BSKH, mask, impl="xla"), (k_B1KH, v_B1KH)
+            k_BKSH, v_BKSH = layer_cache
+            k_BKSH = _write(k_BKSH, k_B1KH.swapaxes(1, 2), cache.used, axis=2)
+            v_BKSH = _write(v_BKSH, v_B1KH.swapaxes(1, 2), cache.used, axis=2)
+            o_BNH = attend_cached(q_B1NH[:, 0], k_BKSH, v_BKSH, filled_BS)
+            return o_BNH[:, None], (k_BKSH, v_BKSH)
 
         rope = rope_table(cache.lengths_B[:, None], model.config)
-        carried = (cache.k_LBSKH, cache.v_LBSKH)
-        x_B1D, (k_LB1KH, v_LB1KH) = model.run_blocks(model.embed(tokens_B1), rope, attend, carried)
+        layers = list(zip(cache.k_BKSH, cache.v_BKSH, strict=True))
+        # Not as a scan, which copies every layer's weights out of their stack first.
+        x_B1D, layers = model.run_blocks(model.embed(tokens_B1), rope, attend, layers, scan=False)
+        k_BKSH, v_BKSH = zip(*layers, strict=True)
         cache = KVCache(
-            k_LBSKH=_write(cache.k_LBSKH, k_LB1KH, cache.used, axis=2),
-            v_LBSKH=_write(cache.v_LBSKH, v_LB1KH, cache.used, axis=2),
+            k_BKSH=k_BKSH,
+            v_BKSH=v_BKSH,
             filled_BS=filled_BS,
             used=cache.used + 1,
             lengths_B=cache.lengths_B + 1,
         )
         return _last_logits(model, x_B1D), cache
+
+
+def _by_layer(x_LBTKH: Array, capacity: int) -> tuple[Array, ...]:
+    """Keys or values of a prompt as a cache has them: an array a layer, with room to grow."""
+    room = [(0, 0), (0, 0), (0, capacity - x_LBTKH.shape[2]), (0, 0)]
+    return tuple(jnp.pad(x_BTKH.swapaxes(1, 2), room) for x_BTKH in x_LBTKH)
 
 
 def _write(cache, new, slot, *, axis):

@@ -1,10 +1,9 @@
 """python -m models.generate DIR --prompt TEXT: text from a model.
 
-B batch, T prompt slots, V vocab.
+B batch, T prompt slots.
 """
 
 import argparse
-import dataclasses
 import functools
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,45 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from models import sharding
-from models.cache import KVCache, decode, prefill
+from models.cache import SLOTS, capacity_for, decode, prefill
 from models.chat import encode_chat
 from models.hf_files import read_json
 from models.internlm2 import InternLM2
 from models.load import load
+from models.sampling import Sampling, sample
+from models.stacked import taken_apart
 from models.tokenizer import Tokenizer, load_tokenizer
-
-# Prompts and cache are padded to a multiple of this many slots, so that similar requests share
-# one compilation.
-SLOTS = 64
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Attributes:
-      temperature: 0 takes the most likely token; otherwise logits are divided by it.
-      top_k: only the k most likely; 0: all.
-      top_p: only the most likely that together reach this probability; 1: all.
-
-    Raises:
-      ValueError: a value is out of its range.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self):
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature={self.temperature} must be at least 0 (0: greedy)")
-        if self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k} must be at least 0 (0: all tokens)")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1 (1: all tokens)")
 
 
 def generate(
@@ -95,16 +66,18 @@ def stream(
     sampling: Sampling,
     stop_ids: Sequence[int] = (),
     seed: int = 0,
+    consume: bool = False,
 ) -> Iterator[list[int | None]]:
     """Continues every prompt, and yields the new tokens as they come.
 
     Args:
-      model: weights that are stored wider than the compute type are copied once in that type.
+      model: its weights are copied once, in the compute type and layer by layer.
       prompts: ids, at least one each, of any lengths.
       max_new_tokens: at most this many new tokens a prompt.
       sampling: how tokens are chosen.
       stop_ids: a row ends before any of these.
       seed: of the sampling.
+      consume: free the model's memory while they are copied; it cannot be used afterwards.
 
     Yields:
       One id for each prompt, None for those that have ended; stops when all have.
@@ -113,18 +86,18 @@ def stream(
       ValueError: no prompts, an empty one, an id beyond the vocabulary, or max_new_tokens < 1.
     """
     _check(prompts, model.config.vocab_size, max_new_tokens)
-    model = _in_compute_type(model)
     tokens_BT, filled_BT = _left_pad(prompts, sharding.batch_multiple(model.norm_D[...]))
-    capacity = _round_up(tokens_BT.shape[1] + max_new_tokens, SLOTS)
+    capacity = capacity_for(tokens_BT.shape[1] + max_new_tokens)
     key = jax.random.key(seed)
-    tokens_B, cache = _first(model, tokens_BT, filled_BT, key, capacity, sampling)
+    tokens_B, state = _first(model, tokens_BT, filled_BT, key, capacity, sampling)
+    # Flattened once: for every token it would take the host longer than the device.
+    leaves, tree = jax.tree.flatten(taken_apart(model, consume=consume))
     running = [True] * len(prompts)
     for step in range(1, max_new_tokens + 1):
         current_B = tokens_B
-        if step < max_new_tokens:  # sent off before the current tokens are waited for
-            tokens_B, cache = _next(
-                model, cache, current_B, jax.random.fold_in(key, step), sampling
-            )
+        # Sent off before the current tokens are waited for: the device never waits for the host.
+        if step < max_new_tokens:
+            tokens_B, state = _next(leaves, state, current_B, tree, sampling)
         ids = _fetch(current_B)[: len(prompts)].tolist()
         running = [r and i not in stop_ids for r, i in zip(running, ids, strict=True)]
         if not any(running):
@@ -137,28 +110,6 @@ def _fetch(a: Array) -> np.ndarray:
     if a.is_fully_addressable:
         return np.asarray(a)
     return np.asarray(multihost_utils.process_allgather(a, tiled=True))
-
-
-def sample(logits_BV: Float[Array, "B V"], key: Array, sampling: Sampling) -> Int[Array, " B"]:
-    """The next token of each row, int32; top_k applies before top_p, both after temperature.
-
-    References:
-      Holtzman et al. 2020, arXiv:1904.09751 (top-p).
-    """
-    if sampling.temperature == 0:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV = logits_BV / sampling.temperature
-    if 0 < sampling.top_k < logits_BV.shape[-1]:
-        smallest_B1 = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
-        logits_BV = jnp.where(logits_BV < smallest_B1, -jnp.inf, logits_BV)
-    if sampling.top_p < 1:
-        sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
-        p_BV = jax.nn.softmax(sorted_BV, axis=-1)
-        # A token stays while those before it have not reached top_p: the first always does.
-        stays_BV = jnp.cumsum(p_BV, axis=-1) - p_BV < sampling.top_p
-        smallest_B1 = jnp.where(stays_BV, sorted_BV, jnp.inf).min(axis=-1, keepdims=True)
-        logits_BV = jnp.where(logits_BV < smallest_B1, -jnp.inf, logits_BV)
-    return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
 
 
 def stop_ids_of(directory: Path, model: InternLM2, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -228,6 +179,7 @@ def _run(args: argparse.Namespace) -> None:
         sampling=sampling,
         stop_ids=stop_ids_of(directory, model, tokenizer),
         seed=args.seed,
+        consume=True,
     ):
         new += [token for token in step if token is not None]
         text = tokenizer.decode(new, skip_special=True)
@@ -240,19 +192,18 @@ def _run(args: argparse.Namespace) -> None:
 
 @functools.partial(jax.jit, static_argnames=("capacity", "sampling"))
 def _first(model, tokens_BT, filled_BT, key, capacity: int, sampling: Sampling):
+    """The first new tokens, and the state (cache, key, step) that the others come from."""
     logits_BV, cache = prefill(model, tokens_BT, filled_BT, capacity=capacity)
-    return sample(logits_BV, key, sampling), cache
+    return sample(logits_BV, key, sampling), (cache, key, jnp.int32(1))
 
 
-@functools.partial(jax.jit, static_argnames="sampling", donate_argnames="cache")
-def _next(model, cache: KVCache, tokens_B, key, sampling: Sampling):
-    logits_BV, cache = decode(model, cache, tokens_B)
-    return sample(logits_BV, key, sampling), cache
-
-
-@jax.jit
-def _in_compute_type(model: InternLM2) -> InternLM2:
-    return jax.tree.map(lambda w: w.astype(model.dtype), model)
+@functools.partial(jax.jit, static_argnames=("tree", "sampling"), donate_argnames="state")
+def _next(leaves, state, tokens_B, tree, sampling: Sampling):
+    """One token more in each row; leaves and tree are a model that is `taken_apart`."""
+    cache, key, step = state
+    logits_BV, cache = decode(jax.tree.unflatten(tree, leaves), cache, tokens_B)
+    new_B = sample(logits_BV, jax.random.fold_in(key, step), sampling)
+    return new_B, (cache, key, step + 1)
 
 
 def _check(prompts: Sequence[Sequence[int]], vocab_size: int, max_new_tokens: int) -> None:

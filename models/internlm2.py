@@ -2,16 +2,14 @@
 
 The modules are plain pytrees: use them under jax.jit, jax.grad, jax.vmap and lax.scan.
 
-B batch, T query pos, N query heads, K kv heads, G = N / K, g = G + 2, H head dim, D embed,
-F ffn, V vocab, L layers. A stacked parameter has a leading layer axis L before those it names.
+B batch, T query pos, N query heads, K kv heads, H head dim, D embed, V vocab, L layers. A stacked
+parameter has a leading layer axis L before those it names.
 
 References:
   Cai et al. 2024, arXiv:2403.17297; the original modeling_internlm2.py.
 """
 
-import functools
-import operator
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,96 +21,13 @@ from jaxtyping import Array, Float, Int
 
 from jaxattn import Mask, attention, prepare
 from models import sharding
+from models.block import Attend, Block, Rope
 from models.config import ModelConfig
-from models.heads import rotated_heads
-from models.layers import (
-    SwiGLU,
-    constant,
-    document_positions,
-    normal,
-    rms_norm,
-    rope_table,
-)
+from models.layers import constant, document_positions, normal, rms_norm, rope_table
 from models.remat import REMAT
+from models.stacked import unstacked
 
-# (q_BTNH, k_BTKH, v_BTKH, carried) -> (o_BTNH, result): how a block attends. `carried` is this
-# layer's slice of what the caller scans beside the blocks (a cache), or None.
-Attend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
-Rope = tuple[Array, Array]
 Ids = Int[Array, "B T"] | Int[np.ndarray, "B T"]
-
-
-class Attention(nnx.Module):
-    """Projections around attention; the attention itself is handed in.
-
-    wqkv is fused as in HF: for each kv head its G query heads, then k, then v.
-    """
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
-        D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
-        g, std = config.group_size + 2, config.initializer_range
-        self.wqkv_DKgH = normal(
-            rngs, (D, K, g, H), ("embed", "heads", None, None), std, param_dtype
-        )
-        self.wo_NHD = normal(rngs, (N, H, D), ("heads", None, "embed"), std, param_dtype)
-        self.bias = config.bias
-        if config.bias:
-            self.wqkv_bias_KgH = constant(0.0, (K, g, H), ("heads", None, None), param_dtype)
-            self.wo_bias_D = constant(0.0, (D,), (None,), param_dtype)
-
-    def __call__(
-        self, x_BTD: Float[Array, "B T D"], rope: Rope, attend: Attend, carried: Any = None
-    ) -> tuple[Float[Array, "B T D"], Any]:
-        """Projects, rotates, attends, projects back.
-
-        Args:
-          x_BTD: normed input; the weights must have its type.
-          rope: cos, sin of `rope_table`.
-          attend: see `Attend`.
-          carried: handed to attend.
-
-        Returns:
-          The output [B, T, D] and whatever attend returned beside its own.
-        """
-        wqkv_DKgH = sharding.gathered(self.wqkv_DKgH[...], "embed", "heads", None, None)
-        qkv_BTKgH = sharding.einsum(
-            "BTD,DKgH->BTKgH", x_BTD, wqkv_DKgH, out=("batch", None, "heads", None, None)
-        )
-        if self.bias:
-            qkv_BTKgH += self.wqkv_bias_KgH[...][None, None]
-        q_BTNH, k_BTKH, v_BTKH = checkpoint_name(rotated_heads(qkv_BTKgH, *rope), "qkv")
-
-        o_BTNH, result = attend(q_BTNH, k_BTKH, v_BTKH, carried)
-
-        wo_NHD = sharding.gathered(self.wo_NHD[...], "heads", None, "embed")
-        y_BTD = sharding.einsum("BTNH,NHD->BTD", o_BTNH, wo_NHD, out=("batch", None, None))
-        if self.bias:
-            y_BTD += self.wo_bias_D[...][None, None]
-        return y_BTD, result
-
-
-class Block(nnx.Module):
-    """x += attention(norm(x)); x += ffn(norm(x))."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
-        D = config.hidden_size
-        self.eps = config.rms_norm_eps
-        self.attention_norm_D = constant(1.0, (D,), (None,), param_dtype)
-        self.attention = Attention(config, rngs=rngs, param_dtype=param_dtype)
-        self.ffn_norm_D = constant(1.0, (D,), (None,), param_dtype)
-        self.ffn = SwiGLU(config, rngs=rngs, param_dtype=param_dtype)
-
-    def __call__(
-        self, x_BTD: Float[Array, "B T D"], rope: Rope, attend: Attend, carried: Any = None
-    ) -> tuple[Float[Array, "B T D"], Any]:
-        """One layer; arguments and results as `Attention`."""
-        with jax.named_scope("attention"):
-            normed_BTD = rms_norm(x_BTD, self.attention_norm_D[...], eps=self.eps)
-            y_BTD, result = self.attention(normed_BTD, rope, attend, carried)
-            x_BTD = checkpoint_name(x_BTD + y_BTD, "ffn_input")
-        with jax.named_scope("ffn"):
-            x_BTD += self.ffn(rms_norm(x_BTD, self.ffn_norm_D[...], eps=self.eps))
-        return x_BTD, result
 
 
 class InternLM2(nnx.Module):
@@ -138,8 +53,8 @@ class InternLM2(nnx.Module):
       remat: what the backward pass recomputes, a key of `models.remat.REMAT`.
       scan: run training's layers as one loop over stacked weights, which compiles L times less;
         else each layer is compiled, and XLA neither copies what remat keeps into and out of
-        stacks nor the weights out of theirs (measured at 1.8B: 12% of a step). Prefill and
-        decoding always scan.
+        stacks nor the weights out of theirs (measured at 1.8B: 12% of a step). Prefill always
+        scans, decoding never does.
 
     Raises:
       ValueError: remat is unknown.
@@ -246,7 +161,7 @@ class InternLM2(nnx.Module):
         x_BTD: Float[Array, "B T D"],
         rope: Rope,
         attend: Attend,
-        carried: Any = None,
+        carried: Sequence[Any] | None = None,
         *,
         scan: bool = True,
     ) -> tuple[Float[Array, "B T D"], Any]:
@@ -256,28 +171,29 @@ class InternLM2(nnx.Module):
           x_BTD: embedded tokens in the compute type.
           rope: cos, sin of `rope_table`.
           attend: how each block attends.
-          carried: None, or a tree of arrays [L, ...] of which each layer gets its slice.
+          carried: None, or for each layer what its attend is given; not under a scan.
           scan: as a loop that is compiled once, or layer by layer; the results are the same.
 
         Returns:
-          The normed residual stream, and the layers' second results stacked [L, ...].
+          The normed residual stream, and the layers' second results: stacked [L, ...] by a scan,
+          else a list of them.
         """
 
-        def layer(x_BTD, block_and_carried):
-            block, carried = block_and_carried
+        def layer(x_BTD, block, carried):
             x_BTD = checkpoint_name(x_BTD, "block_input")
             return block(x_BTD, rope, attend, carried)
 
         layer = jax.checkpoint(layer, policy=REMAT[self.remat])
         blocks = jax.tree.map(lambda w: w.astype(self.dtype), self.blocks)
         if scan:
-            x_BTD, results = jax.lax.scan(layer, x_BTD, (blocks, carried))
+            assert carried is None, "a scan would copy each layer's part out of a stack"
+            x_BTD, results = jax.lax.scan(lambda x, block: layer(x, block, None), x_BTD, blocks)
         else:
-            of_layers = []
-            for of_layer in _unstacked((blocks, carried), self.config.num_layers):
-                x_BTD, result = layer(x_BTD, of_layer)
-                of_layers.append(result)
-            results = jax.tree.map(lambda *x: jnp.stack(x), *of_layers)
+            L, results = self.config.num_layers, []
+            apart = blocks if isinstance(blocks, nnx.List) else unstacked(blocks, L)
+            for block, part in zip(apart, carried or [None] * L, strict=True):
+                x_BTD, result = layer(x_BTD, block, part)
+                results.append(result)
         return rms_norm(x_BTD, self.norm_D[...], eps=self.config.rms_norm_eps), results
 
     def unembedding(self) -> Float[Array, "D V"]:
@@ -317,26 +233,6 @@ def logits(x_BTD: Float[Array, "B T D"], w_DV: Float[Array, "D V"]) -> Float[Arr
         out=("batch", None, "vocab"),
         preferred_element_type=jnp.float32,
     )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _unstacked(tree, layers: int) -> list:
-    """The tree [L, ...] as a list of L trees.
-
-    Its gradient is stacked in one go; that of L slices would be a sum of L padded arrays.
-    """
-    return [jax.tree.map(operator.itemgetter(i), tree) for i in range(layers)]
-
-
-def _unstacked_forward(tree, layers):
-    return _unstacked(tree, layers), None
-
-
-def _unstacked_backward(layers, _, gradients):
-    return (jax.tree.map(lambda *x: jnp.stack(x), *gradients),)
-
-
-_unstacked.defvjp(_unstacked_forward, _unstacked_backward)
 
 
 def init(

@@ -1,7 +1,8 @@
 """What the backward pass finds in memory; the rest of a block it recomputes.
 
 Names are given where a value is made: "attn_out" and "attn_lse" by jaxattn's kernel, "gate_up"
-and "norm_scale" in models/layers.py, the others in models/internlm2.py.
+and "norm_scale" in models/layers.py, "block_input" in models/internlm2.py, the others in
+models/block.py.
 """
 
 from collections.abc import Callable

@@ -1,17 +1,17 @@
-"""Generation against the original's, sampling against its definition, and the command."""
+"""Generation against the original's, and the command."""
 
 import json
 import shutil
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models import cache
 from models import generate as command
-from models.generate import Sampling, generate, sample, stop_ids_of
+from models.generate import generate, stop_ids_of
 from models.load import load_hf
+from models.sampling import Sampling
 from models.tokenizer import ByteTokenizer
 
 SPM = Path(__file__).parents[1] / "data" / "tokenizer_tiny_spm"
@@ -35,6 +35,28 @@ def expected(golden):
 def test_greedy_ids_are_the_originals(model, prompts, expected, exact):
     """Both prompts, of 12 and 21 tokens, in one batch."""
     assert generate(model, prompts, max_new_tokens=16) == expected
+
+
+def test_a_single_prompt_is_read_and_continued_alike(model, prompts, expected, exact):
+    """One row takes another path through the projections (`models.block`)."""
+    assert generate(model, prompts[1:], max_new_tokens=16) == expected[1:]
+
+
+def test_a_long_cache_is_summed_in_blocks(model, prompts, expected, exact):
+    """Room for 2,000 tokens, of which a stop id needs few: the same ids."""
+    assert cache.capacity_for(2064) == 2560 and cache.capacity_for(1000) == 1024
+    stop = expected[0][5]
+    ids = generate(model, prompts[:1], max_new_tokens=2000, stop_ids=[stop])
+    assert ids == [expected[0][:5]]
+
+
+def test_consuming_the_model_changes_no_id(tiny_dir, prompts, expected, exact):
+    """And leaves nothing of it to use."""
+    model = load_hf(tiny_dir, dtype="float32", attn="xla")
+    steps = command.stream(model, prompts, max_new_tokens=16, sampling=Sampling(), consume=True)
+    assert [list(ids) for ids in zip(*steps, strict=True)] == expected
+    with pytest.raises(RuntimeError, match="deleted"):
+        model(np.ones((1, 4), np.int32))
 
 
 def test_greedy_ids_over_a_mesh(tiny_dir, prompts, expected, exact, make_mesh):
@@ -62,44 +84,6 @@ def test_sampling_follows_the_seed(model, prompts, exact):
         return generate(model, prompts, max_new_tokens=8, temperature=1.0, top_k=50, seed=seed)
 
     assert run(1) == run(1) != run(2)
-
-
-def frequencies(logits, sampling, n=4000):
-    keys = jax.random.split(jax.random.key(0), n)
-    draw = jax.jit(jax.vmap(lambda key: sample(logits[None], key, sampling)[0]))
-    return np.bincount(draw(keys), minlength=logits.size) / n
-
-
-LOGITS = jnp.log(jnp.array([0.1, 0.4, 0.3, 0.2]))
-
-
-@pytest.mark.parametrize(
-    ("sampling", "want"),
-    [
-        (Sampling(temperature=1.0), [0.1, 0.4, 0.3, 0.2]),
-        (Sampling(temperature=0.5), [1 / 30, 16 / 30, 9 / 30, 4 / 30]),
-        (Sampling(temperature=1.0, top_k=2), [0, 4 / 7, 3 / 7, 0]),
-        (Sampling(temperature=1.0, top_p=0.65), [0, 4 / 7, 3 / 7, 0]),
-        (Sampling(temperature=1.0, top_p=0.75), [0, 4 / 9, 3 / 9, 2 / 9]),
-        (Sampling(temperature=1.0, top_p=1e-6), [0, 1, 0, 0]),
-        (Sampling(temperature=1.0, top_k=9), [0.1, 0.4, 0.3, 0.2]),
-        (Sampling(), [0, 1, 0, 0]),
-    ],
-)
-def test_sampling_distribution(sampling, want):
-    """4000 draws: three standard deviations are below 0.025; what is cut off never comes."""
-    got = frequencies(LOGITS, sampling)
-    np.testing.assert_allclose(got, want, atol=0.025)
-    assert (got[np.asarray(want) == 0] == 0).all()
-
-
-@pytest.mark.parametrize(
-    "kwargs", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}]
-)
-def test_sampling_refuses(kwargs):
-    (name,) = kwargs
-    with pytest.raises(ValueError, match=f"{name}={kwargs[name]}"):
-        Sampling(**kwargs)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,64 @@
+"""Attention of one new query a row over remembered keys: what decoding does for every token.
+
+B batch, S cache slots, N query heads, K kv heads, G = N / K, H head dim, C blocks of slots.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxattn.eager import MASKED
+
+# Slots that are summed together. A row has few heads: only blocks of slots, each on its own, keep
+# all of a GPU at reading.
+BLOCK = 512
+
+
+def attend_cached(
+    q_BNH: Float[Array, "B N H"],
+    k_BKSH: Float[Array, "B K S H"],
+    v_BKSH: Float[Array, "B K S H"],
+    filled_BS: Int[Array, "B S"],
+    *,
+    scale: float | None = None,
+) -> Float[Array, "B N H"]:
+    """Attends from one query a row to every slot that is filled.
+
+    Keys and values are read once, all query heads of a group together, and never copied; scores
+    and sums are fp32. Under an explicit mesh batch and heads may be split, slots may not.
+
+    Args:
+      q_BNH: the query.
+      k_BKSH: keys; the heads before the slots, so that what a head reads lies in one piece.
+      v_BKSH: values.
+      filled_BS: 1 where a slot counts; at least one a row. Best a multiple of `BLOCK` slots, where
+        there are more than twice as many.
+      scale: of the scores; None: 1 / sqrt(H).
+
+    Returns:
+      [B, N, H] in the type of q.
+
+    References:
+      Dao et al. 2023, "Flash-Decoding for long-context inference" (blocks of keys).
+    """
+    B, K, S, H = k_BKSH.shape
+    factor = float(H) ** -0.5 if scale is None else scale
+    q_BKGH = q_BNH.reshape(B, K, -1, H)
+    s_BKGS = factor * jnp.einsum(
+        "BKGH,BKSH->BKGS", q_BKGH, k_BKSH, preferred_element_type=jnp.float32
+    )
+    s_BKGS = jnp.where(filled_BS[:, None, None] > 0, s_BKGS, MASKED)
+    C = S // BLOCK if S % BLOCK == 0 else 1
+    s_BKGCs = s_BKGS.reshape(*s_BKGS.shape[:-1], C, S // C)
+    m_BKGC = s_BKGCs.max(axis=-1)
+    p_BKGCs = jnp.exp(s_BKGCs - m_BKGC[..., None])
+    o_BKCGH = jnp.einsum(  # C before G: the other order XLA's CPU client cannot run in bf16
+        "BKGCs,BKCsH->BKCGH",
+        p_BKGCs.astype(v_BKSH.dtype),
+        v_BKSH.reshape(B, K, C, S // C, H),
+        preferred_element_type=jnp.float32,
+    )
+    # A block without a filled slot has sums of nonsense, and weight exp(-1e30 - m) = 0.
+    weight_BKGC = jnp.exp(m_BKGC - m_BKGC.max(axis=-1, keepdims=True))
+    l_BKG = (weight_BKGC * p_BKGCs.sum(axis=-1)).sum(axis=-1)
+    o_BKGH = (weight_BKGC.swapaxes(2, 3)[..., None] * o_BKCGH).sum(axis=2) / l_BKG[..., None]
+    return o_BKGH.reshape(q_BNH.shape).astype(q_BNH.dtype)

@@ -1,0 +1,58 @@
+"""How the next token is chosen from its logits.
+
+B batch, V vocab.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+      temperature: 0 takes the most likely token; otherwise logits are divided by it.
+      top_k: only the k most likely; 0: all.
+      top_p: only the most likely that together reach this probability; 1: all.
+
+    Raises:
+      ValueError: a value is out of its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature={self.temperature} must be at least 0 (0: greedy)")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} must be at least 0 (0: all tokens)")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1 (1: all tokens)")
+
+
+def sample(logits_BV: Float[Array, "B V"], key: Array, sampling: Sampling) -> Int[Array, " B"]:
+    """The next token of each row, int32; top_k applies before top_p, both after temperature.
+
+    References:
+      Holtzman et al. 2020, arXiv:1904.09751 (top-p).
+    """
+    if sampling.temperature == 0:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    logits_BV = logits_BV / sampling.temperature
+    if 0 < sampling.top_k < logits_BV.shape[-1]:
+        smallest_B1 = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
+        logits_BV = jnp.where(logits_BV < smallest_B1, -jnp.inf, logits_BV)
+    if sampling.top_p < 1:
+        sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
+        p_BV = jax.nn.softmax(sorted_BV, axis=-1)
+        # A token stays while those before it have not reached top_p: the first always does.
+        stays_BV = jnp.cumsum(p_BV, axis=-1) - p_BV < sampling.top_p
+        smallest_B1 = jnp.where(stays_BV, sorted_BV, jnp.inf).min(axis=-1, keepdims=True)
+        logits_BV = jnp.where(logits_BV < smallest_B1, -jnp.inf, logits_BV)
+    return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
