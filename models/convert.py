@@ -7,19 +7,20 @@ an orbax one, or the checkpoint of a training run, becomes HF.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from models import companions
-from models.hf_files import HFDirectory, read_json
-from models.internlm2 import InternLM2
-from models.load import PARAMS, load_hf, load_orbax, save_orbax
+from models.config import ModelConfig
+from models.converted import converted_parameters, is_converted, save_orbax
+from models.load import hf_parameters
+from models.memory import check_memory
 from models.safetensors_file import DTYPES
-from models.save import LAYOUTS, MAX_SHARD_BYTES, save_hf
-from models.trained import find_checkpoint, load_trained
+from models.save import LAYOUTS, MAX_SHARD_BYTES, write_hf
+from models.trained import find_checkpoint, trained_parameters
 
 
 def convert(
@@ -47,8 +48,9 @@ def convert(
       FileExistsError: the destination exists.
       FileNotFoundError, ValueError: as `load_hf`, `load_orbax`, `save_hf`.
       OSError: the disk is full, or refuses.
+      MemoryError: this machine has less memory than that, before anything is written.
 
-    Memory: the whole model on the host, in the type it is stored in.
+    Memory: on the host three times the largest parameter of all layers, see `models.memory`.
     """
     source, destination = Path(source), Path(destination)
     if destination.exists():  # before minutes of reading
@@ -58,22 +60,32 @@ def convert(
     # The host's memory is the larger one, and a conversion computes nothing.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         if checkpoint is not None:
-            model = load_trained(checkpoint)
-        elif (source / PARAMS).is_dir():
-            stored = read_json(source / companions.CONFIG)
-            model = load_orbax(source, dtype=stored.get("dtype", stored.get("torch_dtype")))
+            config, stored, parameters = trained_parameters(checkpoint)
+        elif is_converted(source):
+            config, stored, parameters = converted_parameters(source)
         else:
             if layout is None and kwargs.get("dtype") is not None:
                 raise ValueError(
                     f"dtype={kwargs['dtype']}: orbax keeps the stored type; add a layout to write "
                     "HF weights"
                 )
-            model = load_hf(source, dtype=_stored_dtype(source), progress=progress)
-            if layout is None:
-                assert beside is not None  # source, if nothing else
-                return _write_orbax(model, beside, destination)
+            # One bar is enough: of what is read where that is all, else of what is written.
+            config, stored, parameters = hf_parameters(source, progress=progress and not layout)
+        check_memory(config, stored)
+        if layout is None and checkpoint is None and not is_converted(source):
+            assert beside is not None  # source, if nothing else
+            return _write_orbax(config, stored, parameters, beside, destination)
+        kwargs["dtype"] = kwargs.get("dtype") or stored
         layout = layout or "internlm2"
-        save_hf(model, destination, beside=beside, layout=layout, progress=progress, **kwargs)
+        write_hf(
+            config,
+            parameters,
+            destination,
+            beside=beside,
+            layout=layout,
+            progress=progress,
+            **kwargs,
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,26 +130,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             max_shard_bytes=int(args.max_shard_gb * 1e9),
             progress=True,
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"wrote {args.dst}")
     return 0
 
 
-def _write_orbax(model: InternLM2, beside: Path, destination: Path) -> None:
-    dtype = str(model.embed_VD.dtype)
+def _write_orbax(
+    config: ModelConfig,
+    dtype: str,
+    parameters: Iterable[tuple[str, jax.Array]],
+    beside: Path,
+    destination: Path,
+) -> None:
     with companions.new_directory(destination) as partial:
-        save_orbax(model, partial)
+        save_orbax(parameters, partial)
         companions.copy_beside(beside, partial)
-        hf = companions.config_beside(beside, model.config, dtype=dtype)
+        hf = companions.config_beside(beside, config, dtype=dtype)
         companions.write_json(partial / companions.CONFIG, hf)
-
-
-def _stored_dtype(source: Path) -> str:
-    """The widest type among the tensors, so that none is rounded."""
-    types = set(HFDirectory(source).dtypes.values())
-    return types.pop() if len(types) == 1 else "float32"
 
 
 if __name__ == "__main__":

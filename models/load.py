@@ -1,35 +1,29 @@
-"""Weights from disk straight into sharded device arrays.
-
-`load_hf` reads a HF checkpoint tensor by tensor; `save_orbax` and `load_orbax` keep the same
-parameters as an orbax checkpoint, which loads without any rearrangement.
-"""
+"""A HF checkpoint tensor by tensor into sharded device arrays."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
 from models import sharding
+from models.abstract import abstract, default_device, fill
 from models.config import ModelConfig
-from models.hf_files import HFDirectory, read_json
+from models.converted import is_converted, load_orbax
+from models.hf_files import HFDirectory
 from models.internlm2 import InternLM2
 from models.weights import Weight, hf_tensors, is_known_extra, resolve, table
-
-PARAMS = "params"  # the orbax checkpoint inside a converted directory, beside config.json
 
 
 def load(directory: str | Path, **kwargs: Any) -> InternLM2:
     """The model of a HF directory (`load_hf`) or of a converted one (`load_orbax`)."""
     directory = Path(directory)
-    return (load_orbax if (directory / PARAMS).is_dir() else load_hf)(directory, **kwargs)
+    return (load_orbax if is_converted(directory) else load_hf)(directory, **kwargs)
 
 
 def load_hf(
@@ -63,8 +57,8 @@ def load_hf(
       ValueError: the config is not InternLM2's, or tensors are missing, unknown or misshapen (all
         of them named at once), or the mesh does not divide the model.
 
-    Memory: on the host one tensor and the file that it is in; on devices the model and one tensor,
-    as it is stored and as it will be used.
+    Memory: on the host one tensor (of a mesh of several devices, and its parts); on devices the
+    model and one tensor, as it is stored and as it will be used.
     """
     files = HFDirectory(directory)
     config = ModelConfig.from_hf(files.config)
@@ -74,8 +68,7 @@ def load_hf(
     )
     rows = {name: (weight, i) for name, weight, i in hf_tensors(config)}
     slots = {weight.path: _Slot(model, weight, mesh) for weight in table(config)}
-    # In the order of the files, so that only one of them is open: a mapped file that has been
-    # read is in memory as a whole.
+    # In the order of the files: a disk reads best from front to back.
     tensors = tqdm(
         files.read(rows), desc="loading", total=len(rows), unit="tensor", disable=not progress
     )
@@ -85,35 +78,49 @@ def load_hf(
     return fill(model, {path: slot.value for path, slot in slots.items()})
 
 
-def save_orbax(model: InternLM2, directory: Path) -> None:
-    """Writes the parameters into an existing directory, where config.json belongs beside them."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((directory / PARAMS).resolve(), named_params(model))
+def hf_parameters(
+    directory: str | Path, *, progress: bool = False
+) -> tuple[ModelConfig, str, Iterator[tuple[str, jax.Array]]]:
+    """The parameters of a HF checkpoint one after the other, for a model too large for memory.
 
+    Args:
+      directory: as for `load_hf`.
+      progress: show a progress bar.
 
-def load_orbax(
-    directory: str | Path,
-    *,
-    dtype: Any = "bfloat16",
-    param_dtype: Any = None,
-    attn: str = "auto",
-    mesh: Mesh | None = None,
-    remat: str = "full",
-) -> InternLM2:
-    """Reads what `python -m models.convert` wrote; arguments as `load_hf`.
+    Returns:
+      The config; the widest type among the tensors, so that none is rounded; and an iterator of
+      (path, parameter in that type, on the default device).
 
     Raises:
-      FileNotFoundError: a file is missing.
-      ValueError: the checkpoint does not fit its config, or the mesh not the model.
+      FileNotFoundError, ValueError: as `load_hf`.
+
+    Memory: one parameter, of all layers where they are stacked, and one tensor; a caller that
+    still holds the last one when it asks for the next holds two.
     """
-    directory = Path(directory)
-    config = ModelConfig.from_hf(read_json(directory / "config.json"))
-    model = abstract(
-        config, mesh=mesh, dtype=dtype, param_dtype=param_dtype, attn=attn, remat=remat
-    )
-    with ocp.StandardCheckpointer() as checkpointer:
-        values = checkpointer.restore((directory / PARAMS).resolve(), named_params(model))
-    return fill(model, values)
+    files = HFDirectory(directory)
+    config = ModelConfig.from_hf(files.config)
+    _check_tensors(files, config)
+    types = set(files.dtypes.values())
+    dtype = types.pop() if len(types) == 1 else "float32"
+    model = abstract(config, mesh=None, dtype=dtype)
+    layers: dict[Weight, dict[str, int | None]] = {}
+    for name, weight, i in hf_tensors(config):
+        layers.setdefault(weight, {})[name] = i
+
+    def parameters():
+        total = sum(len(names) for names in layers.values())
+        with tqdm(desc="loading", total=total, unit="tensor", disable=not progress) as bar:
+            for weight, names in layers.items():
+                slot = _Slot(model, weight, None)
+                for name, x in files.read(names):
+                    slot.put(x, names[name] or 0)
+                    bar.update()
+                value = slot.value
+                del slot  # nothing but the caller holds it now
+                yield weight.path, value
+                del value
+
+    return config, dtype, parameters()
 
 
 def _check_tensors(files: HFDirectory, config: ModelConfig) -> None:
@@ -134,53 +141,6 @@ def _check_tensors(files: HFDirectory, config: ModelConfig) -> None:
         raise ValueError(f"tensors of {files.path} do not fit its config.json; {told}")
 
 
-def abstract(
-    config: ModelConfig,
-    *,
-    mesh: Mesh | None,
-    dtype: Any,
-    param_dtype: Any = None,
-    attn: str = "auto",
-    remat: str = "full",
-) -> InternLM2:
-    """The model with a ShapeDtypeStruct that knows its sharding in place of every array."""
-    param_dtype = jnp.dtype(dtype if param_dtype is None else param_dtype)
-    model = jax.eval_shape(
-        lambda: InternLM2(
-            config, rngs=nnx.Rngs(0), attn=attn, dtype=dtype, param_dtype=param_dtype, remat=remat
-        )
-    )
-    if mesh is None:
-        places = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(_default_device()), model)
-    else:
-        places = sharding.shardings(model, mesh)
-    return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), model, places
-    )
-
-
-def _default_device() -> jax.Device:
-    chosen = jax.config.jax_default_device
-    return chosen if isinstance(chosen, jax.Device) else jax.devices()[0]
-
-
-def fill(model: InternLM2, values: Mapping[str, jax.Array]) -> InternLM2:
-    """The model with its parameters replaced, by path."""
-    for path, value in values.items():
-        owner, name = resolve(model, path)
-        setattr(owner, name, getattr(owner, name).replace(value))
-    return model
-
-
-def named_params(model: InternLM2) -> Mapping[str, Any]:
-    """Every parameter's array (or ShapeDtypeStruct) by its path."""
-    named = {}
-    for weight in table(model.config):
-        owner, name = resolve(model, weight.path)
-        named[weight.path] = getattr(owner, name).get_value()
-    return named
-
-
 class _Slot:
     """A parameter that is being filled, with what it takes to put a HF tensor into it."""
 
@@ -190,7 +150,7 @@ class _Slot:
         axes = sharding.weight_axes(param)[int(weight.stacked) :]
         # Merged axes are split by the first of them, the outermost: only that is ever sharded.
         logical = dict(zip(weight.axes, axes, strict=True))
-        self._at: Any = _default_device()
+        self._at: Any = default_device()
         if mesh is not None:
             outer = [logical[dim[0]] for dim in weight.hf_axes.split(",")]
             self._at = NamedSharding(mesh, sharding.spec(outer, mesh))

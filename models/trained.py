@@ -5,6 +5,7 @@ model, and <out>/checkpoints/<step>/run/metadata, JSON whose identity holds the 
 "model.<field>".
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,9 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from models.abstract import abstract, named_params
 from models.config import ModelConfig, RopeScaling
 from models.hf_files import read_json
-from models.internlm2 import InternLM2
-from models.load import abstract, fill, named_params
 
 
 def find_checkpoint(directory: str | Path) -> Path | None:
@@ -29,32 +29,45 @@ def find_checkpoint(directory: str | Path) -> Path | None:
     return max(steps, key=lambda p: int(p.name), default=None)
 
 
-def load_trained(checkpoint: Path) -> InternLM2:
-    """The model of one checkpoint, float32, on the default device.
+def trained_parameters(
+    checkpoint: Path,
+) -> tuple[ModelConfig, str, Iterator[tuple[str, jax.Array]]]:
+    """The parameters of one checkpoint, one after the other, as `models.load.hf_parameters`.
 
     Args:
       checkpoint: from `find_checkpoint`.
 
+    Returns:
+      The config, "float32", and an iterator of (path, parameter on the default device).
+
     Raises:
       FileNotFoundError: a file is missing.
       ValueError: the checkpoint is broken, or does not fit the config that it names.
+
+    Memory: one parameter, and what orbax copies of it.
     """
     config = _config(checkpoint)
-    model = abstract(config, mesh=None, dtype=jnp.float32)
-    wanted = {"params": _nested(named_params(model))}
-    how = ocp.args.PyTreeRestore(
-        item=wanted,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-        partial_restore=True,
-    )
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            restored = checkpointer.restore((checkpoint / "state").resolve(), args=how)
-    except Exception as error:  # orbax and tensorstore raise many kinds
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"cannot read the checkpoint {checkpoint}: {first:.300}") from error
-    leaves = {path: _leaf(restored["params"], path) for path in named_params(model)}
-    return fill(model, leaves)
+    return config, "float32", _read(checkpoint, config)
+
+
+def _read(checkpoint: Path, config: ModelConfig) -> Iterator[tuple[str, jax.Array]]:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        for path, like in named_params(abstract(config, mesh=None, dtype=jnp.float32)).items():
+            wanted = {"params": _nested(path, like)}
+            how = ocp.args.PyTreeRestore(
+                item=wanted,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+                partial_restore=True,
+            )
+            try:
+                restored = checkpointer.restore((checkpoint / "state").resolve(), args=how)
+            except Exception as error:  # orbax and tensorstore raise many kinds
+                first = (str(error).splitlines() or [type(error).__name__])[0]
+                raise ValueError(
+                    f"cannot read the checkpoint {checkpoint}: {first:.300}"
+                ) from error
+            yield path, jax.tree.leaves(restored).pop()
+            del restored
 
 
 def _config(checkpoint: Path) -> ModelConfig:
@@ -73,19 +86,8 @@ def _config(checkpoint: Path) -> ModelConfig:
         raise ValueError(f"{path} does not describe a model of this version: {error}") from error
 
 
-def _nested(named: Any) -> dict[str, Any]:
-    """{"a.b": x} -> {"a": {"b": x}}."""
-    tree: dict[str, Any] = {}
-    for path, value in named.items():
-        *owners, name = path.split(".")
-        node = tree
-        for owner in owners:
-            node = node.setdefault(owner, {})
-        node[name] = value
-    return tree
-
-
-def _leaf(tree: Any, path: str) -> jax.Array:
-    for part in path.split("."):
-        tree = tree[part]
-    return tree
+def _nested(path: str, value: Any) -> dict[str, Any]:
+    """("a.b", x) -> {"a": {"b": x}}."""
+    for name in reversed(path.split(".")):
+        value = {name: value}
+    return value

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from models import convert
+from models import convert, memory
+from models.converted import load_orbax
 from models.hf_files import HFDirectory
-from models.load import load, load_hf, load_orbax
+from models.load import load, load_hf
 
 
 @pytest.fixture
@@ -93,7 +94,7 @@ def test_an_existing_destination_is_refused(source, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "stage", ["convert.load_hf", "convert.save_orbax", "companions.copy_beside"]
+    "stage", ["convert.hf_parameters", "convert.save_orbax", "companions.copy_beside"]
 )
 def test_a_failure_leaves_nothing_behind(source, tmp_path, monkeypatch, capsys, stage):
     def fail(*args, **kwargs):
@@ -113,6 +114,32 @@ def test_bad_weights_are_one_line(source, tmp_path, capsys):
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "missing: model.layers.2.attention_norm.weight [64]" in err
     assert not (tmp_path / "dst").exists()
+
+
+def test_too_little_memory_is_one_line_and_nothing_is_written(
+    source, tmp_path, monkeypatch, capsys
+):
+    """Three times the largest parameter: the embedding, 512 x 64 in float32."""
+    monkeypatch.setattr(memory, "available", lambda: 3 * 512 * 64 * 4 - 1)
+    assert convert.main([str(source), str(tmp_path / "dst")]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: converting needs 0.0 GB of memory") and err.count("\n") == 1
+    assert not (tmp_path / "dst").exists()
+    monkeypatch.setattr(memory, "available", lambda: 3 * 512 * 64 * 4)
+    assert convert.main([str(source), str(tmp_path / "dst")]) == 0
+
+
+def test_params_in_one_checkpoint_are_refused(source, tmp_path, capsys):
+    """What earlier versions wrote; a parameter that is missing is named."""
+    orbax = tmp_path / "orbax"
+    assert convert.main([str(source), str(orbax)]) == 0
+    shutil.rmtree(orbax / "params" / "blocks.ffn.w1_DF")
+    assert convert.main([str(orbax), str(tmp_path / "hf")]) == 1
+    assert "blocks.ffn.w1_DF is missing" in capsys.readouterr().err
+    (orbax / "params" / "_METADATA").touch()
+    assert convert.main([str(orbax), str(tmp_path / "hf")]) == 1
+    assert "convert the HF weights again" in capsys.readouterr().err
+    assert not (tmp_path / "hf").exists()
 
 
 def test_usage_errors_exit_2(capsys):

@@ -16,6 +16,7 @@ from models.config import ModelConfig, RopeScaling
 from models.hf_files import HFDirectory
 from models.internlm2 import init
 from models.load import load_hf
+from models.safetensors_file import SafetensorsWriter
 from models.save import save_hf
 from models.tokenizer import load_tokenizer
 
@@ -230,15 +231,16 @@ def test_an_absent_companion_or_a_present_destination(tiny, tmp_path):
 
 
 def test_a_full_disk_leaves_nothing(tiny, tmp_path, monkeypatch):
-    """Though some shards were written already."""
+    """Though some tensors were written already."""
     written = []
+    put = SafetensorsWriter.put
 
-    def fail_second(path, *args):
-        written.append(path.write_bytes(b"shard"))
-        if len(written) == 2:
+    def fail_third(self, name, x):
+        written.append(put(self, name, x))
+        if len(written) == 3:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("models.save.safetensors_file.write", fail_second)
+    monkeypatch.setattr(SafetensorsWriter, "put", fail_third)
     with pytest.raises(OSError, match="No space left"):
         save_hf(tiny, tmp_path / "dst", max_shard_bytes=150_000)
     assert not list(tmp_path.iterdir())
