@@ -1,14 +1,15 @@
 """`python -m models.bench`: loading from HF files and generating, against the memory's bandwidth.
 
 Random weights of a preset are written as sharded safetensors, loaded into the device as a
-checkpoint from the hub would be, and then generate: a long prompt is read (prefill) through the
-model's own attention, and tokens are decoded one at a time at several batch sizes.
+checkpoint from the hub would be (in a process of its own, whose memory is watched), and then
+generate: a long prompt is read (prefill) through the model's own attention, and tokens are decoded
+one at a time at several batch sizes.
 """
 
 import argparse
 import datetime
 import json
-import resource
+import shutil
 import sys
 import tempfile
 import time
@@ -16,14 +17,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from models import bench_load
 from models.config import PRESETS
-from models.generate import Sampling, stream
-from models.internlm2 import InternLM2, init
+from models.generate import stream
+from models.internlm2 import InternLM2
 from models.load import load_hf
-from models.save import save_hf
+from models.sampling import Sampling
 
 # Bytes a second of the memory by device kind, from NVIDIA's data sheets.
 BANDWIDTH = {"NVIDIA H200": 4.8e12, "NVIDIA H100 80GB HBM3": 3.35e12}
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         result = measure(args)
-    except (ValueError, NotImplementedError, OSError) as error:
+    except (ValueError, NotImplementedError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if args.out:
@@ -45,18 +46,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(args: argparse.Namespace) -> dict:
     """Loads, generates, and prints a line for each; arguments as `_parser` says."""
+    loads = {}
+    with tempfile.TemporaryDirectory(dir=args.dir) as directory:
+        # Before this process takes the device's memory for itself.
+        for case in dict.fromkeys([args.model, *args.load]):
+            target = Path(directory, case)
+            bench_load.write(case, target)
+            loads[case] = bench_load.measure(case, target)
+            print(_load_line(case, loads[case]), flush=True)
+            if case != args.model:
+                shutil.rmtree(target)
+        model = load_hf(Path(directory, args.model), attn=args.attn)
     kind = jax.devices()[0].device_kind
     about = {"model": args.model, "device": kind, "jax": jax.__version__}
     about["date"] = f"{datetime.date.today()}"
     print(", ".join(about.values()), flush=True)
-    with tempfile.TemporaryDirectory(dir=args.dir) as directory:
-        model, load = load_speed(args.model, Path(directory), args.attn)
-    load["gb_per_second"] = load["bytes"] / GB / load["seconds"]
-    print(
-        f"load: {load['bytes'] / GB:.2f} GB in {load['seconds']:.1f} s, "
-        f"{load['gb_per_second']:.2f} GB/s; peak host memory {load['peak_host_bytes'] / GB:.2f} GB",
-        flush=True,
-    )
     rows = []
     for batch, prompt in [(1, args.prompt), (1, 512), (16, 512)]:
         row = generate_speed(model, batch=batch, prompt=min(prompt, args.prompt), new=args.new)
@@ -70,29 +74,21 @@ def measure(args: argparse.Namespace) -> dict:
             f"allows {row['floor_tokens_per_second']:,.0f}",
             flush=True,
         )
-    return about | {"load": load, "generate": rows}
+    return about | {"load": loads, "generate": rows}
 
 
-def load_speed(preset: str, directory: Path, attn: str) -> tuple[InternLM2, dict]:
-    """Writes random bf16 weights, forgets them, and loads them.
-
-    Returns:
-        The model as loaded; bytes of the files, seconds, peak host memory of this process.
-
-    Raises:
-        OSError: no room in the directory.
-    """
-    target = directory / "weights"
-    written = init(PRESETS[preset], attn=attn, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
-    save_hf(written, target, max_shard_bytes=2_000_000_000)
-    del written
-    begun = time.perf_counter()
-    model = load_hf(target, dtype="bfloat16", attn=attn)
-    jax.block_until_ready(model)
-    seconds = time.perf_counter() - begun
-    size = sum(f.stat().st_size for f in target.glob("*.safetensors"))
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return model, {"bytes": size, "seconds": seconds, "peak_host_bytes": peak}
+def _load_line(case: str, load: dict) -> str:
+    line = (
+        f"load {case}: {load['bytes'] / GB:.2f} GB in {load['seconds']:.1f} s, "
+        f"{load['gb_per_second']:.2f} GB/s"
+    )
+    if load["peak_host_bytes"] is None:
+        return line
+    return (
+        f"{line}; peak host memory {load['peak_host_bytes'] / GB:.2f} GB above the "
+        f"{load['before_host_bytes'] / GB:.2f} of the process before, bound "
+        f"{load['bound_bytes'] / GB:.2f}"
+    )
 
 
 def generate_speed(model: InternLM2, *, batch: int, prompt: int, new: int) -> dict:
@@ -133,6 +129,13 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--model", default="internlm2-1.8b", choices=PRESETS, help="preset")
+    parser.add_argument(
+        "--load",
+        nargs="*",
+        default=["internlm2-20b, 2 layers"],
+        choices=bench_load.CASES,
+        help="what is loaded beside it, to measure the host's memory",
+    )
     parser.add_argument("--prompt", type=int, default=32_512, help="tokens of the long prompt")
     parser.add_argument("--new", type=int, default=128, help="tokens to decode")
     parser.add_argument("--attn", default="auto", help="attention implementation of the prefill")

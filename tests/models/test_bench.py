@@ -12,19 +12,27 @@ from models.internlm2 import init
 
 def test_it_measures_and_writes(tmp_path, capsys):
     out = tmp_path / "result.json"
-    flags = ["--model=nano", "--prompt=48", "--new=5", f"--dir={tmp_path}", f"--out={out}"]
+    flags = [
+        "--model=nano",
+        "--load",
+        "--prompt=48",
+        "--new=5",
+        f"--dir={tmp_path}",
+        f"--out={out}",
+    ]
     with jax.numpy_dtype_promotion("standard"):  # jax.nn's attention promotes bf16
         assert bench.main(flags) == 0
     result = json.loads(out.read_text())
     assert [(r["batch"], r["prompt"]) for r in result["generate"]] == [(1, 48), (1, 48), (16, 48)]
     assert all(r["tokens_per_second"] > 0 and r["first"] > 0 for r in result["generate"])
-    assert result["load"]["bytes"] > 2 * PRESETS["nano"].num_params()  # bf16, and the headers
-    assert "load: " in capsys.readouterr().out
+    assert result["load"]["nano"]["bytes"] > 2 * PRESETS["nano"].num_params()  # bf16, and headers
+    assert "load nano: 0.01 GB in " in capsys.readouterr().out
     assert [*tmp_path.iterdir()] == [out]  # the weights are gone
 
 
 def test_an_attention_that_cannot_run_is_a_line(tmp_path, capsys):
-    assert bench.main(["--model=nano", "--prompt=8", "--attn=palas", f"--dir={tmp_path}"]) == 1
+    flags = ["--model=nano", "--load", "--prompt=8", "--attn=palas", f"--dir={tmp_path}"]
+    assert bench.main(flags) == 1
     assert capsys.readouterr().err.startswith("error: unknown attention implementation")
 
 
