@@ -31,7 +31,7 @@ from jaxattn import block_map
 from jaxattn.block_map import BlockMap
 from jaxattn.pallas import softmax
 from jaxattn.pallas.schedule import persistent_schedule
-from jaxattn.pallas.softmax import ROW, TILE, by_row
+from jaxattn.pallas.softmax import PARTS, ROW, TILE, by_row
 from jaxattn.pallas.sync import ring_slot, swizzled
 from jaxattn.pallas.tiles import CONSUMERS, WARPGROUP_ROWS, ForwardTiles
 
@@ -268,9 +268,10 @@ def forward(
                     state: Any = (plgpu.ACC.init(o), no_p, m, l, zeros)
                     o, p, m, l, alpha = pl.run_state(overlapped)(state)
                     plgpu.barrier_arrive(v_free.at[before])
-                    return o * by_row(alpha, o_shape), m, l, p.astype(dtype)
+                    return softmax.rescale(o, alpha), m, l, p.astype(dtype)
 
                 def epilogue(o, m, l):
+                    l = l.sum(axis=1)
                     sees_any = l > 0.0
                     o = o * by_row(jnp.where(sees_any, 1.0 / l, 0.0), o.shape)
                     # Staged where Q was: nobody else reads this consumer's part of the slot.
@@ -294,6 +295,7 @@ def forward(
                 m = plgpu.layout_cast(
                     jnp.full((WARPGROUP_ROWS,), softmax.M_START, jnp.float32), ROW
                 )
+                l = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, PARTS), jnp.float32), TILE)
                 o = plgpu.layout_cast(jnp.zeros(o_shape, jnp.float32), TILE)
 
                 # 1. The first live tile: scores and softmax, nothing to overlap with yet.
@@ -301,7 +303,7 @@ def forward(
                 plgpu.barrier_wait(k_full.at[slot_of(live_from)])
                 s = pl.run_scoped(first_scores, plgpu.ACC(s_shape, jnp.float32))
                 plgpu.barrier_arrive(k_free.at[slot_of(live_from)])
-                p, m, l = softmax.online_softmax(masked(s, live_from), m, zeros, scale)[:3]
+                p, m, l = softmax.online_softmax(masked(s, live_from), m, l, scale)[:3]
                 wait_for_k(live_from + 1)
 
                 # The output of the item before, staged in its slot, has left by now.

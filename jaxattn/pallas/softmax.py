@@ -4,12 +4,18 @@ Scores live in registers in wgmma's accumulator layout; a value per row of the t
 layout `ROW`, a value per column `COL`.
 """
 
+import functools
 import math
+from typing import Any
 
 import jax
+import jax.experimental.mosaic.gpu as mgpu
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import arith, scf, vector
 
 LOG2E = math.log2(math.e)
 TILE = plgpu.Layout.WGMMA
@@ -18,6 +24,10 @@ COL = plgpu.Layout.WGMMA.reduce(0)
 # Start of the running maximum. Finite, not -inf: a row that has seen nothing yet computes
 # exp2(-inf - M_START) = 0 for its hidden scores, where -inf - -inf would be NaN.
 M_START = -1e30
+# How far a row's maximum may rise, in powers of two, before what is accumulated is scaled down.
+SLACK = 8.0
+# Columns of a row's sum: of each 8 neighbouring columns a thread holds the same 2.
+PARTS = 8
 
 
 def by_row(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -74,12 +84,15 @@ def online_softmax(s, m, l, scale: float):
     """One step of the softmax over a row whose scores arrive in tiles.
 
     With s' = scale * log2(e) * s, powers of two replace exponentials: one multiply-add and one
-    exp2 for each score.
+    exp2 for each score. The offset m follows the row's maximum only when that has risen by more
+    than `SLACK`: p then grows to 2**SLACK at most, which its floating-point types hold as exactly
+    as 1, and alpha is 1 in nearly all tiles but a row's first.
 
     Args:
       s: scores [rows, columns], fp32, unscaled; -inf where hidden.
-      m: running maximum of s' [rows], from M_START.
-      l: running sum of exp2(s' - m) [rows], from 0.
+      m: offset of the exponents [rows], from M_START.
+      l: running sum of exp2(s' - m) [rows, PARTS], from 0: each thread keeps the part of a row's
+        sum that is made of its own columns, and nobody adds parts before the last tile.
       scale: the attention's scale, above 0.
 
     Returns:
@@ -88,8 +101,54 @@ def online_softmax(s, m, l, scale: float):
 
     References:
       Milakov and Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135, alg. 1.
+      Leaving small rises of the maximum alone: FlashAttention-4 (for Blackwell).
     """
-    m_new = jnp.maximum(m, s.max(axis=1) * (scale * LOG2E))
+    top = s.max(axis=1) * (scale * LOG2E)
+    m_new = jnp.where(top - m > SLACK, top, m)
     alpha = jnp.exp2(m - m_new)
     p = jnp.exp2(s * (scale * LOG2E) - by_row(m_new, s.shape))
-    return p, m_new, l * alpha + p.sum(axis=1), alpha
+    sums = [
+        lax.slice(p, (0, start), (p.shape[0], start + PARTS))
+        for start in range(0, p.shape[1], PARTS)
+    ]
+    while len(sums) > 1:  # in pairs: short chains of additions
+        sums = [a + b for a, b in zip(sums[::2], sums[1::2], strict=True)]
+    return p, m_new, l * by_row(alpha, l.shape) + sums[0], alpha
+
+
+def rescale(x, alpha):
+    """Multiplies rows by alpha; each warp whose alphas are all 1 passes over it.
+
+    Pallas branches for whole warpgroups, and to know that no row of 64 needs it takes a trip
+    through shared memory. Here each thread asks for its own two rows, and a warp passes over the
+    products where none of its threads wants them.
+
+    Args:
+      x: fp32 [rows, columns], in the layout TILE.
+      alpha: fp32 [rows], in the layout ROW.
+    """
+
+    @plgpu.inline_mgpu(
+        arg_types=(TILE, ROW),
+        return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=TILE),
+    )
+    def multiply(_, x: Any, alpha: Any) -> Any:
+        one = arith.constant(ir.F32Type.get(), 1.0)
+        changes = [
+            arith.cmpf(arith.CmpFPredicate.UNE, vector.extract(value, [], [0]), one)
+            for value in alpha.registers.flat
+        ]
+        registers = list(x.registers.flat)
+        branch: Any = scf.IfOp(
+            functools.reduce(arith.ori, changes), [r.type for r in registers], has_else=True
+        )
+        with ir.InsertionPoint(branch.then_block):
+            product = x * alpha.broadcast_in_dim(x.shape, (0,), x.layout)
+            scf.yield_(list(product.registers.flat))
+        with ir.InsertionPoint(branch.else_block):
+            scf.yield_(registers)
+        results = np.empty(x.registers.shape, dtype=object)
+        results.flat[:] = list(branch.results)
+        return mgpu.FragmentedArray(_registers=results, _layout=x.layout, _is_signed=None)
+
+    return multiply(x, alpha)  # pyright: ignore[reportCallIssue]  (its context comes from Pallas)

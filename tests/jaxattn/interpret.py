@@ -5,6 +5,7 @@ thread, so numbers, hand-overs and bounds are real; the asynchrony of wgmma, the
 programs and speed are not. What the kernels use and jax (0.11, 0.12) does not interpret:
 
 * `pl.run_state` over accumulators, wgmma with its left factor in registers, reduce-add copies;
+* code for single threads (`plgpu.inline_mgpu`): `softmax.rescale` is replaced by its formula;
 * in 0.11, barriers whose last phases nobody waits for (0.12 allows them).
 
 And one change for speed: all threads of all programs share one compiled function, where jax
@@ -23,7 +24,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import pytest
 
 from jaxattn import api
-from jaxattn.pallas import forward
+from jaxattn.pallas import forward, softmax
 
 VERSION = ".".join(jax.__version__.split(".")[:2])
 CHECKED_WITH = ("0.11", "0.12")
@@ -56,12 +57,18 @@ def interpreted(*, detect_races: bool = False) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(api, "target_device", hopper))
         stack.enter_context(mock.patch.object(forward, "PROGRAMS", PROGRAMS))
+        stack.enter_context(mock.patch.object(softmax, "rescale", rescale))
         for owner, name, replacement in interpreter_patches.patches(VERSION):
             stack.enter_context(mock.patch.object(owner, name, replacement))
         stack.callback(interpreter_patches.reset)
         params = plgpu.InterpretGPUParams(detect_races=detect_races)
         stack.enter_context(plgpu.force_gpu_interpret_mode(params))
         yield
+
+
+def rescale(x: jax.Array, alpha: jax.Array) -> jax.Array:
+    """Stands for `softmax.rescale`."""
+    return x * softmax.by_row(alpha, x.shape)
 
 
 def hopper() -> jax.Device:
