@@ -169,11 +169,14 @@ def settle(config: Config) -> Settled:
 def choose_remat(need: dict[str, int], have: int) -> str:
     """The first, in order of speed, that leaves a margin for what no plan knows; else the last.
 
+    And for XLA: above 80% of a GPU (87% of what jax takes) it computes values again to save memory,
+    in an order of its own. Compiled for an H200, 7B at 32k then grew from 124 to 177 GiB.
+
     Args:
         need: bytes per device of each, fastest first.
         have: bytes of the device.
     """
-    return next((remat for remat, total in need.items() if total <= 0.9 * have), [*need][-1])
+    return next((remat for remat, total in need.items() if total <= 0.85 * have), [*need][-1])
 
 
 def choose_model(need: int, have: int | None, device: str) -> tuple[str, str]:

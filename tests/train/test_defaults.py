@@ -50,7 +50,7 @@ def test_flags_win(tiny):
 def test_remat_is_the_fastest_that_fits(tiny):
     need = {"dots": 70, "attention": 37, "full": 34}
     assert choose_remat(need, 139) == "dots"
-    assert choose_remat(need, 75) == "attention"  # a tenth is left for what no plan knows
+    assert choose_remat(need, 81) == "attention"  # 15% are left, for XLA too
     assert choose_remat(need, 30) == "full"  # which the memory check then refuses
     settled = settle(Config(model="tiny"))
     assert settled.remat == "dots" and "remat dots: the fastest that fits" in settled.notes[-1]
