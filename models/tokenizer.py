@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from sentencepiece import sentencepiece_model_pb2
-
 from models.byte_tokenizer import BYTE, CHAT_TOKENS, ByteTokenizer
 
 
@@ -147,6 +145,9 @@ class FastTokenizer:
 
 def _from_sentencepiece(path: Path) -> FastTokenizer:
     """A bare tokenizer.model: its unnamed chat tokens get their published names."""
+    # Here, and not above: processes that are handed a tokenizer start sooner without it.
+    from sentencepiece import sentencepiece_model_pb2
+
     # pyright sees no classes in protobuf's generated module
     model = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
     try:
@@ -202,6 +203,8 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _valid(text: str) -> str:
     """The text with surrogates, which Rust strings cannot hold, replaced by U+FFFD."""
+    if text.isascii():  # known of every str, whatever its length: this is most of them
+        return text
     try:
         text.encode()
     except UnicodeEncodeError:

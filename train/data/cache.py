@@ -81,7 +81,7 @@ def _encode(part, tokenizer: Tokenizer, bar: tqdm) -> Documents:
 
 def _key(path: Path, tokenizer: Tokenizer) -> str:
     with path.open("rb") as file:
-        data = hashlib.file_digest(file, "blake2b").hexdigest()
+        data = hashlib.file_digest(file, "sha256").hexdigest()
     # The suffix is part of what the bytes mean: .txt or .jsonl.
     said = [data, "".join(path.suffixes[-2:]).lower(), tokenizer.fingerprint, code_fingerprint()]
     return hashlib.blake2b("\n".join(said).encode(), digest_size=16).hexdigest()

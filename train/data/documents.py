@@ -5,7 +5,7 @@
 | 4 N               | tokens, int32: the id where it is trained on, `~id` (negative) where not |
 | 25 D              | one `DOCUMENT` for each document                                        |
 | any               | JSON: N, D, rows read, formats, broken rows                             |
-| 8 + 16            | the JSON's length, and blake2b of all bytes before                      |
+| 8 + 32            | the JSON's length, and SHA-256 of all bytes before                      |
 
 N tokens, D documents; numbers are little-endian.
 """
@@ -31,7 +31,7 @@ DOCUMENT = np.dtype(
         ("splittable", "?"),  # raw text, as opposed to a chat
     ]
 )
-_DIGEST = 16
+_DIGEST = 32
 _BLOCK = 1 << 22
 
 
@@ -60,7 +60,7 @@ class Documents:
     @functools.cached_property
     def digest(self) -> str:
         """Hash of all of it."""
-        digest = hashlib.blake2b(digest_size=_DIGEST)
+        digest = hashlib.sha256()  # processors of today have instructions for it
         for piece in self._bytes():
             digest.update(piece)
         return digest.hexdigest()
@@ -131,7 +131,7 @@ def read_documents(path: Path) -> Documents:
 
 
 def _hash(file: BinaryIO, size: int) -> str:
-    digest = hashlib.blake2b(digest_size=_DIGEST)
+    digest = hashlib.sha256()
     while size:
         block = file.read(min(size, _BLOCK))
         digest.update(block)

@@ -23,7 +23,7 @@ def objects(row: dict[str, Any], key: str) -> list[dict[str, Any]]:
 def answer(row: dict[str, Any], key: str, where: str = "") -> str:
     """Returns a string that must hold more than white space: there is nothing else to train."""
     value = string(row, key, where)
-    if not value.strip():
+    if not value or value.isspace():
         raise RowError(f"{where}'{key}' is empty")
     return value
 
@@ -35,6 +35,8 @@ def string(row: dict[str, Any], key: str, where: str = "", *, optional: bool = F
         return ""
     if not isinstance(value, str):
         raise RowError(f"{where}'{key}' must be a string, this is {type_name(value)}")
+    if value.isascii():  # known of every str, whatever its length: this is most of them
+        return value
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -30,6 +30,7 @@ also carry a rendered `text`. A row that fits none, or whose values are of the w
 empty, raises `RowError`.
 """
 
+import functools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -59,12 +60,17 @@ def recognise(row: object) -> tuple[str, Sample]:
     """
     if not isinstance(row, dict):
         raise RowError(f"a row must be an object, this is {type_name(row)}")
-    for name, (keys, read) in FORMATS.items():
-        if all(map(row.__contains__, keys)):
-            return name, read(row)
-    known = "; ".join(f"{name}: {', '.join(keys)}" for name, (keys, _) in FORMATS.items())
-    found = ", ".join(map(repr, list(row)[:8])) or "none"
-    raise RowError(f"unknown format: keys {found} (known: {known})")
+    name = _format_of(tuple(row))
+    if name is None:
+        known = "; ".join(f"{name}: {', '.join(keys)}" for name, (keys, _) in FORMATS.items())
+        found = ", ".join(map(repr, list(row)[:8])) or "none"
+        raise RowError(f"unknown format: keys {found} (known: {known})")
+    return name, FORMATS[name][1](row)
+
+
+@functools.lru_cache(256)  # the rows of a file have the same few sets of keys
+def _format_of(found: tuple[str, ...]) -> str | None:
+    return next((name for name, (keys, _) in FORMATS.items() if {*keys} <= {*found}), None)
 
 
 def _conversation(row: dict[str, Any]) -> Chat:

@@ -4,19 +4,18 @@ A row that cannot be read becomes a `Broken`, never an exception: whether it is 
 decided once, by the caller (dataset.py).
 """
 
-import dataclasses
 import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from train.data.arrays import next_row, skip_space
 from train.data.part import LONGEST_ROW, Part
 from train.data.source import read_parts
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One row as it stands in the file.
 
     Attributes:
@@ -31,8 +30,7 @@ class Row:
     value: object
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Broken:
+class Broken(NamedTuple):
     """A row that cannot be read.
 
     Attributes:
@@ -93,11 +91,16 @@ def _whole_text(part: Part) -> Iterator[Row | Broken]:
 
 
 def _line_rows(part: Part) -> Iterator[Row | Broken]:
+    decode = json.JSONDecoder().raw_decode  # json.loads looks for white space around it first
     for number, size, text in _lines(part):
         try:
-            yield Row(number, size, json.loads(text))
+            value, end = decode(text)
+            if end < len(text):
+                raise json.JSONDecodeError("Extra data", text, end)
         except (ValueError, RecursionError) as error:
             yield Broken(number, size, _json_reason(error, 0))
+        else:
+            yield Row(number, size, value)
 
 
 def _array_rows(part: Part) -> Iterator[Row | Broken]:

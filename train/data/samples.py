@@ -1,6 +1,7 @@
 """Samples: what a row means, whatever its format."""
 
 import dataclasses
+from typing import NamedTuple
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -11,8 +12,7 @@ class Text:
     splittable = True
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Turn:
+class Turn(NamedTuple):
     """One exchange.
 
     Attributes:

@@ -24,20 +24,15 @@ References:
     `encode_fn`, xtuner/dataset/map_fns/template_map_fn.py.
 """
 
+import array
 import dataclasses
-import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
 from models.tokenizer import Tokenizer
-from train.data.samples import Chat, Ids, Sample, Text, Turn
-
-MESSAGE = "<|im_start|>{}\n{}<|im_end|>\n"
-OPEN_ANSWER = "<|im_start|>assistant\n"
-ANSWER = "{}<|im_end|>"
-SEPARATOR = "\n"
+from train.data.samples import Chat, Ids, Sample, Text
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -62,32 +57,33 @@ def encode(samples: Sequence[Sample], tokenizer: Tokenizer) -> Encoded:
     What is done for each sample is as little as can be, the rest is done in arrays for all at once:
     chats are short, and building cares for every microsecond of them.
     """
-    rendered = [[] if isinstance(sample, Ids) else render(sample) for sample in samples]
-    ids_of = _encode_distinct((text for pieces in rendered for text, _ in pieces), tokenizer)
-    ids: list[Sequence[int]] = []
+    pieces: list[str | tuple[int, ...]] = []  # text, or ids already
     flags: list[bool] = []
     counts: list[int] = []
-    for sample, pieces in zip(samples, rendered, strict=True):
+    given: list[int] = []  # which samples are ids
+    bos = (tokenizer.bos_id,)
+    for number, sample in enumerate(samples):
         if isinstance(sample, Ids):
-            ids.append(sample.tokens)
+            given.append(number)
+            pieces.append(sample.tokens)
             flags.append(True)
             counts.append(1)
-        else:
-            ids.append((tokenizer.bos_id,))
-            flags.append(False)
-            for text, trained in pieces:
-                ids.append(ids_of[text])
-                flags.append(trained)
-            counts.append(len(pieces) + 1)
-    edges = np.zeros(len(ids) + 1, np.int64)
-    np.cumsum([len(piece) for piece in ids], out=edges[1:])
+            continue
+        rendered = render(sample)
+        pieces.append(bos)
+        flags.append(False)
+        for text, trained in rendered:
+            pieces.append(text)
+            flags.append(trained)
+        counts.append(len(rendered) + 1)
+    ids, lengths = _ids(pieces, tokenizer)
+    edges = np.zeros(len(pieces) + 1, np.int64)
+    np.cumsum(lengths, out=edges[1:])
     offsets = edges[np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])]
-    trained = np.repeat(np.array(flags, np.bool_), np.diff(edges))
-    for sample, start, end in zip(samples, offsets, offsets[1:], strict=False):
-        if isinstance(sample, Ids):
-            trained[start:end] = sample.trained
-    tokens = np.fromiter(itertools.chain.from_iterable(ids), np.int32, int(edges[-1]))
-    return Encoded(tokens, trained, offsets)
+    trained = np.repeat(np.array(flags, np.bool_), lengths)
+    for number in given:
+        trained[offsets[number] : offsets[number + 1]] = samples[number].trained
+    return Encoded(ids, trained, offsets)
 
 
 def render(sample: Text | Chat) -> list[tuple[str, bool]]:
@@ -96,22 +92,39 @@ def render(sample: Text | Chat) -> list[tuple[str, bool]]:
         return [(sample.text.strip(), True)]
     pieces = []
     for turn in sample.turns:
-        messages = turn.prompt or _messages(turn)
-        prompt = "".join(MESSAGE.format(role, text) for role, text in messages)
-        pieces += [
-            (prompt + OPEN_ANSWER, False),
-            (ANSWER.format(turn.output), turn.loss),
-            (SEPARATOR, False),
-        ]
+        if turn.prompt:
+            prompt = "".join([message(role, text) for role, text in turn.prompt])
+        else:
+            prompt = message("user", turn.input)
+            if turn.system:
+                prompt = message("system", turn.system) + prompt
+        pieces += (
+            (f"{prompt}<|im_start|>assistant\n", False),
+            (f"{turn.output}<|im_end|>", turn.loss),
+            ("\n", False),
+        )
     return pieces
 
 
-def _messages(turn: Turn) -> list[tuple[str, str]]:
-    system = [("system", turn.system)] if turn.system else []
-    return [*system, ("user", turn.input)]
+def message(role: str, text: str) -> str:
+    """Returns one message of a chat that is not an answer."""
+    return f"<|im_start|>{role}\n{text}<|im_end|>\n"
 
 
-def _encode_distinct(texts: Iterable[str], tokenizer: Tokenizer) -> dict[str, list[int]]:
-    """Tokenises each text once: every turn ends with the same newline, many begin alike."""
-    distinct = list(dict.fromkeys(texts))
-    return dict(zip(distinct, tokenizer.encode_batch(distinct), strict=True))
+def _ids(
+    pieces: Sequence[str | tuple[int, ...]], tokenizer: Tokenizer
+) -> tuple[Int32[np.ndarray, " N"], Int64[np.ndarray, " P"]]:
+    """Ids of P pieces one after the other, and how many each has.
+
+    Each text is tokenised once: every turn ends with the same newline, many begin alike.
+    """
+    distinct = list(dict.fromkeys([piece for piece in pieces if isinstance(piece, str)]))
+    ids_of = dict(zip(distinct, tokenizer.encode_batch(distinct), strict=True))
+    flat: list[int] = []  # a list, because it grows fastest
+    lengths: list[int] = []
+    for piece in pieces:
+        ids = ids_of[piece] if isinstance(piece, str) else piece
+        flat += ids
+        lengths.append(len(ids))
+    # array.array reads a list of int faster than NumPy does.
+    return np.frombuffer(array.array("i", flat), np.int32), np.array(lengths, np.int64)
