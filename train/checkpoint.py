@@ -11,9 +11,8 @@ One that cannot be read is put aside as <out>/unreadable-<step>, and the one bef
 All processes of a run write and read together; their --out is one directory that all of them see.
 """
 
-import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from train.checksum import checksum
 from train.orbax_errors import cause, quiet_orbax
+from train.retention import Retention, loss_of
 from train.say import say
 from train.state import TrainState
 from train.version import code_version
@@ -53,7 +52,8 @@ class Checkpoints:
         self._manager: ocp.CheckpointManager | None = None
         found = self._dir.iterdir() if self._dir.is_dir() else ()
         self._steps = sorted(int(p.name) for p in found if p.name.isdigit())
-        self._losses = {s: loss for s in self._steps if (loss := self._loss_of(s)) is not None}
+        losses = {s: loss_of(self._dir / str(s)) for s in self._steps}
+        self._losses = {s: loss for s, loss in losses.items() if loss is not None}
 
     @property
     def latest(self) -> int | None:
@@ -195,22 +195,10 @@ class Checkpoints:
         if self._manager is None:
             self._dir.mkdir(parents=True, exist_ok=True)
             quiet_orbax()
-            options = ocp.CheckpointManagerOptions(preservation_policy=_Keep(self._kept))
+            stay = Retention(newest=self._keep, best=self._keep_best, losses=self._losses)
+            options = ocp.CheckpointManagerOptions(preservation_policy=stay)
             self._manager = ocp.CheckpointManager(self._dir, options=options)
         return self._manager
-
-    def _kept(self, steps: list[int]) -> set[int]:
-        """Which of the complete checkpoints stay."""
-        known = [s for s in steps if s in self._losses]
-        best = sorted(known, key=lambda s: (self._losses[s], -s))[: self._keep_best]
-        return {*steps[-self._keep :], *best}
-
-    def _loss_of(self, step: int) -> float | None:
-        """The validation loss that a checkpoint was saved with."""
-        try:
-            return json.loads((self._dir / str(step) / "run" / "metadata").read_text())["loss"]
-        except (OSError, ValueError, KeyError):  # of an older version, or unreadable: said later
-            return None
 
     def _read_latest(self, item: str, how: ocp.args.CheckpointArgs) -> Any:
         """Reads a part of the newest checkpoint; those that cannot be read are put aside."""
@@ -257,17 +245,6 @@ class Checkpoints:
                 f"cannot write the checkpoint of step {step} to {self._dir} ({left}): "
                 f"{cause(error)}"
             ) from error
-
-
-class _Keep(PreservationPolicy):
-    """Orbax's question which checkpoints stay, answered by a function of their steps."""
-
-    def __init__(self, kept: Callable[[list[int]], set[int]]):
-        self._kept = kept
-
-    def should_preserve(self, checkpoints, *, context) -> list[bool]:
-        kept = self._kept([int(c.step) for c in checkpoints])
-        return [int(c.step) in kept for c in checkpoints]
 
 
 def _on_all_processes(good: bool) -> bool:

@@ -41,8 +41,8 @@ class Config:
     or the run stops and says why."""
 
     deterministic: bool = False
-    """Attention's gradients are the same bits in every run, at 7 products for 5. On a GPU, the
-    other sums of the step want XLA_FLAGS=--xla_gpu_deterministic_ops=true for that."""
+    """The same losses and weights, bit for bit, in every run on GPUs of one kind: attention's
+    backward at 7 products for 5, and XLA without atomic sums and without timing its products."""
 
     seq_len: int = 512
     """Tokens in a packed row."""
@@ -116,7 +116,7 @@ class Config:
 
     scan_layers: Annotated[bool | None, chosen("BOOL")] = None
     """One compiled block for all layers, which compiles faster, instead of each layer of its own,
-    which runs faster. By default not on a GPU."""
+    which runs faster. By default not on a GPU, unless --remat=offload."""
 
     dtype: Annotated[Literal["bfloat16", "float32"] | None, chosen("bfloat16|float32")] = None
     """Compute type. By default bfloat16 on a GPU, float32 elsewhere."""

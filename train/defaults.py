@@ -14,20 +14,16 @@ from jaxattn import device_memory
 from models.config import PRESETS, ModelConfig, RopeScaling
 from models.remat import REMAT
 from models.tokenizer import Tokenizer, load_tokenizer
-from train import fit, memory
+from train import memory
 from train.attention import resolve_attention
 from train.config import Config
 from train.mesh import check_rows, make_mesh, row_shards
+from train.sizing import PARAM_DTYPES, REMAT_BY_SPEED, Sizing, in_scan
 
 GPU_MODEL, CPU_MODEL = "internlm2-1.8b", "nano"
 GPU_TOKENS = 32_768
 """Tokens of a step on each GPU that holds rows of its own: one row of the longest case."""
 CPU_TOKENS = 2_048
-PARAM_DTYPES = {"fp32": jnp.dtype("float32"), "bf16": jnp.dtype("bfloat16")}
-
-
-REMAT_BY_SPEED = ("dots", "attention", "full")
-"""More memory and less work first; what lies between gains little (measured at 1.8B)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,7 +109,8 @@ def settle(config: Config) -> Settled:
     if name is None:
         least = dataclasses.replace(config, remat=config.remat or REMAT_BY_SPEED[-1])
         have = device_memory(device) if on_gpu else None
-        need = planned(least, PRESETS[GPU_MODEL], mesh, rows, dtype, "xla").total
+        gpu = Sizing(model=PRESETS[GPU_MODEL], mesh=mesh, rows=rows, dtype=dtype, attn="xla")
+        need = gpu.plan(least).total
         name, why = choose_model(need, have, device.device_kind)
         notes.append(f"model {name}: {why}")
     model, weights = read_model(name)
@@ -128,9 +125,9 @@ def settle(config: Config) -> Settled:
         deterministic=config.deterministic,
     )
     have = device_memory(device)
-    full = with_remat(config, model, mesh, rows, dtype, attn, have)
-    plan = planned(full, model, mesh, rows, dtype, attn)
-    remedy = advice(full, model, mesh, rows, dtype, attn, have)
+    sizing = Sizing(model=model, mesh=mesh, rows=rows, dtype=dtype, attn=attn)
+    full = sizing.with_remat(config, have)
+    plan, remedy = sizing.plan(full), sizing.advice(full, have)
     if remedy is not None and not config.dry_run:
         raise ValueError(
             f"the run needs about {plan}; the device has {have / memory.GiB:.2f} GiB: {remedy}"
@@ -156,7 +153,7 @@ def settle(config: Config) -> Settled:
         param_dtype=PARAM_DTYPES[config.param_dtype],
         rows=rows,
         remat=full.remat or REMAT_BY_SPEED[-1],
-        scan=in_scan(config, mesh),
+        scan=in_scan(full, mesh),
         lr=config.optim.lr or _lr(name, weights) * (0.1 if config.optim.name == "lion" else 1.0),
         out=Path(config.out or f"runs/{short}-{config.seq_len}"),
         plan=plan,
@@ -164,19 +161,6 @@ def settle(config: Config) -> Settled:
         remedy=remedy,
         notes=tuple(notes),
     )
-
-
-def choose_remat(need: dict[str, int], have: int) -> str:
-    """The first, in order of speed, that leaves a margin for what no plan knows; else the last.
-
-    And for XLA: above 80% of a GPU (87% of what jax takes) it computes values again to save memory,
-    in an order of its own. Compiled for an H200, 7B at 32k then grew from 124 to 177 GiB.
-
-    Args:
-        need: bytes per device of each, fastest first.
-        have: bytes of the device.
-    """
-    return next((remat for remat, total in need.items() if total <= 0.85 * have), [*need][-1])
 
 
 def choose_model(need: int, have: int | None, device: str) -> tuple[str, str]:
@@ -204,74 +188,6 @@ def default_rows(config: Config, mesh: Mesh | AbstractMesh, *, on_gpu: bool) -> 
     at_least = row_shards(mesh) * config.accum
     tokens = GPU_TOKENS * row_shards(mesh) if on_gpu else CPU_TOKENS
     return max(1, tokens // config.seq_len // at_least) * at_least
-
-
-def with_remat(
-    config: Config,
-    model: ModelConfig,
-    mesh: Mesh | AbstractMesh,
-    rows: int,
-    dtype: np.dtype,
-    attn: str,
-    have: int,
-) -> Config:
-    """The configuration with the remat asked for, or the fastest that fits `have` bytes."""
-    if config.remat is not None:
-        return config
-    all_of = {r: dataclasses.replace(config, remat=r) for r in REMAT_BY_SPEED}
-    need = {r: planned(c, model, mesh, rows, dtype, attn).total for r, c in all_of.items()}
-    return all_of[choose_remat(need, have)]
-
-
-def planned(
-    config: Config,
-    model: ModelConfig,
-    mesh: Mesh | AbstractMesh,
-    rows: int,
-    dtype: np.dtype,
-    attn: str,
-) -> memory.Plan:
-    """The memory that a run needs, with `rows` in a step and `attn` as its attention."""
-    return memory.plan(
-        model,
-        mesh,
-        rows=rows // config.accum,
-        seq_len=config.seq_len,
-        accum=config.accum,
-        remat=config.remat or REMAT_BY_SPEED[-1],
-        itemsize=dtype.itemsize,
-        attn=attn,
-        scan=in_scan(config, mesh),
-        optim=config.optim,
-        param_itemsize=PARAM_DTYPES[config.param_dtype].itemsize,
-    )
-
-
-def in_scan(config: Config, mesh: Mesh | AbstractMesh) -> bool:
-    """Whether training's layers are one loop; a mesh without devices stands for GPUs."""
-    if config.scan_layers is not None:
-        return config.scan_layers
-    return isinstance(mesh, Mesh) and mesh.devices.flat[0].platform != "gpu"
-
-
-def advice(
-    config: Config,
-    model: ModelConfig,
-    mesh: Mesh | AbstractMesh,
-    rows: int,
-    dtype: np.dtype,
-    attn: str,
-    have: int,
-) -> str | None:
-    """What to change so that the run fits `have` bytes a device; None where it does."""
-
-    def needed(changed: Config) -> memory.Plan:
-        runs = attn if changed.attn == config.attn else changed.attn
-        return planned(changed, model, mesh, rows, dtype, runs)
-
-    if needed(config).total <= have:
-        return None
-    return fit.remedy(needed, config, have, most_accum=rows // row_shards(mesh))
 
 
 def read_model(name: str) -> tuple[ModelConfig, Path | None]:

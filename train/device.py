@@ -23,3 +23,14 @@ def set_up(*, keep_compiled: bool) -> None:
     if keep_compiled and on_gpu and jax.config.jax_compilation_cache_dir is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "internlm2-jax"
         jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def compiler_options(*, deterministic: bool) -> dict[str, bool] | None:
+    """What XLA is asked for besides its defaults, for `jax.jit` and `Lowered.compile`.
+
+    Args:
+        deterministic: the same bits in every run on GPUs of one kind: no sum whose order is that in
+            which programs finish (the embedding's gradient is one otherwise), and products chosen
+            by rule instead of by timing.
+    """
+    return {"xla_gpu_deterministic_ops": True} if deterministic else None

@@ -14,12 +14,9 @@ from train.config import Config
 from train.defaults import (
     GPU_MODEL,
     Settled,
-    advice,
     default_rows,
-    planned,
     read_model,
     settle,
-    with_remat,
 )
 from train.memory import GiB, Plan
 from train.mesh import check_rows
@@ -27,6 +24,7 @@ from train.optim import optimizer
 from train.parts import compile_training, model_maker
 from train.resolved import resolved
 from train.say import say
+from train.sizing import Sizing
 from train.state import abstract_state
 
 DEVICES = {
@@ -102,10 +100,10 @@ def _of_described(config: Config, name: str) -> None:
         f"({' x '.join(f'{n} {s}' for n, s in mesh.shape.items())}), {dtype} compute; {rows} rows "
         f"x {config.seq_len} tokens a step in {config.accum} parts; attention {attn}"
     )
-    config = with_remat(config, model, mesh, rows, dtype, attn, have)
+    sizing = Sizing(model=model, mesh=mesh, rows=rows, dtype=dtype, attn=attn)
+    config = sizing.with_remat(config, have)
     say(f"remat {config.remat}")
-    remedy = advice(config, model, mesh, rows, dtype, attn, have)
-    _say_plan(planned(config, model, mesh, rows, dtype, attn), have, remedy)
+    _say_plan(sizing.plan(config), have, sizing.advice(config, have))
     say(f"not compiled: this machine has {jax.devices()[0].device_kind}")
 
 

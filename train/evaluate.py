@@ -33,7 +33,15 @@ class Evaluation:
     """
 
     def __init__(
-        self, sets: Sets, graphdef: nnx.GraphDef, *, accum: int, mesh: Mesh, path: Path, start: int
+        self,
+        sets: Sets,
+        graphdef: nnx.GraphDef,
+        *,
+        accum: int,
+        mesh: Mesh,
+        path: Path,
+        start: int,
+        options: dict[str, bool] | None = None,
     ):
         """Lines after `start`, of a run that died, are dropped.
 
@@ -44,9 +52,10 @@ class Evaluation:
             mesh: the devices.
             path: of eval.jsonl; there only if there are sets.
             start: step the run goes on from.
+            options: for the compiler, as `train.device.compiler_options` has them.
         """
         self._sets, self._accum, self._mesh, self._path = sets, accum, mesh, path
-        self._sums = jax.jit(make_sums(graphdef))
+        self._sums = jax.jit(make_sums(graphdef), compiler_options=options)
         if sets and jax.process_index() == 0:
             path.write_text(text_until(path, start))
 

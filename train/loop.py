@@ -7,6 +7,7 @@ from train.announce import introduce, say_data
 from train.checkpoint import Checkpoints
 from train.config import Config
 from train.defaults import settle
+from train.device import compiler_options
 from train.evaluate import Evaluation, OpenSets
 from train.evidence import Evidence
 from train.optim import optimizer
@@ -73,6 +74,7 @@ def run(config: Config) -> None:
                     mesh=settled.mesh,
                     path=settled.out / "eval.jsonl",
                     start=start,
+                    options=compiler_options(deterministic=config.deterministic),
                 )
                 evidence = Evidence(config, settled, graphdef, start)
                 state = train(config, settled, step, state, start, loader, evaluate, evidence, save)

@@ -14,6 +14,7 @@ from models.internlm2 import InternLM2, init
 from train.config import Config
 from train.data import Loader, default_cache, open_data
 from train.defaults import Settled
+from train.device import compiler_options
 from train.hosts import share
 from train.say import say
 from train.schedule import schedule
@@ -107,6 +108,7 @@ def compile_training(
     begun = time.perf_counter()
     rate = schedule(config.optim, settled.lr, config.steps)
     step = make_step(graphdef, tx, rate, spike=config.guard.spike, z_loss=config.z_loss)
-    compiled = compile_step(step, like, batch)
+    options = compiler_options(deterministic=config.deterministic)
+    compiled = compile_step(step, like, batch, options)
     say(f"compiled the step in {time.perf_counter() - begun:.1f} s")
     return compiled

@@ -5,6 +5,7 @@ wait inside a collective. Here each process holds a TCP connection to process 0,
 process's kernel closes at once. A host that vanishes without a word is left to the heartbeats.
 """
 
+import contextlib
 import secrets
 import socket
 import sys
@@ -31,6 +32,7 @@ class Peers:
     def __init__(self):
         self._sockets: dict[int, socket.socket] = {}
         self._over = False
+        self._said_all = threading.Event()
 
     def __enter__(self) -> "Peers":
         if jax.process_count() > 1:
@@ -46,23 +48,27 @@ class Peers:
             multihost_utils.sync_global_devices("the run is over")
         self._over = True
         for link in self._sockets.values():
-            if kind is None:
-                link.sendall(_BYE)
-            link.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(OSError):  # the other one has gone: nothing to say to it
+                if kind is None:
+                    link.sendall(_BYE)
+                link.shutdown(socket.SHUT_WR)
+        self._said_all.set()
 
     def _listen(self, process: int, link: socket.socket) -> None:
-        try:
-            heard = link.recv(len(_BYE))
-        except OSError:
-            heard = b""
-        if heard == _BYE or self._over:
-            return
-        # What process 0 hears first, the others hear when it ends.
-        who = f"process {process}" if jax.process_index() == 0 else "process 0, or another one,"
-        leave(
-            f"{who} of the run has ended: start all of them again, and they go on from the last "
-            "checkpoint"
-        )
+        with link:
+            try:
+                heard = link.recv(len(_BYE))
+            except OSError:
+                heard = b""
+            if heard == _BYE or self._over:
+                self._said_all.wait()  # the link closes after this process's own goodbye
+                return
+            # What process 0 hears first, the others hear when it ends.
+            who = f"process {process}" if jax.process_index() == 0 else "process 0, or another one,"
+            leave(
+                f"{who} of the run has ended: start all of them again, and they go on from the last"
+                " checkpoint"
+            )
 
 
 def leave(why: str) -> NoReturn:

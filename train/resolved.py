@@ -1,7 +1,6 @@
 """The configuration of a run as flags and values, for people and for the record."""
 
 import dataclasses
-import importlib.metadata
 import json
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax
 
 from train.config import Config
 from train.defaults import Settled
+from train.version import code_version
 
 
 def resolved(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -40,7 +40,6 @@ def save_config(config: Config, settled: Settled) -> None:
         "device": settled.mesh.devices.flat[0].device_kind,
         "plan_bytes": settled.plan.total,
     }
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")}
-    record = {"flags": resolved(config), "chosen": chosen, "versions": versions}
+    record = {"flags": resolved(config), "chosen": chosen, "versions": code_version()}
     if jax.process_index() == 0:
         (settled.out / "config.json").write_text(json.dumps(record, indent=1) + "\n")

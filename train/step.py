@@ -105,13 +105,16 @@ def make_step(
     return step
 
 
-def compile_step(step: Step, like: TrainState, batch: Batch) -> jax.stages.Compiled:
+def compile_step(
+    step: Step, like: TrainState, batch: Batch, options: dict[str, bool] | None = None
+) -> jax.stages.Compiled:
     """Compiles for one shape of batch; the state's memory is reused for the new state.
 
     Args:
         step: from `make_step`.
         like: the state, or its ShapeDtypeStructs with shardings.
         batch: the same of a batch.
+        options: for the compiler, as `train.device.compiler_options` has them.
 
     Returns:
         The step; it consumes its first argument.
@@ -122,7 +125,7 @@ def compile_step(step: Step, like: TrainState, batch: Batch) -> jax.stages.Compi
     where = jax.tree.map(lambda a: a.sharding, like)
     with jax.set_mesh(like.mesh):
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
-        return jitted.lower(like, batch).compile()
+        return jitted.lower(like, batch).compile(compiler_options=options)
 
 
 def put_batch(batch: Batch, *, accum: int, mesh: Mesh) -> Batch:

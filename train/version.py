@@ -5,7 +5,7 @@ import importlib.metadata
 import subprocess
 from pathlib import Path
 
-import jax
+LIBRARIES = ("jax", "flax", "optax")
 
 
 @functools.cache
@@ -14,12 +14,12 @@ def code_version() -> dict[str, str | None]:
 
     Returns:
         internlm2-jax: its version, None where it is not installed; commit: as `git describe` has
-        it, "-dirty" with changes, None outside of a repository; jax.
+        it, "-dirty" with changes, None outside of a repository; and each of `LIBRARIES`.
     """
     return {
         "internlm2-jax": _installed("internlm2-jax"),
         "commit": _commit(),
-        "jax": jax.__version__,
+        **{name: _installed(name) for name in LIBRARIES},
     }
 
 

@@ -8,9 +8,9 @@ from jax.sharding import AbstractMesh
 
 from models.config import PRESETS
 from train.config import Config
-from train.defaults import advice, planned
 from train.memory import GiB
 from train.sections import OptimConfig
+from train.sizing import Sizing
 
 MESH = AbstractMesh((1, 1, 1), ("data", "fsdp", "tensor"))
 BIG, BF16 = PRESETS["internlm2-1.8b"], jnp.dtype("bfloat16")
@@ -18,11 +18,15 @@ LONG = Config(model="internlm2-1.8b", seq_len=32768, remat="attention")
 
 
 def advise(gib, config=LONG, rows=1, attn="pallas"):
-    return advice(config, BIG, MESH, rows, BF16, attn, int(gib * GiB))
+    return sizing(rows, attn).advice(config, int(gib * GiB))
 
 
 def need(config=LONG, rows=1, attn="pallas"):
-    return planned(config, BIG, MESH, rows, BF16, attn).total / GiB
+    return sizing(rows, attn).plan(config).total / GiB
+
+
+def sizing(rows, attn):
+    return Sizing(model=BIG, mesh=MESH, rows=rows, dtype=BF16, attn=attn)
 
 
 @pytest.mark.parametrize(

@@ -60,11 +60,11 @@ def encode(samples: Sequence[Sample], tokenizer: Tokenizer) -> Encoded:
     pieces: list[str | tuple[int, ...]] = []  # text, or ids already
     flags: list[bool] = []
     counts: list[int] = []
-    given: list[int] = []  # which samples are ids
+    given: dict[int, Ids] = {}  # the samples that are ids
     bos = (tokenizer.bos_id,)
     for number, sample in enumerate(samples):
         if isinstance(sample, Ids):
-            given.append(number)
+            given[number] = sample
             pieces.append(sample.tokens)
             flags.append(True)
             counts.append(1)
@@ -81,8 +81,8 @@ def encode(samples: Sequence[Sample], tokenizer: Tokenizer) -> Encoded:
     np.cumsum(lengths, out=edges[1:])
     offsets = edges[np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])]
     trained = np.repeat(np.array(flags, np.bool_), lengths)
-    for number in given:
-        trained[offsets[number] : offsets[number + 1]] = samples[number].trained
+    for number, sample in given.items():
+        trained[offsets[number] : offsets[number + 1]] = sample.trained
     return Encoded(ids, trained, offsets)
 
 
