@@ -167,6 +167,7 @@ def _postfix(line: dict[str, Any]) -> str:
     parts.append(f"{line['tokens_per_second']:,.0f} tokens/s")
     if "mfu" in line:
         parts.append(f"MFU {line['mfu']:.1%}")
+    parts.append(f"waited {line['data_seconds']:.3f} s for data")
     parts.append(f"peak {line['peak_memory_bytes'] / 2**30:.1f} GiB")
     if line.get("skipped"):
         parts.append(f"skipped {line['skipped']:.0f}")

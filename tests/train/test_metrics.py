@@ -41,6 +41,7 @@ def test_a_line_has_what_was_measured(tmp_path, tiny, capsys):
     shown = capsys.readouterr().err
     assert "step 1/6: loss 2.500, grad 1.00, lr 1.00e-03, " in shown
     assert "tokens/s" in shown and "GiB" in shown
+    assert f"waited {line['data_seconds']:.3f} s for data" in shown
 
 
 def test_time_is_split(tmp_path, tiny):

@@ -92,11 +92,13 @@ class Report:
     def __str__(self) -> str:
         truncated, dropped, broken = map(len, (self.truncated, self.dropped, self.broken))
         left_out = f", {self.left_out:,} left out" if self.left_out else ""
+        without = f", {self.efficiency_before_tail:.1%} without the emptiest row"
+        without = without if self.rows > 1 else ""
         return (
             f"{self.documents:,} documents ({self.split:,} split, {truncated:,} truncated,"
             f" {dropped:,} dropped, {broken:,} broken{left_out}), {self.tokens:,} tokens,"
             f" {self.loss_tokens:,} with loss, in {self.rows:,} rows of {self.seq_len:,}"
-            f" ({self.efficiency:.1%} full)"
+            f" ({self.efficiency:.1%} full{without})"
         )
 
     def notes(self) -> list[str]:

@@ -154,6 +154,23 @@ def test_rows_are_full_but_the_last(window):
         assert np.delete(held, held.argmin()).mean() / seq_len > least
 
 
+# The lengths of a file of 999 Alpaca rows with InternLM2's tokenizer, each twentieth of them.
+ALPACA = (26, 36, 42, 46, 52, 58, 66, 84, 101, 119, 140, 159, 183, 211, 245, 278, 311, 343, 380)
+ALPACA += (420, 604)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_small_file_fills_its_rows_but_the_last(seed):
+    """As 999 Alpaca rows do, and all rows together as far as so few tokens can."""
+    at = np.random.default_rng(seed).uniform(0, 20, 999)
+    lengths = np.interp(at, range(21), ALPACA).astype(np.int64)
+    for seq_len, least in ((4_096, 0.98), (32_768, 0.995)):
+        rows = pack(lengths, seq_len, seed=seed)
+        held = np.add.reduceat(lengths[rows.pieces], rows.offsets[:-1])
+        assert np.delete(held, held.argmin()).mean() / seq_len >= least
+        assert len(rows) == -(-lengths.sum() // seq_len)  # no packing has fewer
+
+
 def test_an_exact_fit_is_taken():
     rows = pack(np.array([60, 50, 50, 40]), 100, seed=0)
     assert len(rows) == 2

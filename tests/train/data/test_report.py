@@ -27,7 +27,10 @@ def test_tokens_and_loss_are_those_of_the_rows(write, tokenizer):
     assert report.tail == min(held)
     assert report.loss_tokens == sum(batch.loss_mask.sum() for batch in batches)
     assert report.efficiency == sum(held) / (report.rows * 64)
-    assert report.efficiency_before_tail >= report.efficiency
+    before = (sum(held) - min(held)) / ((report.rows - 1) * 64)
+    assert report.efficiency_before_tail == before > report.efficiency
+    said = f"({report.efficiency:.1%} full, {before:.1%} without the emptiest row)"
+    assert str(report).endswith(said)
 
 
 def test_it_reads_in_one_line_each(write, tokenizer):
