@@ -3,8 +3,9 @@
 Three figures, in tokens a second, measured in turn as often as asked, since other work on the
 machine slows each of them down:
 
-raw     the tokenizer alone: the very texts that the template has it tokenise, read and rendered
-        before, in as many processes, which have started and hold the tokenizer already
+raw     the tokenizer alone, `encode_batch`, its fastest call: the very texts that the template has
+        it tokenise, read and rendered before, in as many processes, which have started and hold
+        the tokenizer already; every newline after an answer too, which a build tokenises once
 build   from the files to a cache that is complete, with the start of the processes
 load    from the cache to packed batches: opening it, every byte checked, packing, one epoch
 """
