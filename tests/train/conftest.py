@@ -14,7 +14,7 @@ from models.internlm2 import InternLM2, init
 from train import loop
 from train.config import Config
 from train.data import Batch
-from train.sections import OptimConfig
+from train.sections import DataConfig, OptimConfig
 
 TINY = ModelConfig(
     vocab_size=320,
@@ -65,17 +65,24 @@ def packed_rows() -> Batch:
     )
 
 
+OUTSIDE_OF_THE_STEP = {
+    **{"out": None, "data": DataConfig(), "prompts": (), "sample_every": 0, "profile": None},
+    **{"save_every": 1, "eval_every": 1, "log_every": 1, "log": (), "chat": False},
+}
+"""Flags that change what a run reads, writes and says, but not its step."""
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tiny) -> Iterator[Callable[..., Config]]:
     """Makes the config of one and the same run of 8 steps, in a directory of its own.
 
-    As long as it lives, runs that differ in their directory alone share one compiled step.
+    As long as it lives, runs that differ in what the step does not depend on share a compiled one.
     """
     compiled = {}
     compile_step = loop.compile_training
 
     def compile_once(config, *rest):
-        key = dataclasses.replace(config, out=None)
+        key = dataclasses.replace(config, **OUTSIDE_OF_THE_STEP)
         if key not in compiled:
             compiled[key] = compile_step(config, *rest)
         return compiled[key]

@@ -42,6 +42,8 @@ def test_a_deterministic_run_asks_for_it(program, tiny_run, tmp_path, monkeypatc
     else:
         monkeypatch.setattr(loop, "compile_training", lambda *_: None)
         monkeypatch.setattr(loop, "Evaluation", stop_at_evaluation)
+    monkeypatch.setattr(loop, "first_params", lambda *_: None)
+    monkeypatch.setattr(loop, "new_state", lambda params, tx, like: like)
     config = dataclasses.replace(tiny_run(tmp_path / "out"), deterministic=True)
     with pytest.raises(Asked) as asked:
         loop.run(config)

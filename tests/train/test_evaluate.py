@@ -66,18 +66,17 @@ def test_a_run_evaluates_named_sets(tiny_run, files, tmp_path, capsys):
     config = dataclasses.replace(
         tiny_run(tmp_path / "out"),
         data=DataConfig(files=(str(files[0]),), val=tuple(map(str, files))),
-        steps=3,
-        eval_every=2,
+        eval_every=5,
     )
     loop.run(config)
     lines = [
         json.loads(line) for line in (tmp_path / "out" / "eval.jsonl").read_text().splitlines()
     ]
     assert [(line["step"], line["set"]) for line in lines] == [
-        (2, "one"),
-        (2, "two"),
-        (3, "one"),
-        (3, "two"),
+        (5, "one"),
+        (5, "two"),
+        (8, "one"),
+        (8, "two"),
     ]
     assert "validation on two: 7 documents" in capsys.readouterr().out
     assert lines[2]["loss"] < lines[0]["loss"]

@@ -15,21 +15,20 @@ from train.sections import DataConfig
 
 @pytest.fixture(scope="module")
 def recorded(tiny_run, tmp_path_factory):
-    """A run of 4 steps that evaluates, samples and saves at 2 and 4, resumed after 2."""
+    """A run of 8 steps that evaluates, samples and saves at 4 and 8, resumed after 4."""
     base = tmp_path_factory.mktemp("evidence")
     (base / "held.txt").write_text("No, sir, I do not bite my thumb at you, sir. " * 20)
     config = dataclasses.replace(
         tiny_run(base / "out"),
         data=DataConfig(val=(str(base / "held.txt"),)),
-        eval_every=2,
-        save_every=2,
+        eval_every=4,
+        save_every=4,
         prompts=("To be", "Speak"),
-        sample_every=2,
-        steps=4,
+        sample_every=4,
     )
     loop.run(config)
     first = {f.name: f.read_text() for f in (base / "out").glob("*.jsonl")}
-    shutil.rmtree(base / "out" / "checkpoints" / "4")  # as if it had died after step 2
+    shutil.rmtree(base / "out" / "checkpoints" / "8")  # as if it had died after step 4
     loop.run(config)
     return base / "out", first
 
@@ -41,16 +40,16 @@ def lines(path):
 def test_validation_has_loss_and_perplexity_once(recorded):
     out, _ = recorded
     evals = lines(out / "eval.jsonl")
-    assert [(line["step"], line["set"]) for line in evals] == [(2, "held"), (4, "held")]
+    assert [(line["step"], line["set"]) for line in evals] == [(4, "held"), (8, "held")]
     assert all(line["perplexity"] == pytest.approx(math.exp(line["loss"])) for line in evals)
 
 
 def test_samples_are_greedy_and_repeat(recorded):
-    """The resumed run says at step 4 what the first one said."""
+    """The resumed run says at step 8 what the first one said."""
     out, first = recorded
     samples = lines(out / "samples.jsonl")
     assert [(line["step"], line["prompt"]) for line in samples] == [
-        (step, prompt) for step in (2, 4) for prompt in ("To be", "Speak")
+        (step, prompt) for step in (4, 8) for prompt in ("To be", "Speak")
     ]
     assert (out / "samples.jsonl").read_text() == first["samples.jsonl"]
 
@@ -58,7 +57,7 @@ def test_samples_are_greedy_and_repeat(recorded):
 def test_metrics_split_the_time(recorded):
     out, _ = recorded
     metrics = lines(out / "metrics.jsonl")
-    assert [line["step"] for line in metrics] == [1, 2, 3, 4]
+    assert [line["step"] for line in metrics] == [*range(1, 9)]
     for line in metrics:
         parts = ("data", "checkpoint", "evaluation", "compute")
         assert sum(line[f"{p}_seconds"] for p in parts) == pytest.approx(line["seconds"], rel=1e-3)

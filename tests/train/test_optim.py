@@ -59,7 +59,7 @@ RULES = {
     "lion": OptimConfig(name="lion", lr=1e-3),
     "muon": OptimConfig(name="muon"),
     "bf16": OptimConfig(state="bf16"),
-    "int8": OptimConfig(state="int8"),
+    # float32 weights with int8 moments learn below, on one device.
     "int8, bf16 weights": OptimConfig(state="int8"),
 }
 
