@@ -21,12 +21,12 @@ from models.internlm2 import InternLM2, init
 from train import device, memory
 from train.attention import resolve_attention
 from train.bench_shapes import Cell, batches, outcome, time_steps
-from train.defaults import PARAM_DTYPES, REMAT_BY_SPEED, choose_remat
 from train.mesh import make_mesh, row_shards
 from train.metrics import peak_memory
 from train.optim import optimizer
 from train.schedule import schedule
 from train.sections import MeshConfig, OptimConfig
+from train.sizing import PARAM_DTYPES, REMAT_BY_SPEED, choose_remat
 from train.state import abstract_state, new_state, params_of
 from train.step import batch_struct, compile_step, make_step, put_batch
 
@@ -126,8 +126,10 @@ class Program:
         }
 
     def _with_remat(self, cell: Cell) -> Cell:
-        if cell.remat is not None:
-            return cell
+        if cell.remat is not None:  # offload wants a loop: see in_scan
+            return dataclasses.replace(
+                cell, scan_layers=cell.scan_layers or cell.remat == "offload"
+            )
         all_of = {remat: dataclasses.replace(cell, remat=remat) for remat in REMAT_BY_SPEED}
         need = {remat: self._planned(chosen).total for remat, chosen in all_of.items()}
         return all_of[choose_remat(need, device_memory(self._mesh.devices.flat[0]))]
