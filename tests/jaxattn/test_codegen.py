@@ -30,7 +30,7 @@ CASES = [
 # every round (LDL, an L1 hit, beside 24 to 32 wgmma instructions of 128 cycles or so). With head
 # dim 64, documents and 128 x 128 scores, or with group 6 or 1, it is more than that, and stores
 # too: these numbers are a ceiling to lower, as measured with jax 0.12.0.1 and ptxas 13.5.
-FORWARD = {"causal": (0, 0), "documents": (4, 0)}
+FORWARD = {"causal": (0, 0), "documents": (6, 0)}
 BACKWARD = {
     (128, 1, "causal"): (13, 5),
     (128, 1, "documents"): (11, 7),
@@ -92,9 +92,17 @@ def test_ptxas_serialises_no_products(case):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_forward_softmax_runs_beside_the_products(case):
-    """S = Q K^T and O += P V are issued, S awaited, then all exponentials, then O awaited."""
+    """S = Q K^T and O += P V are issued, S awaited, then nine in ten exponentials, then O."""
     (loop,) = _loops(*case)["flash_forward"]
-    assert re.fullmatch("QP1e{64,}0", sass.events(loop)), sass.events(loop)
+    assert re.fullmatch("QP1e{60,}0e{0,6}", sass.events(loop)), sass.events(loop)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward_passes_over_rescaling(case):
+    """A round that rescales nothing has next to no products of two numbers left."""
+    (loop,) = _loops(*case)["flash_forward"]
+    inside = sass.count(loop.body, r"\bFMUL\b"), sass.count(loop.straight, r"\bFMUL\b")
+    assert inside[0] >= case[0] // 2 and inside[1] < 16, inside
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
