@@ -41,7 +41,7 @@ def measure(shape: Shape, impl: str, *, check: bool) -> dict:
         if impl == "torch-flex":
             return _measure(shape, _flex(shape, "cuda"), check)
         if impl == "torch-fa4":
-            return _measure(shape, _fa4(shape), check)
+            return _measure(shape, _fa4(shape, "cuda"), check)
         return _measure_sdpa(shape, check)
     except ImportError:
         return {"why_not": f"{impl} is not installed (pip install flash-attn-4)"}
@@ -128,7 +128,7 @@ def _flex(shape: Shape, device: str) -> Callable:
     return functools.partial(attend, block_mask=blocks, enable_gqa=True)
 
 
-def _fa4(shape: Shape) -> Callable:
+def _fa4(shape: Shape, device: str) -> Callable:
     """FlashAttention-4; documents by its interface of variable lengths, all rows end to end."""
     from flash_attn.cute import (  # pyright: ignore[reportMissingImports]
         flash_attn_func,
@@ -142,7 +142,7 @@ def _fa4(shape: Shape) -> Callable:
         run = functools.partial(flash_attn_func, **settings)
     else:
         lengths = document_lengths(shape.length, *shape.documents) * shape.batch
-        ends = torch.tensor([0, *lengths], device="cuda").cumsum(0).to(torch.int32)
+        ends = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
         sizes = {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
         sizes |= {"max_seqlen_q": max(lengths), "max_seqlen_k": max(lengths)}
         run = functools.partial(flash_attn_varlen_func, **settings, **sizes)
