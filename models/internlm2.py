@@ -25,7 +25,7 @@ from models.block import Attend, Block, Rope
 from models.config import ModelConfig
 from models.layers import constant, document_positions, normal, rms_norm, rope_table
 from models.remat import REMAT
-from models.stacked import unstacked
+from models.stacked import gradients_together, unstacked
 
 Ids = Int[Array, "B T"] | Int[np.ndarray, "B T"]
 
@@ -192,7 +192,7 @@ class InternLM2(nnx.Module):
             L, results = self.config.num_layers, []
             apart = blocks if isinstance(blocks, nnx.List) else unstacked(blocks, L)
             for block, part in zip(apart, carried or [None] * L, strict=True):
-                x_BTD, result = layer(x_BTD, block, part)
+                x_BTD, result = layer(*gradients_together(x_BTD, block), part)
                 results.append(result)
         return rms_norm(x_BTD, self.norm_D[...], eps=self.config.rms_norm_eps), results
 

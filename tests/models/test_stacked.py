@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from models.load import load_hf
-from models.stacked import taken_apart, unstacked
+from models.stacked import gradients_together, taken_apart, unstacked
 
 
 @pytest.fixture
@@ -49,3 +49,31 @@ def test_the_gradient_of_slices_is_a_stack():
         return (a["w"] * 2 + c["w"] ** 2 + 0 * b["w"]).sum()
 
     np.testing.assert_array_equal(jax.grad(f)(x), [[2, 2], [0, 0], [8, 10]])
+
+
+def test_gradients_are_formed_together_and_are_the_same():
+    """A barrier in the backward pass, none in the forward one, and no number changed."""
+
+    def together(x, w):
+        x, weights = gradients_together(x, {"w": w})
+        return jnp.sin(x * weights["w"]).sum()
+
+    def plain(x, w):
+        return jnp.sin(x * w).sum()
+
+    args = jnp.arange(3.0), jnp.arange(3.0) + 2
+    got, want = (jax.grad(f, argnums=(0, 1))(*args) for f in (together, plain))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert "optimization_barrier" not in str(jax.make_jaxpr(together)(*args))
+    assert str(jax.make_jaxpr(jax.grad(together))(*args)).count("optimization_barrier") == 1
+
+
+def test_every_layer_forms_its_gradients_together(model):
+    """Where each is compiled on its own: else XLA puts those of the weights off."""
+    model.scan = False
+    tokens = jnp.arange(8)[None]
+    program = jax.make_jaxpr(jax.grad(lambda m: m.hidden(tokens).astype(jnp.float32).sum()))
+    of_blocks = [e for e in program(model).eqns if e.primitive.name == "optimization_barrier"]
+    leaves = len(jax.tree.leaves(model.blocks))
+    both = [e for e in of_blocks if len(e.invars) == leaves + 1]
+    assert len(both) == model.config.num_layers

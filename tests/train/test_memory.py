@@ -69,6 +69,22 @@ def test_what_the_compiler_needs(model, kwargs, gib):
     assert total == pytest.approx(gib, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("devices", "sizes", "kwargs", "gib"),
+    [
+        (1, MeshConfig(), {"remat": "dots", "accum": 2}, 72.54),
+        (1, MeshConfig(), {"remat": "attention", "accum": 2}, 40.34),
+        (2, MeshConfig(fsdp=2), {"remat": "dots", "rows": 2}, 54.26),
+        (2, MeshConfig(fsdp=1, tensor=2), {"remat": "dots", "rows": 2}, 59.16),
+    ],
+    ids=["accum", "accum-attention", "fsdp", "tensor"],
+)
+def test_what_the_compiler_needs_in_parts_and_over_devices(devices, sizes, kwargs, gib):
+    """As above, 1.8B: a row in each of two microbatches, and two rows over two GPUs."""
+    total = plan(devices=devices, sizes=sizes, scan=False, **kwargs).total / GiB
+    assert total == pytest.approx(gib, rel=0.05)
+
+
 def test_more_is_kept_with_less_remat():
     order = ("offload", "full", "attention", "qkv", "dots", "none")
     totals = [plan(remat=remat).activations for remat in order]
