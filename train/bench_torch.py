@@ -88,7 +88,8 @@ def make_model(cell: Cell, device: str) -> Any:
             config, attn_implementation=TORCH[cell.attn], dtype=stored
         )
     if cell.remat == "full":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        new_name = getattr(model, "activation_checkpointing_enable", None)  # its newer name
+        (new_name or model.gradient_checkpointing_enable)({"use_reentrant": False})
     return model.train()
 
 
