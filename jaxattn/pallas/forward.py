@@ -4,14 +4,20 @@ R rows = B * T queries end to end, C columns = B * S keys, N query heads, K kv h
 A program owns tiles of `CONSUMERS * group` queries x `heads` query heads of one kv head, one after
 another, and walks over the live tiles of keys. jaxattn/README.md draws the dataflow.
 
-| barrier | arrives                           | waits         | asserts                           |
-| ------- | --------------------------------- | ------------- | --------------------------------- |
-| q_full  | copies of the item, Q by heads    | its consumer  | the slot holds the item           |
-| q_free  | the consumer, one item later      | producer      | the slot may be overwritten       |
-| k_full  | copy of K                         | all consumers | the stage holds K                 |
-| k_free  | every consumer after its Q K^T    | producer      | the stage of K may be overwritten |
-| v_full  | copy of V                         | all consumers | the stage holds V                 |
-| v_free  | every consumer after its P V      | producer      | the stage of V may be overwritten |
+There are two passes in bf16. The first takes a row's maximum in its first tile only, and lets later
+scores rise above it: the exponents of bf16 and fp32 have room for 2**127. Items in which some row
+went further than `softmax.REACH` are flagged, and the second pass, which is over at once where
+there are none, does them again with a running maximum. fp16 has the second pass alone.
+
+| barrier    | arrives                        | waits         | asserts                           |
+| ---------- | ------------------------------ | ------------- | --------------------------------- |
+| q_full     | copies of the item, Q by heads | its consumer  | the slot holds the item           |
+| q_free     | the consumer, one item later   | producer      | the slot may be overwritten       |
+| k_full     | copy of K                      | all consumers | the stage holds K                 |
+| k_free     | every consumer after its Q K^T | producer      | the stage of K may be overwritten |
+| v_full     | copy of V                      | all consumers | the stage holds V                 |
+| v_free     | every consumer after its P V   | producer      | the stage of V may be overwritten |
+| again_full | every consumer, after pass one | all three     | all flags are set                 |
 
 The consumers arrive once on every "free" barrier at their start, so that the producer always waits
 before it copies and the first round needs no special case.
@@ -43,6 +49,8 @@ PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240
 # Slots for what belongs to an item: its Q, its row of the work list, its rows' visible ranges. With
 # two, the producer fetches an item while the one before is still worked on.
 ITEM_SLOTS = 2
+# Flags for items to be done again: one each, or where a program has more items, for neighbours.
+AGAIN = 127
 
 
 def scratch(head_dim: int, dtype: jnp.dtype, tiles: ForwardTiles) -> dict:
@@ -65,6 +73,9 @@ def scratch(head_dim: int, dtype: jnp.dtype, tiles: ForwardTiles) -> dict:
         "k_free": barrier(num_arrivals=CONSUMERS),
         "v_full": barrier(),
         "v_free": barrier(num_arrivals=CONSUMERS),
+        # Which items a consumer wants again, and in the last place whether it wants any.
+        "again_smem": plgpu.SMEM((CONSUMERS, AGAIN + 1), jnp.int32),
+        "again_full": plgpu.Barrier(num_arrivals=CONSUMERS),
     }
 
 
@@ -100,6 +111,7 @@ def forward(
     programs = min(PROGRAMS, row_tiles * tile_heads)
     schedule = persistent_schedule(row_tiles, tile_heads, programs)
     by_id, by_list = work.row_ids is not None, work.cols is not None
+    two_passes = dtype == jnp.bfloat16
 
     def kernel(q_gmem, k_gmem, v_gmem, schedule_gmem, work_gmem, ends_gmem, *refs, **smem):
         # The columns to visit, if there is a pattern; ids of rows and columns, if documents.
@@ -110,6 +122,7 @@ def forward(
         lse_smem = smem["lse_smem"]
         q_full, k_full, v_full = smem["q_full"], smem["k_full"], smem["v_full"]
         q_free, k_free, v_free = smem["q_free"], smem["k_free"], smem["v_free"]
+        again_smem, again_full = smem["again_smem"], smem["again_full"]
         wg = lax.axis_index("wg")
         program = lax.axis_index("program")
 
@@ -120,22 +133,49 @@ def forward(
         def item_slot(i, consumer):
             return lax.rem(i, jnp.int32(ITEM_SLOTS)) * CONSUMERS + consumer
 
-        def each_item(body, load):
-            """Runs body(i, head, place in the work list, loaded, column tiles before)."""
+        items = schedule_gmem[program, 0]
 
-            def item(i):
+        def each_item(body, load, between):
+            """Runs body(i, head, place in the work list, loaded, column tiles before, careful).
+
+            For all items, then `between`, and for those that are flagged: i goes on counting.
+            """
+
+            def item(n):
                 # The load ahead of the last item is the filling of the schedule's row.
-                at = schedule_gmem[program, 1 + jnp.minimum(i, schedule.shape[1] - 2)]
+                at = schedule_gmem[program, 1 + jnp.minimum(n, schedule.shape[1] - 2)]
                 row, head = lax.rem(at, row_tiles), lax.div(at, row_tiles)
                 return row, head, load(row)
 
             def step(i, carry):
                 (row, head, loaded), done = carry
                 ahead = item(i + 1)  # read now, so that the next item need not wait for it
-                return ahead, done + body(i, head, row, loaded, done)
+                return ahead, done + body(i, head, row, loaded, done, careful=not two_passes)
 
-            count = schedule_gmem[program, 0]
-            lax.fori_loop(0, count, step, (item(jnp.int32(0)), jnp.int32(0)))
+            _, done = lax.fori_loop(0, items, step, (item(jnp.int32(0)), jnp.int32(0)))
+            if not two_passes:
+                return
+
+            def flagged(place):
+                return (again_smem[0, place] | again_smem[1, place]) != 0
+
+            def repeat(n, carry):
+                def run(i, done):
+                    row, head, loaded = item(n)
+                    return i + 1, done + body(i, head, row, loaded, done, careful=True)
+
+                return lax.cond(flagged(flag_of(n)), run, lambda *carry: carry, *carry)
+
+            between()
+            plgpu.barrier_wait(again_full)
+
+            @pl.when(flagged(AGAIN))
+            def _():
+                lax.fori_loop(0, items, repeat, (items, done))
+
+        def flag_of(n):
+            """Which flag is that of the program's n-th item."""
+            return lax.div(n, jnp.int32(-(-(schedule.shape[1] - 1) // AGAIN)))
 
         @pl.when(wg == PRODUCER)
         def producer():
@@ -145,7 +185,7 @@ def forward(
                 fields = (block_map.TILE, block_map.START, block_map.COUNT)
                 return [work_gmem[row, 0, i] for i in fields]
 
-            def body(i, head, row, loaded, done):
+            def body(i, head, row, loaded, done, careful):
                 row_tile, start, count = loaded
                 kv_head = lax.div(head * tiles.heads, N // K)
                 # 1. The item: metadata, and Q by one copy a head (a warpgroup's rows are
@@ -192,7 +232,7 @@ def forward(
 
                 return count
 
-            each_item(body, load)
+            each_item(body, load, between=lambda: None)
 
         @pl.when(wg < CONSUMERS)
         def consumer():
@@ -202,8 +242,12 @@ def forward(
             for slot in range(tiles.stages):
                 plgpu.barrier_arrive(k_free.at[slot])
                 plgpu.barrier_arrive(v_free.at[slot])
+            again_own = again_smem.at[wg]
+            if two_passes:
+                again_own[...] = jnp.zeros((AGAIN + 1,), jnp.int32)
+                plgpu.commit_smem()
 
-            def body(i, head, row, _, done):
+            def body(i, head, row, _, done, careful):
                 slot = lax.rem(i, jnp.int32(ITEM_SLOTS))
                 q, ends = q_smem.at[slot, wg], ends_smem.at[slot, wg]
                 plgpu.barrier_wait(q_full.at[item_slot(i, wg)])
@@ -246,7 +290,7 @@ def forward(
                     now, before = slot_of(j), slot_of(j - 1)
 
                     def overlapped(refs):
-                        o_acc, p_ref, m_ref, l_ref, alpha_ref = refs
+                        o_acc, *state = refs
 
                         def scores(s_acc):
                             plgpu.wgmma(s_acc, q, k_smem.at[now].T)
@@ -256,23 +300,34 @@ def forward(
 
                         s = pl.run_scoped(scores, plgpu.ACC(s_shape, jnp.float32))
                         plgpu.barrier_arrive(k_free.at[now])
-                        new = softmax.online_softmax(masked(s, j), m, l, scale)
+                        s = masked(s, j)
+                        if careful:
+                            new = softmax.online_softmax(s, m, l, scale)
+                        else:
+                            new = softmax.offset_softmax(s, m, l, scale)
                         # ptxas moves the wait for P V up to before the softmax, which undoes the
                         # overlap, unless a branch stands between: this wait is that branch. And P
                         # stays fp32 until P V is done, or ptxas serialises the two (C7513).
                         new = lax.optimization_barrier(new)
                         wait_for_k(j + 1)
-                        p_ref[...], m_ref[...], l_ref[...], alpha_ref[...] = new
+                        for ref, value in zip(state, new, strict=True):
+                            ref[...] = value
 
                     no_p = plgpu.layout_cast(jnp.zeros(s_shape, jnp.float32), TILE)
-                    state: Any = (plgpu.ACC.init(o), no_p, m, l, zeros)
-                    o, p, m, l, alpha = pl.run_state(overlapped)(state)
+                    state: Any = (plgpu.ACC.init(o), no_p, l, *((m, zeros) if careful else ()))
+                    o, p, l, *scaling = pl.run_state(overlapped)(state)
                     plgpu.barrier_arrive(v_free.at[before])
-                    return softmax.rescale(o, alpha), m, l, p.astype(dtype)
+                    if careful:
+                        m, alpha = scaling
+                        o = softmax.rescale(o, alpha)
+                    return o, m, l, p.astype(dtype)
 
                 def epilogue(o, m, l):
                     l = l.sum(axis=1)
                     sees_any = l > 0.0
+                    if not careful:
+                        first, last = (plgpu.load(ends.at[end], layout=ROW) for end in range(2))
+                        softmax.flag(again_own, (flag_of(i), AGAIN), l, first <= last)
                     o = o * by_row(jnp.where(sees_any, 1.0 / l, 0.0), o.shape)
                     # Staged where Q was: nobody else reads this consumer's part of the slot.
                     q[...] = o.astype(dtype)
@@ -303,7 +358,9 @@ def forward(
                 plgpu.barrier_wait(k_full.at[slot_of(live_from)])
                 s = pl.run_scoped(first_scores, plgpu.ACC(s_shape, jnp.float32))
                 plgpu.barrier_arrive(k_free.at[slot_of(live_from)])
-                p, m, l = softmax.online_softmax(masked(s, live_from), m, l, scale)[:3]
+                p, l, m = softmax.online_softmax(masked(s, live_from), m, l, scale)[:3]
+                if not careful:  # rows that see nothing yet need some offset, too
+                    m = jnp.where(m == softmax.M_START, 0.0, m)
                 wait_for_k(live_from + 1)
 
                 # The output of the item before, staged in its slot, has left by now.
@@ -326,7 +383,12 @@ def forward(
                 epilogue(o, m, l)
                 return count
 
-            each_item(body, load=lambda row: [])
+            def between():
+                # What the first pass stored must have arrived before the second overwrites it.
+                plgpu.wait_smem_to_gmem(0)
+                plgpu.barrier_arrive(again_full)
+
+            each_item(body, lambda row: [], between)
             plgpu.wait_smem_to_gmem(0)
 
     run = plgpu.kernel(

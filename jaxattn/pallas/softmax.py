@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend.mlir import ir
-from jax.extend.mlir.dialects import arith, scf, vector
+from jax.extend.mlir.dialects import arith, memref, scf, vector
 
 LOG2E = math.log2(math.e)
 TILE = plgpu.Layout.WGMMA
@@ -26,6 +26,9 @@ COL = plgpu.Layout.WGMMA.reduce(0)
 M_START = -1e30
 # How far a row's maximum may rise, in powers of two, before what is accumulated is scaled down.
 SLACK = 8.0
+# How far from 1 a row's sum may end, in powers of two, with an offset that stays. Of the fp32 range,
+# 2**-126 to 2**127, what is left above is for the values, below for the small terms of the sum.
+REACH = 64.0
 # Columns of a row's sum: of each 8 neighbouring columns a thread holds the same 2.
 PARTS = 8
 
@@ -96,7 +99,7 @@ def online_softmax(s, m, l, scale: float):
       scale: the attention's scale, above 0.
 
     Returns:
-      (p = exp2(s' - new m), new m, new l, alpha): what was accumulated before must be multiplied
+      (p = exp2(s' - new m), new l, new m, alpha): what was accumulated before must be multiplied
       by alpha.
 
     References:
@@ -106,14 +109,67 @@ def online_softmax(s, m, l, scale: float):
     top = s.max(axis=1) * (scale * LOG2E)
     m_new = jnp.where(top - m > SLACK, top, m)
     alpha = jnp.exp2(m - m_new)
-    p = jnp.exp2(s * (scale * LOG2E) - by_row(m_new, s.shape))
+    p, l = offset_softmax(s, m_new, l * by_row(alpha, l.shape), scale)
+    return p, l, m_new, alpha
+
+
+def offset_softmax(s, m, l, scale: float):
+    """The same with an offset that stays: no maximum, nothing to scale down.
+
+    Exact wherever the sum of a row ends within `REACH` powers of two of 1: p, its sum and what
+    is accumulated with it are floating-point numbers with 8 bits of exponent, and only their
+    ratios count. Which rows that holds for is known afterwards, from l (`flag`).
+
+    Args:
+      s: scores [rows, columns], as for `online_softmax`.
+      m: offset of the exponents [rows]; finite.
+      l: running sum [rows, PARTS], likewise.
+      scale: likewise.
+
+    Returns:
+      (p = exp2(s' - m), new l).
+    """
+    p = jnp.exp2(s * (scale * LOG2E) - by_row(m, s.shape))
     sums = [
         lax.slice(p, (0, start), (p.shape[0], start + PARTS))
         for start in range(0, p.shape[1], PARTS)
     ]
     while len(sums) > 1:  # in pairs: short chains of additions
         sums = [a + b for a, b in zip(sums[::2], sums[1::2], strict=True)]
-    return p, m_new, l * by_row(alpha, l.shape) + sums[0], alpha
+    return p, l + sums[0]
+
+
+def flag(flags, places, l, sees_any):
+    """Sets flags to 1 where a row's sum with `offset_softmax` is out of reach, or NaN.
+
+    Each thread looks at its own two rows, so that nobody waits for a reduction.
+
+    Args:
+      flags: ref int32 [...] in shared memory.
+      places: indices into it.
+      l: sums of rows, fp32 [rows], in the layout ROW.
+      sees_any: bool [rows], likewise: the sums of the others are 0, and right.
+    """
+    l = jnp.where(sees_any, l, 1.0)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ROW, *[plgpu.Layout.WG_SPLAT] * len(places)))
+    def store(_, flags: Any, l: Any, *places: Any) -> None:
+        def outside(value):
+            lower, upper = (arith.constant(ir.F32Type.get(), 2.0**x) for x in (-REACH, REACH))
+            # Unordered comparisons are true for NaN.
+            below = arith.cmpf(arith.CmpFPredicate.ULT, value, lower)
+            return arith.ori(below, arith.cmpf(arith.CmpFPredicate.UGT, value, upper))
+
+        wrong = [outside(vector.extract(value, [], [0])) for value in l.registers.flat]
+        branch: Any = scf.IfOp(functools.reduce(arith.ori, wrong))
+        with ir.InsertionPoint(branch.then_block):
+            one = arith.constant(ir.IntegerType.get_signless(32), 1)
+            for place in places:
+                index = arith.index_cast(ir.IndexType.get(), place.registers.item())
+                memref.store(one, flags, [index])
+            scf.yield_([])
+
+    store(flags, l, *places)  # pyright: ignore[reportCallIssue]  (its context comes from Pallas)
 
 
 def rescale(x, alpha):

@@ -5,7 +5,8 @@ thread, so numbers, hand-overs and bounds are real; the asynchrony of wgmma, the
 programs and speed are not. What the kernels use and jax (0.11, 0.12) does not interpret:
 
 * `pl.run_state` over accumulators, wgmma with its left factor in registers, reduce-add copies;
-* code for single threads (`plgpu.inline_mgpu`): `softmax.rescale` is replaced by its formula;
+* code for single threads (`plgpu.inline_mgpu`): `softmax.rescale` and `softmax.flag` are replaced
+  by their formulas;
 * in 0.11, barriers whose last phases nobody waits for (0.12 allows them).
 
 And one change for speed: all threads of all programs share one compiled function, where jax
@@ -21,6 +22,7 @@ from unittest import mock
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
 import pytest
 
 from jaxattn import api
@@ -58,6 +60,7 @@ def interpreted(*, detect_races: bool = False) -> Iterator[None]:
         stack.enter_context(mock.patch.object(api, "target_device", hopper))
         stack.enter_context(mock.patch.object(forward, "PROGRAMS", PROGRAMS))
         stack.enter_context(mock.patch.object(softmax, "rescale", rescale))
+        stack.enter_context(mock.patch.object(softmax, "flag", flag))
         for owner, name, replacement in interpreter_patches.patches(VERSION):
             stack.enter_context(mock.patch.object(owner, name, replacement))
         stack.callback(interpreter_patches.reset)
@@ -69,6 +72,14 @@ def interpreted(*, detect_races: bool = False) -> Iterator[None]:
 def rescale(x: jax.Array, alpha: jax.Array) -> jax.Array:
     """Stands for `softmax.rescale`."""
     return x * softmax.by_row(alpha, x.shape)
+
+
+def flag(flags, places, l: jax.Array, sees_any: jax.Array) -> None:
+    """Stands for `softmax.flag`."""
+    trusted = (l >= 2.0**-softmax.REACH) & (l <= 2.0**softmax.REACH)
+    wrong = jnp.any(sees_any & ~trusted)
+    for place in places:
+        flags[place] = jnp.where(wrong, 1, flags[place])
 
 
 def hopper() -> jax.Device:
