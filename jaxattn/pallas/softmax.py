@@ -26,7 +26,7 @@ COL = plgpu.Layout.WGMMA.reduce(0)
 M_START = -1e30
 # How far a row's maximum may rise, in powers of two, before what is accumulated is scaled down.
 SLACK = 8.0
-# How far from 1 a row's sum may end, in powers of two, with an offset that stays. Of the fp32 range,
+# How far from 1 a row's sum may end, in powers of two, with an offset that stays. Of fp32's range,
 # 2**-126 to 2**127, what is left above is for the values, below for the small terms of the sum.
 REACH = 64.0
 # Columns of a row's sum: of each 8 neighbouring columns a thread holds the same 2.
