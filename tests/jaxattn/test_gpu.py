@@ -10,17 +10,21 @@ import dataclasses
 import functools
 import os
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxattn import attention
 from tests.jaxattn.oracle import (
     NAMES,
     Problem,
     check_error,
     check_zeros,
     exact,
+    log_sum_exp,
     outputs,
+    plain,
     random_problem,
     visible_pairs,
 )
@@ -159,6 +163,28 @@ def test_random_problem_deterministic(name, pattern, seed):
             np.testing.assert_array_equal(
                 x.view(np.uint16), y.view(np.uint16), f"{of} (SEED={seed})"
             )
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", ["causal, group of 6, B=3", "causal, group of 2, fp16"])
+def test_scores_far_apart(name, pattern, seed):
+    """Scores up to thousands, which the forward's first pass cannot hold, next to ordinary ones.
+
+    Output and log-sum-exp only: dq multiplies the rounding of o by keys of up to 100.
+    """
+    problem = _random(name, pattern, seed)
+    rng = np.random.default_rng([seed, len(name)])
+    large = np.where(rng.random(problem.k.shape[:3]) < 0.3, 10.0 ** rng.uniform(0, 2), 1.0)
+    problem = dataclasses.replace(problem, k=(problem.k * large[..., None]).astype(problem.k.dtype))
+    q, k, v = (jnp.asarray(x) for x in (problem.q, problem.k, problem.v))
+    o, lse = jax.jit(functools.partial(attention, impl="pallas", return_lse=True))(
+        q, k, v, problem.mask
+    )
+    want = exact(problem)[0]
+    error = np.abs(np.asarray(o, np.float64) - want).max()
+    allowed = 1.5 * np.abs(plain(problem)[0] - want).max() + 2.0**-8 * np.abs(want).max()
+    assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e} (SEED={seed})"
+    np.testing.assert_allclose(np.asarray(lse), log_sum_exp(problem), rtol=1e-5, atol=1e-4)
 
 
 def test_thousand_documents(seed):
