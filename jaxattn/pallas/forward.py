@@ -4,10 +4,10 @@ R rows = B * T queries end to end, C columns = B * S keys, N query heads, K kv h
 A program owns tiles of `CONSUMERS * group` queries x `heads` query heads of one kv head, one after
 another, and walks over the live tiles of keys. jaxattn/README.md draws the dataflow.
 
-There are two passes in bf16. The first takes a row's maximum in its first tile only, and lets later
-scores rise above it: the exponents of bf16 and fp32 have room for 2**127. Items in which some row
-went further than `softmax.REACH` are flagged, and the second pass, which is over at once where
-there are none, does them again with a running maximum. fp16 has the second pass alone.
+There are two passes in bf16. The first takes a row's maximum in the tile in which it first sees a
+key, and lets later scores rise above it: the exponents of bf16 and fp32 have room for 2**127. Items
+in which some row went further than `softmax.REACH` are flagged, and the second pass, which is over
+at once where there are none, does them again with a running maximum. fp16 has the second alone.
 
 | barrier    | arrives                        | waits         | asserts                           |
 | ---------- | ------------------------------ | ------------- | --------------------------------- |
@@ -304,7 +304,10 @@ def forward(
                         if careful:
                             new = softmax.online_softmax(s, m, l, scale)
                         else:
-                            new = softmax.offset_softmax(s, m, l, scale)
+                            # Rows begin where some row's range does, nowhere else.
+                            starts = functools.partial(softmax.first_offset, scale=scale)
+                            first = lax.cond(j < full_from, starts, lambda _, m: m, s, m)
+                            new = *softmax.offset_softmax(s, first, l, scale), first
                         # ptxas moves the wait for P V up to before the softmax, which undoes the
                         # overlap, unless a branch stands between: this wait is that branch. And P
                         # stays fp32 until P V is done, or ptxas serialises the two (C7513).
@@ -314,20 +317,18 @@ def forward(
                             ref[...] = value
 
                     no_p = plgpu.layout_cast(jnp.zeros(s_shape, jnp.float32), TILE)
-                    state: Any = (plgpu.ACC.init(o), no_p, l, *((m, zeros) if careful else ()))
-                    o, p, l, *scaling = pl.run_state(overlapped)(state)
+                    state: Any = (plgpu.ACC.init(o), no_p, l, m, *([zeros] if careful else []))
+                    o, p, l, m, *alpha = pl.run_state(overlapped)(state)
                     plgpu.barrier_arrive(v_free.at[before])
                     if careful:
-                        m, alpha = scaling
-                        o = softmax.rescale(o, alpha)
+                        o = softmax.rescale(o, *alpha)
                     return o, m, l, p.astype(dtype)
 
                 def epilogue(o, m, l):
                     l = l.sum(axis=1)
                     sees_any = l > 0.0
                     if not careful:
-                        first, last = (plgpu.load(ends.at[end], layout=ROW) for end in range(2))
-                        softmax.flag(again_own, (flag_of(i), AGAIN), l, first <= last)
+                        softmax.flag(again_own, (flag_of(i), AGAIN), l)
                     o = o * by_row(jnp.where(sees_any, 1.0 / l, 0.0), o.shape)
                     # Staged where Q was: nobody else reads this consumer's part of the slot.
                     q[...] = o.astype(dtype)
@@ -359,8 +360,6 @@ def forward(
                 s = pl.run_scoped(first_scores, plgpu.ACC(s_shape, jnp.float32))
                 plgpu.barrier_arrive(k_free.at[slot_of(live_from)])
                 p, l, m = softmax.online_softmax(masked(s, live_from), m, l, scale)[:3]
-                if not careful:  # rows that see nothing yet need some offset, too
-                    m = jnp.where(m == softmax.M_START, 0.0, m)
                 wait_for_k(live_from + 1)
 
                 # The output of the item before, staged in its slot, has left by now.

@@ -26,8 +26,8 @@ COL = plgpu.Layout.WGMMA.reduce(0)
 M_START = -1e30
 # How far a row's maximum may rise, in powers of two, before what is accumulated is scaled down.
 SLACK = 8.0
-# How far from 1 a row's sum may end, in powers of two, with an offset that stays. Of fp32's range,
-# 2**-126 to 2**127, what is left above is for the values, below for the small terms of the sum.
+# How far above 1 a row's sum may end, in powers of two, with an offset that stays. fp32 and bf16
+# reach to 2**127; what is left is for the values.
 REACH = 64.0
 # Columns of a row's sum: of each 8 neighbouring columns a thread holds the same 2.
 PARTS = 8
@@ -113,16 +113,28 @@ def online_softmax(s, m, l, scale: float):
     return p, l, m_new, alpha
 
 
-def offset_softmax(s, m, l, scale: float):
-    """The same with an offset that stays: no maximum, nothing to scale down.
-
-    Exact wherever the sum of a row ends within `REACH` powers of two of 1: p, its sum and what
-    is accumulated with it are floating-point numbers with 8 bits of exponent, and only their
-    ratios count. Which rows that holds for is known afterwards, from l (`flag`).
+def first_offset(s, m, scale: float):
+    """The offset of rows in the first tile in which they see a key: their maximum there.
 
     Args:
       s: scores [rows, columns], as for `online_softmax`.
-      m: offset of the exponents [rows]; finite.
+      m: offsets so far [rows]; M_START for rows that have seen nothing.
+      scale: likewise.
+    """
+    top = jnp.maximum(s.max(axis=1) * (scale * LOG2E), M_START)
+    return jnp.where(m == M_START, top, m)
+
+
+def offset_softmax(s, m, l, scale: float):
+    """`online_softmax` with an offset that stays: no maximum, nothing to scale down.
+
+    As exact where the sum of a row ends below 2**REACH: p, its sum and what is accumulated with it
+    are floating-point numbers with 8 bits of exponent, and only their ratios count. Which rows
+    that holds for is known afterwards, from l (`flag`).
+
+    Args:
+      s: scores [rows, columns], as for `online_softmax`.
+      m: offset of the exponents [rows], as `first_offset` gives it; finite.
       l: running sum [rows, PARTS], likewise.
       scale: likewise.
 
@@ -139,7 +151,7 @@ def offset_softmax(s, m, l, scale: float):
     return p, l + sums[0]
 
 
-def flag(flags, places, l, sees_any):
+def flag(flags, places, l):
     """Sets flags to 1 where a row's sum with `offset_softmax` is out of reach, or NaN.
 
     Each thread looks at its own two rows, so that nobody waits for a reduction.
@@ -148,19 +160,15 @@ def flag(flags, places, l, sees_any):
       flags: ref int32 [...] in shared memory.
       places: indices into it.
       l: sums of rows, fp32 [rows], in the layout ROW.
-      sees_any: bool [rows], likewise: the sums of the others are 0, and right.
     """
-    l = jnp.where(sees_any, l, 1.0)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ROW, *[plgpu.Layout.WG_SPLAT] * len(places)))
     def store(_, flags: Any, l: Any, *places: Any) -> None:
-        def outside(value):
-            lower, upper = (arith.constant(ir.F32Type.get(), 2.0**x) for x in (-REACH, REACH))
-            # Unordered comparisons are true for NaN.
-            below = arith.cmpf(arith.CmpFPredicate.ULT, value, lower)
-            return arith.ori(below, arith.cmpf(arith.CmpFPredicate.UGT, value, upper))
-
-        wrong = [outside(vector.extract(value, [], [0])) for value in l.registers.flat]
+        bound = arith.constant(ir.F32Type.get(), 2.0**REACH)
+        wrong = [
+            arith.cmpf(arith.CmpFPredicate.UGT, vector.extract(value, [], [0]), bound)
+            for value in l.registers.flat
+        ]  # an unordered comparison: true for NaN
         branch: Any = scf.IfOp(functools.reduce(arith.ori, wrong))
         with ir.InsertionPoint(branch.then_block):
             one = arith.constant(ir.IntegerType.get_signless(32), 1)

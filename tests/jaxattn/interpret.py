@@ -74,10 +74,9 @@ def rescale(x: jax.Array, alpha: jax.Array) -> jax.Array:
     return x * softmax.by_row(alpha, x.shape)
 
 
-def flag(flags, places, l: jax.Array, sees_any: jax.Array) -> None:
+def flag(flags, places, l: jax.Array) -> None:
     """Stands for `softmax.flag`."""
-    trusted = (l >= 2.0**-softmax.REACH) & (l <= 2.0**softmax.REACH)
-    wrong = jnp.any(sees_any & ~trusted)
+    wrong = jnp.any(~(l <= 2.0**softmax.REACH))
     for place in places:
         flags[place] = jnp.where(wrong, 1, flags[place])
 
