@@ -26,8 +26,9 @@ from jaxattn.ranges import NEVER, visible_ranges
 # Tiles start at multiples of this: the copy engine wants 16-byte aligned, 8-row aligned boxes.
 ALIGN = 8
 
-# Fields of `BlockMap.work`.
-TILE, START, COUNT, BY_ID, LIVE_FROM, LIVE_TO, FULL_FROM, FULL_TO = range(8)
+# Fields of `BlockMap.work`, and how many a row of it has: the copy engine wants multiples of four.
+TILE, START, COUNT, COLUMNS, BY_ID, LIVE_FROM, LIVE_TO, LIVE_COLUMNS, FULL_FROM, FULL_TO = range(10)
+FIELDS = 12
 
 
 # jax rebuilds it with placeholders in place of arrays, which type checkers must let pass.
@@ -38,12 +39,13 @@ class BlockMap:
     """Work list of one kernel, longest row tile first.
 
     Attributes:
-      work: int32 [tiles, groups, 8]. The same for all groups: TILE, which row tile; START, its
-        first column, a multiple of ALIGN, or with `cols` where in `cols` its first column stands;
-        COUNT, how many column tiles follow from there; BY_ID, 1 if ids decide inside. For each
-        group of rows, in column tiles after START: live tiles are LIVE_FROM .. LIVE_TO - 1; a
-        tile below FULL_FROM may hold columns before some row's range, a tile at or above FULL_TO
-        may hold columns behind it; the others need no masking.
+      work: int32 [tiles, groups, FIELDS]. The same for all groups: TILE, which row tile; START,
+        its first column, a multiple of ALIGN, or with `cols` where in `cols` its first column
+        stands; COUNT, how many column tiles follow from there; COLUMNS, how many of their columns
+        there are up to the last that some row sees; BY_ID, 1 if ids decide inside. For each group
+        of rows, in column tiles after START: live tiles are LIVE_FROM .. LIVE_TO - 1; a tile below
+        FULL_FROM may hold columns before some row's range, a tile at or above FULL_TO may hold
+        columns behind it; the others need no masking. LIVE_COLUMNS is COLUMNS of the group.
       ends: int32 [tiles, groups, 2, rows], in the same order: first and last visible column of
         each row; (NEVER, -1) for a row that sees nothing.
       row_ids: segment id of each row, int32 [tiles, groups, rows]; None if the mask has no
@@ -53,7 +55,7 @@ class BlockMap:
         end to end; None if the mask has no pattern: the tiles of a row are neighbours.
     """
 
-    work: Int[Array, "tiles groups 8"]
+    work: Int[Array, "tiles groups fields"]
     ends: Int[Array, "tiles groups 2 rows"]
     row_ids: Int[Array, "tiles groups rows"] | None
     col_ids: Int[Array, " columns"] | None
@@ -187,23 +189,26 @@ def _work(
     by_id: Bool[Array, " tiles"],
     tile: int,
     align: int,
-) -> Int[Array, "tiles groups 8"]:
+) -> Int[Array, "tiles groups fields"]:
     """`BlockMap.work`, not yet sorted, of rows that see low .. high of what is walked over."""
     tiles, groups, _ = low.shape
     start = low.min(axis=(1, 2)) // align * align
     start = jnp.where(start < NEVER, start, 0)
     # At least one tile everywhere, also where nothing is visible: it is then masked as a whole,
     # and the kernels need no special case.
-    count = jnp.maximum(_tiles_up_to(high.max(axis=(1, 2)) + 1 - start, tile), 1)
     begin = start[:, None]
+    live_columns = jnp.maximum(high.max(axis=2) + 1 - begin, 1)
+    columns = live_columns.max(axis=1)
+    count = _tiles_up_to(columns, tile)
     live_from = jnp.minimum((low.min(axis=2) - begin) // tile, count[:, None] - 1)
-    live_to = jnp.maximum(_tiles_up_to(high.max(axis=2) + 1 - begin, tile), live_from + 1)
+    live_to = jnp.maximum(_tiles_up_to(live_columns, tile), live_from + 1)
     full_from = jnp.clip(_tiles_up_to(low.max(axis=2) - begin, tile), live_from, live_to)
     full_from = jnp.where(by_id[:, None], live_to, full_from)  # ids are compared where not full
     full_to = jnp.clip((high.min(axis=2) + 1 - begin) // tile, live_from, live_to)
-    shared = [jnp.arange(tiles), start, count, by_id.astype(jnp.int32)]
+    shared = [jnp.arange(tiles), start, count, columns, by_id.astype(jnp.int32)]
     fields = [jnp.broadcast_to(x[:, None], (tiles, groups)) for x in shared]
-    fields += [live_from, live_to, full_from, full_to]
+    fields += [live_from, live_to, live_columns, full_from, full_to]
+    fields += [jnp.zeros_like(live_to)] * (FIELDS - len(fields))
     return jnp.stack(fields, axis=2).astype(jnp.int32)
 
 

@@ -151,7 +151,7 @@ def query_gradient(
         def consumer():
             plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
             q, do, ends, stats = (x.at[wg] for x in (q_smem, do_smem, ends_smem, stats_smem))
-            ids_decide, live_from, live_to, full_from, full_to = (
+            ids_decide, live_from, live_to, _, full_from, full_to = (
                 work_gmem[row, wg, i] for i in range(block_map.BY_ID, block_map.FULL_TO + 1)
             )
             s_shape = (WARPGROUP_ROWS, tiles.block_kv)

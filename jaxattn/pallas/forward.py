@@ -2,7 +2,8 @@
 
 R rows = B * T queries end to end, C columns = B * S keys, N query heads, K kv heads, H head dim.
 A program owns tiles of `CONSUMERS * group` queries x `heads` query heads of one kv head, one after
-another, and walks over the live tiles of keys. jaxattn/README.md draws the dataflow.
+another, and walks over the live tiles of keys. The last of these is short, `SHORT` keys wide, where
+no more are needed. jaxattn/README.md draws the dataflow.
 
 There are two passes in bf16. The first takes a row's maximum in the tile in which it first sees a
 key, and lets later scores rise above it: the exponents of bf16 and fp32 have room for 2**127. Items
@@ -51,6 +52,8 @@ PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240
 ITEM_SLOTS = 2
 # Flags for items to be done again: one each, or where a program has more items, for neighbours.
 AGAIN = 127
+# Keys of a short tile: the fewest that P V takes at a time from this layout of V.
+SHORT = 64
 
 
 def scratch(head_dim: int, dtype: jnp.dtype, tiles: ForwardTiles) -> dict:
@@ -61,7 +64,7 @@ def scratch(head_dim: int, dtype: jnp.dtype, tiles: ForwardTiles) -> dict:
     item_barrier = functools.partial(plgpu.Barrier, num_barriers=ITEM_SLOTS * CONSUMERS)
     return {
         "q_smem": plgpu.SMEM((*items, rows, head_dim), dtype, transforms=swizzled(dtype)),
-        # 8 values of each row are used: the copy engine writes to multiples of 128 bytes.
+        # Not all of each row is used: the copy engine writes to multiples of 128 bytes.
         "work_smem": plgpu.SMEM((*items, 32), jnp.int32),
         "ends_smem": plgpu.SMEM((*items, 2, rows), jnp.int32),
         "k_smem": plgpu.SMEM(kv, dtype, transforms=swizzled(dtype)),
@@ -130,6 +133,15 @@ def forward(
             """First key of the j-th tile of an item: they are neighbours, or listed."""
             return cols_gmem[0][start + j] if by_list else start + j * tiles.block_kv
 
+        def ends_short(columns, j, careful):
+            """Whether the j-th tile, where these columns may end, is a short one.
+
+            Never in the second pass, which runs too seldom for more code.
+            """
+            if tiles.block_kv == SHORT or careful and two_passes:
+                return False
+            return columns - j * tiles.block_kv <= SHORT
+
         def item_slot(i, consumer):
             return lax.rem(i, jnp.int32(ITEM_SLOTS)) * CONSUMERS + consumer
 
@@ -182,11 +194,11 @@ def forward(
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
             def load(row):
-                fields = (block_map.TILE, block_map.START, block_map.COUNT)
+                fields = (block_map.TILE, block_map.START, block_map.COUNT, block_map.COLUMNS)
                 return [work_gmem[row, 0, i] for i in fields]
 
             def body(i, head, row, loaded, done, careful):
-                row_tile, start, count = loaded
+                row_tile, start, count, columns = loaded
                 kv_head = lax.div(head * tiles.heads, N // K)
                 # 1. The item: metadata, and Q by one copy a head (a warpgroup's rows are
                 # head-major).
@@ -196,7 +208,7 @@ def forward(
                     plgpu.barrier_wait(q_free.at[slot])
                     plgpu.copy_gmem_to_smem(
                         work_gmem.at[row, consumer],
-                        work_smem.at[parity, consumer, pl.ds(0, 8)],
+                        work_smem.at[parity, consumer, pl.ds(0, block_map.FIELDS)],
                         full,
                     )
                     plgpu.copy_gmem_to_smem(
@@ -221,11 +233,16 @@ def forward(
                         slot = ring_slot(done + j, tiles.stages)
                         col = pl.multiple_of(column(start, j), block_map.ALIGN)
                         plgpu.barrier_wait(free.at[slot])
-                        plgpu.copy_gmem_to_smem(
-                            gmem.at[pl.ds(col, tiles.block_kv), kv_head],
-                            smem.at[slot],
-                            full.at[slot],
-                        )
+
+                        def keys(size):
+                            plgpu.copy_gmem_to_smem(
+                                gmem.at[pl.ds(col, size), kv_head],
+                                smem.at[slot, pl.ds(0, size)],
+                                full.at[slot],
+                            )
+
+                        short = ends_short(columns, j, careful)
+                        either(short, lambda: keys(SHORT), lambda: keys(tiles.block_kv))
 
                     pl.when(j < count)(lambda: copy(j, k_gmem, k_smem, k_full, k_free))
                     pl.when(j > 0)(lambda: copy(j - 1, v_gmem, v_smem, v_full, v_free))
@@ -251,8 +268,11 @@ def forward(
                 slot = lax.rem(i, jnp.int32(ITEM_SLOTS))
                 q, ends = q_smem.at[slot, wg], ends_smem.at[slot, wg]
                 plgpu.barrier_wait(q_full.at[item_slot(i, wg)])
-                fields = [work_smem[slot, wg, field] for field in range(8)]
-                row_tile, start, count, ids_decide, live_from, live_to, full_from, full_to = fields
+                fields = [work_smem[slot, wg, field] for field in range(block_map.FULL_TO + 1)]
+                row_tile, start, count, _, ids_decide, live_from, live_to, columns = fields[:8]
+                full_from, full_to = fields[8:]
+                last = live_to - 1
+                short = ends_short(columns, last, careful)
 
                 def slot_of(j):
                     return ring_slot(done + j, tiles.stages)
@@ -280,26 +300,51 @@ def forward(
                     def _():
                         plgpu.barrier_wait(k_full.at[slot_of(j)])
 
-                def first_scores(s_acc):
-                    plgpu.wgmma(s_acc, q, k_smem.at[slot_of(live_from)].T)
-                    return s_acc[...]
+                def wait_for_v(j):
+                    plgpu.barrier_wait(v_full.at[slot_of(j)])
 
-                def step(j, carry):
+                def keys(smem, j, size):
+                    return smem.at[slot_of(j), pl.ds(0, size)]
+
+                def first_tile(size):
+                    """Scores and softmax of the first live tile: nothing to overlap with yet."""
+
+                    def scores(s_acc):
+                        plgpu.wgmma(s_acc, q, keys(k_smem, live_from, size).T)
+                        return s_acc[...]
+
+                    plgpu.barrier_wait(k_full.at[slot_of(live_from)])
+                    s = pl.run_scoped(scores, plgpu.ACC((WARPGROUP_ROWS, size), jnp.float32))
+                    plgpu.barrier_arrive(k_free.at[slot_of(live_from)])
+                    s = masked(s, live_from)
+                    p, l, m = softmax.online_softmax(s, m_start, l_start, scale)[:3]
+                    if size == tiles.block_kv:
+                        wait_for_k(live_from + 1)
+
+                    # The output of the item before, staged in its slot, has left by now.
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+                    @pl.when(i > 0)
+                    def _():
+                        plgpu.barrier_arrive(q_free.at[item_slot(i - 1, wg)])
+
+                    return m, l, p.astype(dtype)
+
+                def step(j, carry, size=tiles.block_kv):
                     """S = Q K_j^T and O += P V_(j-1) run while the softmax of tile j-1 is done."""
                     o, m, l, p = carry
-                    now, before = slot_of(j), slot_of(j - 1)
 
                     def overlapped(refs):
                         o_acc, *state = refs
 
                         def scores(s_acc):
-                            plgpu.wgmma(s_acc, q, k_smem.at[now].T)
-                            plgpu.barrier_wait(v_full.at[before])
-                            plgpu.wgmma(o_acc, p, v_smem.at[before])
+                            plgpu.wgmma(s_acc, q, keys(k_smem, j, size).T)
+                            wait_for_v(j - 1)
+                            plgpu.wgmma(o_acc, p, keys(v_smem, j - 1, tiles.block_kv))
                             return plgpu.wgmma_accumulator_load(s_acc, wait_n=1)  # P V still runs
 
                         s = pl.run_scoped(scores, plgpu.ACC(s_shape, jnp.float32))
-                        plgpu.barrier_arrive(k_free.at[now])
+                        plgpu.barrier_arrive(k_free.at[slot_of(j)])
                         s = masked(s, j)
                         if careful:
                             new = softmax.online_softmax(s, m, l, scale)
@@ -312,17 +357,46 @@ def forward(
                         # overlap, unless a branch stands between: this wait is that branch. And P
                         # stays fp32 until P V is done, or ptxas serialises the two (C7513).
                         new = lax.optimization_barrier(new)
-                        wait_for_k(j + 1)
+                        wait_for_k(j + 1) if size == tiles.block_kv else wait_for_v(j)
                         for ref, value in zip(state, new, strict=True):
                             ref[...] = value
 
+                    s_shape = (WARPGROUP_ROWS, size)
                     no_p = plgpu.layout_cast(jnp.zeros(s_shape, jnp.float32), TILE)
                     state: Any = (plgpu.ACC.init(o), no_p, l, m, *([zeros] if careful else []))
                     o, p, l, m, *alpha = pl.run_state(overlapped)(state)
-                    plgpu.barrier_arrive(v_free.at[before])
+                    plgpu.barrier_arrive(v_free.at[slot_of(j - 1)])
                     if careful:
                         o = softmax.rescale(o, *alpha)
                     return o, m, l, p.astype(dtype)
+
+                def last_product(o, p):
+                    o_acc: Any = plgpu.ACC.init(o)
+                    v = keys(v_smem, last, p.shape[1])
+                    o = pl.run_state(lambda acc: plgpu.wgmma(acc, p, v))(o_acc)
+                    plgpu.barrier_arrive(v_free.at[slot_of(last)])
+                    return o
+
+                def one_short_tile():
+                    """All of an item whose only live tile is short."""
+                    m, l, p = first_tile(SHORT)
+                    wait_for_v(last)
+                    return last_product(o_start, p), m, l
+
+                def other_tiles():
+                    """All of any other item."""
+                    m, l, p = first_tile(tiles.block_kv)
+                    to = either(short, lambda: last, lambda: live_to)
+                    carry = lax.fori_loop(live_from + 1, to, step, (o_start, m, l, p))
+                    return either(short, short_end, end, *carry)
+
+                def short_end(o, m, l, p):
+                    o, m, l, p = step(last, (o, m, l, p), SHORT)
+                    return last_product(o, p), m, l
+
+                def end(o, m, l, p):
+                    wait_for_v(last)
+                    return last_product(o, p), m, l
 
                 def epilogue(o, m, l):
                     l = l.sum(axis=1)
@@ -346,39 +420,18 @@ def forward(
                         )
                     plgpu.commit_smem_to_gmem_group()
 
-                s_shape, o_shape = (WARPGROUP_ROWS, tiles.block_kv), (WARPGROUP_ROWS, H)
                 zeros = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS,), jnp.float32), ROW)
-                m = plgpu.layout_cast(
+                m_start = plgpu.layout_cast(
                     jnp.full((WARPGROUP_ROWS,), softmax.M_START, jnp.float32), ROW
                 )
-                l = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, PARTS), jnp.float32), TILE)
-                o = plgpu.layout_cast(jnp.zeros(o_shape, jnp.float32), TILE)
+                l_start = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, PARTS), jnp.float32), TILE)
+                o_start = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, H), jnp.float32), TILE)
 
-                # 1. The first live tile: scores and softmax, nothing to overlap with yet.
                 lax.fori_loop(0, live_from, skip, ())
-                plgpu.barrier_wait(k_full.at[slot_of(live_from)])
-                s = pl.run_scoped(first_scores, plgpu.ACC(s_shape, jnp.float32))
-                plgpu.barrier_arrive(k_free.at[slot_of(live_from)])
-                p, l, m = softmax.online_softmax(masked(s, live_from), m, l, scale)[:3]
-                wait_for_k(live_from + 1)
-
-                # The output of the item before, staged in its slot, has left by now.
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-                @pl.when(i > 0)
-                def _():
-                    plgpu.barrier_arrive(q_free.at[item_slot(i - 1, wg)])
-
-                # 2. The other live tiles.
-                o, m, l, p = lax.fori_loop(live_from + 1, live_to, step, (o, m, l, p.astype(dtype)))
-                # 3. The last P V.
-                last = slot_of(live_to - 1)
-                plgpu.barrier_wait(v_full.at[last])
-                o_acc: Any = plgpu.ACC.init(o)
-                o = pl.run_state(lambda acc: plgpu.wgmma(acc, p, v_smem.at[last]))(o_acc)
-                plgpu.barrier_arrive(v_free.at[last])
+                alone = short is not False and short & (live_from == last)
+                o, m, l = either(alone, one_short_tile, other_tiles)
                 lax.fori_loop(live_to, count, skip, ())
-                # 4. Normalise and store, while the next item's Q, K and V are on their way.
+                # Normalise and store, while the next item's Q, K and V are on their way.
                 epilogue(o, m, l)
                 return count
 
@@ -413,3 +466,10 @@ def forward(
     )
     optional = [x for x in (work.cols, work.row_ids, work.col_ids) if x is not None]
     return run(q_RNH, k_CKH, v_CKH, jnp.asarray(schedule), work.work, work.ends, *optional)
+
+
+def either(condition, if_true, if_false, *operands):
+    """`lax.cond` that leaves out the branch which is known, while tracing, not to be taken."""
+    if condition is False:
+        return if_false(*operands)
+    return lax.cond(condition, if_true, if_false, *operands)

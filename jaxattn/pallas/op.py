@@ -18,7 +18,7 @@ from jaxattn.block_map import BlockMap
 from jaxattn.mask import Mask
 from jaxattn.pallas.backward import backward
 from jaxattn.pallas.backward_dq import query_gradient
-from jaxattn.pallas.forward import forward
+from jaxattn.pallas.forward import SHORT, forward
 from jaxattn.pallas.softmax import LOG2E
 from jaxattn.pallas.tiles import CONSUMERS, ForwardTiles, Tiles, choose_tiles
 
@@ -101,11 +101,12 @@ def describe(mask: Mask, q: Shaped, k: Shaped) -> tuple[str, float]:
     """The tiles in words, and the share of the score matrix that the forward never visits."""
     batch, t, num_heads = q.shape[:3]
     plan = prepare(mask, q, k).plan
-    work = plan.queries.work
-    visited = (work[..., block_map.LIVE_TO] - work[..., block_map.LIVE_FROM]).sum()
-    fwd = plan.tiles.forward
-    total = (batch * t / fwd.group) * (k.shape[1] / fwd.block_kv)
-    return str(plan.tiles), max(0.0, 1.0 - float(visited) / total)
+    work, fwd = plan.queries.work, plan.tiles.forward
+    before_last = (work[..., block_map.LIVE_TO] - 1) * fwd.block_kv
+    last = jnp.where(work[..., block_map.LIVE_COLUMNS] - before_last <= SHORT, SHORT, fwd.block_kv)
+    visited = before_last + last - work[..., block_map.LIVE_FROM] * fwd.block_kv
+    total = (batch * t / fwd.group) * k.shape[1]
+    return str(plan.tiles), max(0.0, 1.0 - float(visited.sum()) / total)
 
 
 def why_not(device: jax.Device, q: Shaped, k: Shaped) -> str | None:

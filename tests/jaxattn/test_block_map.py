@@ -11,9 +11,11 @@ from jaxattn import Mask
 from jaxattn.block_map import (
     ALIGN,
     BY_ID,
+    COLUMNS,
     COUNT,
     FULL_FROM,
     FULL_TO,
+    LIVE_COLUMNS,
     LIVE_FROM,
     LIVE_TO,
     NEVER,
@@ -109,8 +111,11 @@ def check(found: BlockMap, mask: Mask, s: int, side: str, t: int = T) -> None:
         starts = tile_starts(found, fields)
         assert len(set(starts)) == len(starts)
         assert 0 <= fields[LIVE_FROM] < fields[LIVE_TO] <= fields[COUNT]
+        assert -(-fields[COLUMNS] // COLS) == fields[COUNT]
+        assert 0 < fields[LIVE_COLUMNS] <= min(fields[COLUMNS], fields[LIVE_TO] * COLS)
         live = range(fields[LIVE_FROM], fields[LIVE_TO])
-        in_live = sum(rows[:, starts[t] : starts[t] + COLS].sum() for t in live)
+        ends = np.minimum(COLS, fields[LIVE_COLUMNS] - COLS * np.arange(fields[COUNT]))
+        in_live = sum(rows[:, starts[t] : starts[t] + max(ends[t], 0)].sum() for t in live)
         assert rows.sum() == in_live, f"{mask.kind}: a visible pair is not live"
         first, last = np.asarray(found.ends)[at, g][:, :GROUP]
         for t in live:
@@ -222,6 +227,10 @@ def test_ranges_of_contiguous_documents_are_tight(side):
             starts = [fields[START] + t * COLS for t in tiles]
             live = [rows[:, start : start + COLS].any() for start in starts]
             assert all(live) or (len(live) == 1 and not rows.any()), mask.kind
+            if rows.any():
+                assert (
+                    np.flatnonzero(rows.any(axis=0))[-1] + 1 - fields[START] == fields[LIVE_COLUMNS]
+                )
 
 
 @pytest.mark.parametrize("side", ["queries", "keys"])

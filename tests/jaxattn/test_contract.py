@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxattn import block_map
 from jaxattn.pallas import op
+from jaxattn.pallas.forward import SHORT
 from tests.jaxattn.interpret import interpreted
 from tests.jaxattn.oracle import (
     NAMES,
@@ -94,6 +96,7 @@ CASES = {
 NOT_INTERPRETED = {"window", "window of 1"}
 # Interpreted by `test_packed_equals_alone` and `test_interpreted_kernels_are_free_of_races`.
 ELSEWHERE = {DOCUMENTS}
+ENDS = ("short", "whole")  # what an item's last tile may be in the forward kernel
 FOR_CUDNN = {
     name
     for name, (_, mask) in CASES.items()
@@ -214,6 +217,7 @@ def test_interpreted_cases_reach_every_branch_of_the_kernels():
         f"{kernel} {x}" for kernel in ("forward", "backward") for x in (*both, "ids", "a hole")
     }
     missing |= {"forward skips before", "forward skips behind"}
+    missing |= {f"forward {n}, {end} at the end" for n in ("one", "more") for end in ENDS}
     for name in reversed(CASES):
         if missing and name not in NOT_INTERPRETED:
             missing -= branches(problem_of(name))
@@ -233,8 +237,8 @@ def branches(problem: Problem) -> set[str]:
         ("backward", plan.keys, plan.tiles.backward.block_q),
     )
     for kernel, found, tile_size in kernels:
-        for group in np.asarray(found.work).reshape(-1, 8).tolist():
-            _, start, count, by_id, live_from, live_to, full_from, full_to = group
+        for group in np.asarray(found.work).reshape(-1, block_map.FIELDS).tolist():
+            _, start, count, _, by_id, live_from, live_to, columns, full_from, full_to = group[:10]
             if found.cols is not None:
                 steps = np.diff(np.asarray(found.cols)[start : start + count])
                 reached |= {f"{kernel} a hole"} if (steps > tile_size).any() else set()
@@ -242,6 +246,9 @@ def branches(problem: Problem) -> set[str]:
             reached |= {f"{kernel} starts late"} if start and found.cols is None else set()
             reached |= {f"{kernel} skips before"} if live_from > 0 else set()
             reached |= {f"{kernel} skips behind"} if live_to < count else set()
+            length = "one" if live_to - live_from == 1 else "more"
+            end = "short" if columns - (live_to - 1) * tile_size <= SHORT else "whole"
+            reached.add(f"{kernel} {length}, {end} at the end")
             for tile in range(live_from, live_to):
                 cut = ["below"] * (tile < full_from) + ["above"] * (tile >= full_to)
                 reached.add(f"{kernel} {'ids' if by_id else ' and '.join(cut) or 'full'}")

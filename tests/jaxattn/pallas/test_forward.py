@@ -1,5 +1,6 @@
-"""The forward kernel's two passes, interpreted: what the first cannot hold, the second does again.
+"""The forward kernel's two passes and its tiles, interpreted.
 
+What the first pass cannot hold, the second does again; the last tile of an item may be short.
 Everything else about the kernel is in the contract suite, whose scores the first pass can hold.
 """
 
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 
 from jaxattn import attention
-from jaxattn.pallas import forward, softmax
+from jaxattn.pallas import forward, op, softmax
+from jaxattn.pallas.tiles import choose_tiles
 from tests.jaxattn.interpret import interpreted
 from tests.jaxattn.oracle import Problem, documents, exact, log_sum_exp, plain, random_problem
 
@@ -85,3 +87,24 @@ def test_fp16_has_only_the_careful_pass():
     """Its 5 bits of exponent hold no 2**64."""
     with interpreted(), mock.patch.object(softmax, "flag", lambda *_: 1 / 0):
         check(rising(jnp.float16))
+
+
+@pytest.mark.parametrize(("queries", "short"), [(64, True), (65, False)])
+def test_a_short_tile_ends_behind_its_keys(queries, short):
+    """64 queries see no more than 64 keys: what lies behind them, NaN here, is not even read."""
+    problem = random_problem(3, 1, queries, 100, 2, 2, 64, jnp.bfloat16)
+    q, k, v = (jnp.asarray(x) for x in (problem.q, problem.k, problem.v))
+    v = v.at[:, 64:].set(jnp.nan)
+    with interpreted():
+        o = attention(q, k, v, problem.mask, impl="pallas")
+    assert jnp.isfinite(o).all() == short
+
+
+def test_tiles_that_are_short_already():
+    """With 64 keys in every tile, no code for short ones."""
+    tiles = choose_tiles(2, 2, 64)
+    tiles = dataclasses.replace(
+        tiles, forward=dataclasses.replace(tiles.forward, block_kv=64, stages=2)
+    )
+    with interpreted(), mock.patch.object(op, "choose_tiles", lambda *_: tiles):
+        check(ordinary())
