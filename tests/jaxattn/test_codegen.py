@@ -24,14 +24,14 @@ CASES = [
 ]
 
 # Local loads and stores that are tolerated in a main loop: (in all of it, and of these in a round
-# that takes no masking branch). The two forward loops have none but 10 in the branch that
-# compares ids, which runs only where the ids of a document are not contiguous. The backward loop,
+# that takes no masking branch). The forward loop of the first pass has none, that of the second 12
+# in the branch that compares ids: where those of a document are not contiguous. The backward loop,
 # with dK, dV, S and dP in registers, has no room left for addresses and loop counters: a few of
 # them are reloaded every round (LDL, an L1 hit, beside 24 to 32 wgmma instructions of 128 cycles
 # or so). With head dim 64, documents and 128 x 128 scores, or with group 6 or 1, it is more than
 # that, and stores too: these numbers are a ceiling to lower, as measured with jax 0.12.0.1 and
 # ptxas 13.5.
-FORWARD = {"causal": (0, 0), "documents": (10, 0)}
+FORWARD = {"causal": [(0, 0), (0, 0)], "documents": [(0, 0), (12, 0)]}
 BACKWARD = {
     (128, 1, "causal"): (13, 5),
     (128, 1, "documents"): (11, 7),
@@ -75,13 +75,15 @@ def _loops(*case) -> dict[str, list[sass.Loop]]:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_spills_in_the_main_loops_are_bounded(case):
     """Local memory is touched in no forward loop, and in a backward loop no more than stated."""
-    for kernel, bound in (("flash_forward", FORWARD[case[2]]), ("flash_backward", BACKWARD[case])):
+    bounds = {"flash_forward": FORWARD[case[2]], "flash_backward": [BACKWARD[case]] * 2}
+    for kernel, most in bounds.items():
         loops = _loops(*case)[kernel]
         found = [(sass.spills(loop.body), sass.spills(loop.straight)) for loop in loops]
-        print(f"{kernel}: {found}, at most {bound}")
-        assert all(body <= bound[0] and straight <= bound[1] for body, straight in found), (
-            f"{kernel} {case}: {found} local loads and stores, at most {bound}"
-        )
+        print(f"{kernel}: {found}, at most {most}")
+        assert all(
+            body <= bound[0] and straight <= bound[1]
+            for (body, straight), bound in zip(found, most, strict=True)
+        ), f"{kernel} {case}: {found} local loads and stores, at most {most}"
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
