@@ -147,7 +147,8 @@ def offset_softmax(s, m, l, scale: float):
         for start in range(0, p.shape[1], PARTS)
     ]
     while len(sums) > 1:  # in pairs: short chains of additions
-        sums = [a + b for a, b in zip(sums[::2], sums[1::2], strict=True)]
+        odd = sums[len(sums) // 2 * 2 :]
+        sums = [a + b for a, b in zip(sums[::2], sums[1::2], strict=False)] + odd
     return p, l + sums[0]
 
 
