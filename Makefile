@@ -30,8 +30,10 @@ CODEGEN_VENV := $(VENV)/codegen
 train: $(RUN_STAMP)
 	$(VENV)/bin/python -m train.main $(ARGS)
 
+# In a process for each core, up to four, each with its own end of the list until one has none left.
+# Not where there is a GPU, which one process takes whole.
 test: $(DEV_STAMP)
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest $(if $(HAS_GPU),,--numprocesses=auto --maxprocesses=4 --dist=worksteal) $(ARGS)
 
 check: $(DEV_STAMP)
 	$(VENV)/bin/ruff format --check .

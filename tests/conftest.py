@@ -3,6 +3,8 @@
 import importlib.util
 import os
 import pathlib
+import shutil
+import tempfile
 
 # Before jax is imported: without a GPU the tests see 8 devices, so that sharding is real.
 # (On a GPU machine `pytest -m gpu` wants the GPU: leave the platform to jax there.)
@@ -13,6 +15,33 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="module")
+def compile_quickly():
+    """For modules that compile much and compute little: this nearly halves their time.
+
+    Programs are the same up to XLA's last step, which makes machine code.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Lets what one test, worker or program compiles be read by all others of the session.
+
+    The directory begins empty, so that nothing of an earlier session counts, and is removed.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or shutil.which("nvidia-smi"):
+        return  # one of the xdist workers, which inherit it, or the user's own; or a GPU
+    compiled = tempfile.mkdtemp(prefix="internlm2-jax-tests-")
+    config.add_cleanup(lambda: shutil.rmtree(compiled, ignore_errors=True))
+    least = 0.1  # seconds of compiling that are worth a file
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = str(least)
+    jax.config.update("jax_compilation_cache_dir", compiled)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -44,8 +44,5 @@ def exact():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """The tests here compile much and compute little: this halves their time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def quickly(compile_quickly):
+    """All of the tests here compile much and compute little."""
