@@ -21,6 +21,7 @@ from train.data.source import read_parts
 
 PARTS, ROWS, BATCHES = 512, dict(seq_len=64, batch_size=3, seed=5), 150
 KILLS = 20
+PEEK = os.WEXITED | os.WNOHANG | os.WNOWAIT  # whether it has ended, which `ended` asks again
 
 
 def forked(child: Callable[[], None], log: Path) -> int:
@@ -42,9 +43,13 @@ def ended(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def killed(child: Callable[[], None], log: Path, seconds: float) -> bool:
-    """Whether SIGKILL after so long was in time."""
+def killed(
+    child: Callable[[], None], log: Path, seconds: float, begun: Callable[[], bool] | None = None
+) -> bool:
+    """Whether SIGKILL so long after the start, or after it had `begun`, was in time."""
     pid = forked(child, log)
+    while begun is not None and not begun() and os.waitid(os.P_PID, pid, PEEK) is None:
+        time.sleep(0.001)
     time.sleep(seconds)
     os.kill(pid, signal.SIGKILL)
     return ended(pid) == -signal.SIGKILL
@@ -98,18 +103,20 @@ def build(path: Path, directory: Path, workers: int) -> None:
 
 
 def while_loading(path: Path, root: Path) -> dict:
-    """Kills one run again and again, and lets it go on."""
+    """Kills one run again and again, one time in four before its first batch; lets it go on."""
     chance = random.Random(0)
     load(path, None, root / "expected")
     said, log = root / "said", root / "log"
     assert ended(forked(lambda: build(path, root / "cache", 1), said)) == 0
-    begun = time.perf_counter()
-    assert ended(forked(lambda: load(path, root / "cache", root / "warm"), said)) == 0
-    seconds = time.perf_counter() - begun
-    reached = []
-    for _ in range(KILLS):
-        killed(lambda: load(path, root / "cache", log), said, chance.uniform(0, seconds / 2))
-        reached.append(len(log.read_text().splitlines()) if log.exists() else 0)
+
+    def batches() -> int:
+        return log.read_bytes().count(b"\n") if log.exists() else 0
+
+    reached = [0]
+    for number in range(KILLS):
+        more = None if number % 4 == 3 else lambda: batches() > reached[-1]
+        killed(lambda: load(path, root / "cache", log), said, chance.uniform(0, 0.003), more)
+        reached.append(batches())
     status = ended(forked(lambda: load(path, root / "cache", log), said))
     return {
         "status": status,
