@@ -133,15 +133,17 @@ def test_a_skipped_step_is_as_if_its_batch_had_not_been(trainer):
     jax.tree.map(np.testing.assert_array_equal, ends["with"], ends["without"])
 
 
-def test_skipping_takes_no_memory(trainer, monkeypatch):
-    """The step with its guard against one that always updates."""
-    guarded, like = trainer.step(ONE)
-    monkeypatch.setattr("jax.lax.cond", lambda _, update, __, *args: update(*args))
-    trainer.steps.pop((ONE, 1, "xla"))
-    free, _ = trainer.step(ONE)
-    trainer.steps.pop((ONE, 1, "xla"))
+def test_skipping_keeps_no_second_state(trainer, monkeypatch):
+    """The step with its guard against one that always updates.
+
+    Weights and each moment are a third of the state: a copy of any of them would show.
+    """
+    guarded, _ = trainer.step(ONE)
+    monkeypatch.setattr("train.step.judge", lambda guard, **_: (True, guard))
+    free, _ = Trainer(trainer.model, trainer.rows).step(ONE)
+    assert guarded.cost_analysis()["flops"] > free.cost_analysis()["flops"]  # it does choose
     a, b = guarded.memory_analysis(), free.memory_analysis()
-    assert a.temp_size_in_bytes <= 1.02 * b.temp_size_in_bytes
+    assert a.temp_size_in_bytes - b.temp_size_in_bytes < 0.25 * a.alias_size_in_bytes
     assert a.alias_size_in_bytes == b.alias_size_in_bytes
 
 
