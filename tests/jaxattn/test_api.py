@@ -10,6 +10,8 @@ from jaxattn import ALIASES, IMPLEMENTATIONS, Mask, api, attention, describe, pr
 from tests.jaxattn.interpret import hopper, interpreted
 from tests.jaxattn.oracle import random_problem
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 CPU = pytest.mark.skipif(jax.default_backend() != "cpu", reason="says what holds on a CPU")
 
 

@@ -28,6 +28,8 @@ from jaxattn.block_map import (
 )
 from jaxattn.mask import BLOCK
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 # Small tiles, so that small masks have many: a group of rows, groups in a tile, a column tile.
 GROUP, GROUPS, COLS, REPEAT = 8, 2, 16, 3
 B, T, S = 2, 75, 90

@@ -64,20 +64,43 @@ VARIANTS = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small are slower on more threads, which also take the cores of other tests."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Makes (ours, its directory in Llama's layout), once for a configuration.
+
+    Every weight is random, biases and norms too.
+    """
+    made = {}
+
+    def make(config, attn):
+        if (config, attn) not in made:
+            directory = tmp_path_factory.mktemp("pair") / "llama"
+            model = perturbed(init(config, seed=1, dtype=jnp.float32, attn=attn))
+            save_hf(model, directory, layout="llama", max_shard_bytes=100_000)
+            made[config, attn] = model, directory
+        return made[config, attn]
+
+    return make
+
+
 @pytest.fixture
-def pair(request, tmp_path, exact):
-    """(ours, PyTorch's) with the same weights, every one of them random, biases and norms too."""
-    config, attn = request.param
-    model = perturbed(init(config, seed=1, dtype=jnp.float32, attn=attn))
-    save_hf(model, tmp_path / "llama", layout="llama", max_shard_bytes=100_000)
+def pair(request, exported, exact):
+    """(ours, PyTorch's) with the same weights; PyTorch's is loaded anew, for it is trained."""
+    model, directory = exported(*request.param)
     theirs, report = LlamaForCausalLM.from_pretrained(
-        tmp_path / "llama",
-        dtype=torch.float32,
-        attn_implementation="eager",
-        output_loading_info=True,
+        directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
     assert not any(report.values()), report
-    assert not list((tmp_path / "llama").glob("*.bin"))
+    assert not list(directory.glob("*.bin"))
     return model, theirs
 
 

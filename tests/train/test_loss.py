@@ -12,6 +12,8 @@ from train.loss import cross_entropy, cross_entropy_and_z
 from train.mesh import make_mesh
 from train.sections import MeshConfig
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 B, T, D, V = 8, 13, 16, 24
 
 
@@ -24,6 +26,7 @@ def inputs(dtype=jnp.float32):
     return x_BTD, w_DV, targets_BT, weights_BT
 
 
+@jax.jit
 def dense(x_BTD, w_DV, targets_BT, weights_BT):
     """The definition, with all logits at once in float32."""
     logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD.astype(jnp.float32), w_DV.astype(jnp.float32))
@@ -63,8 +66,8 @@ def test_z_loss_equals_its_definition(z_loss, chunk_tokens):
         )
         return total, z
 
-    (total, z), grads = jax.value_and_grad(chunked, (0, 1), has_aux=True)(x, w)
-    want, want_grads = jax.value_and_grad(naive, (0, 1))(x, w)
+    (total, z), grads = jax.jit(jax.value_and_grad(chunked, (0, 1), has_aux=True))(x, w)
+    want, want_grads = jax.jit(jax.value_and_grad(naive, (0, 1)))(x, w)
     np.testing.assert_allclose(total, want, rtol=1e-6)
     np.testing.assert_allclose(total - z, dense(x, w, targets, weights), rtol=1e-6)
     np.testing.assert_allclose(chunked(x, w)[0], want, rtol=1e-6)  # without differentiation

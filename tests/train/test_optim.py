@@ -7,15 +7,15 @@ import pytest
 from flax import nnx
 
 from models.internlm2 import InternLM2
-from models.tokenizer import load_tokenizer
 from train.checkpoint import Checkpoints
-from train.data import open_data
 from train.mesh import make_mesh
 from train.optim import MATRICES, decayed, optimizer
 from train.schedule import schedule
 from train.sections import MeshConfig, OptimConfig
 from train.state import abstract_state, new_state, params_of
 from train.step import batch_struct, compile_step, make_step, put_batch
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 def test_update_is_adamw_by_hand():
@@ -59,7 +59,7 @@ RULES = {
     "lion": OptimConfig(name="lion", lr=1e-3),
     "muon": OptimConfig(name="muon"),
     "bf16": OptimConfig(state="bf16"),
-    # float32 weights with int8 moments learn below, on one device.
+    # float32 weights with int8 moments learn in test_compact_training.py, on one device.
     "int8, bf16 weights": OptimConfig(state="int8"),
 }
 
@@ -125,42 +125,3 @@ def test_muon_knows_every_matrix_of_a_block(tiny):
     )
     names = [str(p[-1].key) for p, _ in jax.tree_util.tree_leaves_with_path(blocks)]
     assert {n for n in names if "norm" not in n} == MATRICES.keys()
-
-
-@pytest.fixture(scope="module")
-def trained(tiny, tiny_model):
-    """Trains 200 steps on built-in text; returns the mean loss of the last 20."""
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    with open_data(None, load_tokenizer("byte"), seq_len=64, batch_size=8, seed=0) as loader:
-        batches = [put_batch(next(loader), accum=1, mesh=mesh) for _ in range(200)]
-
-    def run(config, param_dtype=jnp.float32):
-        tx = optimizer(config, 5e-3, 200, param_dtype=param_dtype)
-
-        def make():
-            kwargs = {"attn": "xla", "dtype": jnp.float32, "param_dtype": param_dtype}
-            return InternLM2(tiny, rngs=nnx.Rngs(0), **kwargs)
-
-        graphdef, like = abstract_state(make, tx, mesh)
-        step = compile_step(make_step(graphdef, tx, schedule(config, 5e-3, 200)), like, batches[0])
-        copy = jax.tree.map(jnp.array, tiny_model)  # new_state consumes what it is given
-        state, losses = new_state(params_of(copy, like), tx, like), []
-        for batch in batches:
-            state, values = step(state, batch)
-            losses.append(values["loss"])
-        return float(jnp.mean(jnp.stack(losses[-20:])))
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def loss_in_fp32(trained):
-    return trained(OptimConfig())
-
-
-@pytest.mark.parametrize(("state", "param_dtype"), [("int8", jnp.float32), ("fp32", jnp.bfloat16)])
-def test_compact_training_learns_as_much(trained, loss_in_fp32, state, param_dtype):
-    """200 steps: the loss is within 1% of that of float32 weights and moments."""
-    assert loss_in_fp32 < 3.0  # from 5.8
-    got = trained(OptimConfig(state=state), param_dtype)
-    assert got == pytest.approx(loss_in_fp32, rel=0.01)

@@ -15,6 +15,8 @@ from train.sections import MeshConfig, OptimConfig
 from train.state import abstract_state, new_state, params_of
 from train.step import batch_struct, compile_step, make_step, put_batch
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 OPTIM = OptimConfig(warmup=0.0, min_lr_ratio=1.0)
 ONE = (1, 1, 1)
 
