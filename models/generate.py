@@ -158,6 +158,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> None:
     directory = Path(args.dir)
+    if not directory.is_dir():
+        raise ValueError(f"{directory} does not exist: give a HF directory or models.convert's")
     sampling = Sampling(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k)
     tokenizer = load_tokenizer(args.tokenizer or directory)
     model = load(directory, dtype=args.dtype, attn=args.attn)

@@ -91,8 +91,9 @@ def check_recipe(config: Config) -> None:
 def recipe_list() -> str:
     """A line for each recipe."""
     return "\n".join(
-        f"{name:<32} rows of {c.seq_len:>6,} tokens, {c.epochs:g} epochs, learning rate "
-        f"{c.optim.lr:g}, betas {c.optim.rates}, weight decay {c.optim.weight_decay:g}"
+        f"{name:<32} rows of {c.seq_len:>6,} tokens, {c.epochs:g} epoch{'s' * (c.epochs != 1)}, "
+        f"learning rate {c.optim.lr:g}, betas {c.optim.rates}, "
+        f"weight decay {c.optim.weight_decay:g}"
         for name, c in RECIPES.items()
     )
 

@@ -134,7 +134,7 @@ def test_command_prints_what_generate_returns(directory, capsys):
 def test_command_errors_are_one_line(directory, capsys):
     wide = ["--tokenizer", str(directory)]
     for argv, message in [
-        ([str(directory / "nowhere"), "--prompt=a"], "does not exist"),
+        ([str(directory / "nowhere"), "--prompt=a"], "nowhere does not exist: give a HF directory"),
         ([str(directory), "--prompt=a", "--top_p=2"], "top_p=2.0"),
         ([str(directory), "--prompt=a", "--attn=fast"], "'fast'"),
         ([str(directory), "--prompt=a", *wide], "cannot be read"),
