@@ -202,7 +202,11 @@ def _work(
     count = _tiles_up_to(columns, tile)
     live_from = jnp.minimum((low.min(axis=2) - begin) // tile, count[:, None] - 1)
     live_to = jnp.maximum(_tiles_up_to(live_columns, tile), live_from + 1)
-    full_from = jnp.clip(_tiles_up_to(low.max(axis=2) - begin, tile), live_from, live_to)
+    # The tile in which the last row begins is below it, even if the row begins with the tile: the
+    # forward kernel looks there for rows that see their first key.
+    before = low.max(axis=2) - begin
+    full_from = jnp.where(before > 0, before // tile + 1, 0)
+    full_from = jnp.clip(full_from, live_from, live_to)
     full_from = jnp.where(by_id[:, None], live_to, full_from)  # ids are compared where not full
     full_to = jnp.clip((high.min(axis=2) + 1 - begin) // tile, live_from, live_to)
     shared = [jnp.arange(tiles), start, count, columns, by_id.astype(jnp.int32)]

@@ -46,6 +46,12 @@ def ordinary() -> Problem:
     return random_problem(2, 1, LENGTH, LENGTH, 2, 2, 64, jnp.bfloat16, ids=ids)
 
 
+def on_the_grid() -> Problem:
+    """A document inside a tile of queries whose first key is the first of a tile of keys."""
+    ids = documents(((1, 40), (2, 128), (3, 32)))
+    return random_problem(3, 1, 200, 200, 2, 2, 64, jnp.bfloat16, ids=ids)
+
+
 def check(problem: Problem) -> None:
     """Output and log-sum-exp against float64."""
     q, k, v = (jnp.asarray(x) for x in (problem.q, problem.k, problem.v))
@@ -76,7 +82,11 @@ def test_flags_for_several_items():
         check(rising())
 
 
-@pytest.mark.parametrize("problem", [ordinary(), far_below()], ids=["ordinary", "far below"])
+@pytest.mark.parametrize(
+    "problem",
+    [ordinary(), far_below(), on_the_grid()],
+    ids=["ordinary", "far below", "on the grid"],
+)
 def test_scores_within_reach_are_done_once(problem):
     """The second pass, of a tile that is not the first, would show."""
     with interpreted(), mock.patch.object(softmax, "rescale", lambda x, alpha: x * jnp.nan):
