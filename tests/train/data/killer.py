@@ -15,12 +15,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tqdm import tqdm
+
 from models.tokenizer import load_tokenizer
 from train.data import cache, open_data
 from train.data.source import read_parts
 
 PARTS, ROWS, BATCHES = 512, dict(seq_len=64, batch_size=3, seed=5), 150
 KILLS = 20
+PATIENCE = 10.0  # seconds
 PEEK = os.WEXITED | os.WNOHANG | os.WNOWAIT  # whether it has ended, which `ended` asks again
 
 
@@ -46,9 +49,14 @@ def ended(pid: int) -> int:
 def killed(
     child: Callable[[], None], log: Path, seconds: float, begun: Callable[[], bool] | None = None
 ) -> bool:
-    """Whether SIGKILL so long after the start, or after it had `begun`, was in time."""
-    pid = forked(child, log)
+    """Whether SIGKILL so long after the start, or after it had `begun`, was in time.
+
+    What does not begin in `PATIENCE` is killed all the same.
+    """
+    pid, latest = forked(child, log), time.monotonic() + PATIENCE
     while begun is not None and not begun() and os.waitid(os.P_PID, pid, PEEK) is None:
+        if time.monotonic() > latest:
+            break
         time.sleep(0.001)
     time.sleep(seconds)
     os.kill(pid, signal.SIGKILL)
@@ -143,6 +151,9 @@ def two_builders(path: Path, root: Path) -> dict:
 
 
 def main() -> None:
+    tqdm.monitor_interval = (
+        0  # its thread may hold a lock while we fork, and the child waits for it
+    )
     what, path, root = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     cache.read_parts = lambda path: read_parts(path, part=PARTS)
     match what:
