@@ -44,8 +44,9 @@ class BlockMap:
         stands; COUNT, how many column tiles follow from there; COLUMNS, how many of their columns
         there are up to the last that some row sees; BY_ID, 1 if ids decide inside. For each group
         of rows, in column tiles after START: live tiles are LIVE_FROM .. LIVE_TO - 1; a tile below
-        FULL_FROM may hold columns before some row's range, a tile at or above FULL_TO may hold
-        columns behind it; the others need no masking. LIVE_COLUMNS is COLUMNS of the group.
+        FULL_FROM may hold columns before some row's range, or the first that some row sees; a tile
+        at or above FULL_TO may hold columns behind it; the others need no masking. LIVE_COLUMNS is
+        COLUMNS of the group.
       ends: int32 [tiles, groups, 2, rows], in the same order: first and last visible column of
         each row; (NEVER, -1) for a row that sees nothing.
       row_ids: segment id of each row, int32 [tiles, groups, rows]; None if the mask has no

@@ -151,9 +151,8 @@ def two_builders(path: Path, root: Path) -> dict:
 
 
 def main() -> None:
-    tqdm.monitor_interval = (
-        0  # its thread may hold a lock while we fork, and the child waits for it
-    )
+    # Its thread may hold a lock while we fork, and the child would wait for it.
+    tqdm.monitor_interval = 0
     what, path, root = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     cache.read_parts = lambda path: read_parts(path, part=PARTS)
     match what:
