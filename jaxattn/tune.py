@@ -1,9 +1,10 @@
 """Finds the fastest tile sizes on the GPU at hand: `python -m jaxattn.tune`.
 
-Every candidate (`jaxattn.tune_candidates`) is compiled, compared with the rule's tiles and timed:
-forward alone, then backward with the best forward. A layout of heads gets the tiles with the
-smallest geometric mean of times over its shapes, because the lengths of documents are not known
-when a kernel is traced. The table is `jaxattn/tuned.json`, which `choose_tiles` reads.
+The candidates (`jaxattn.tune_candidates`) are compiled together, then each is compared with the
+rule's tiles and timed: forward alone, then backward with the best forward. A layout of heads gets
+the tiles with the smallest geometric mean of times over its shapes, because the lengths of
+documents are not known when a kernel is traced. The table is `jaxattn/tuned.json`, which
+`choose_tiles` reads.
 """
 
 import argparse
@@ -11,10 +12,12 @@ import dataclasses
 import datetime
 import functools
 import json
+import os
 import pathlib
 import statistics
 import sys
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +51,7 @@ TUNED = {
 MEAN_DIFFERENCE, LARGEST_DIFFERENCE = 0.01, 0.02
 # A gain below this share is noise: the rule's tiles then stay.
 NOISE = 0.005
+WORKERS = 16  # candidates that are compiled at a time, at most
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -125,11 +129,12 @@ def fastest(
     times |= {tiles: {} for tiles in candidates}
     for name, shape in shapes.items():
         arrays = inputs(shape)
-        expected = run(*arrays, planned(shape, start))
+        masks = compiled(run, arrays, shape, list(times))
+        expected = run(*arrays, masks[start].result())
         for tiles in list(times):
             part = tiles.forward if run is _forward else tiles.backward
             label = f"  {name:20} {text(part):44}"
-            ms = _attempt(functools.partial(run, *arrays), planned(shape, tiles), expected)
+            ms = _attempt(functools.partial(run, *arrays), masks[tiles], expected)
             if isinstance(ms, str):
                 print(f"{label} out, {ms}", flush=True)
                 del times[tiles]
@@ -144,6 +149,24 @@ def fastest(
     best = best if score(best) < 1 - NOISE else start
     print(f"  best: {best}, {score(best):.3f} of the first", flush=True)
     return best, {name: [times[start][name], times[best][name]] for name in shapes}
+
+
+def compiled(
+    run: Callable, arrays: list[jax.Array], shape: Shape, candidates: list[Tiles]
+) -> dict[Tiles, Future[Mask]]:
+    """Compiles `run` for the candidates, several at a time; jax keeps what its calls then use.
+
+    Returns:
+      `planned` of each; its result raises what the compiler said to sizes that it cannot do.
+    """
+
+    def compile_one(tiles: Tiles) -> Mask:
+        mask = planned(shape, tiles)
+        run.lower(*arrays, mask).compile()
+        return mask
+
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, WORKERS)) as pool:
+        return {tiles: pool.submit(compile_one, tiles) for tiles in candidates}
 
 
 def planned(shape: Shape, tiles: Tiles) -> Mask:
@@ -175,9 +198,10 @@ def write(row: dict, path: pathlib.Path) -> None:
 _KEY = ("num_heads", "num_kv_heads", "head_dim")
 
 
-def _attempt(run: Callable, mask: Mask, expected: tuple) -> float | str:
+def _attempt(run: Callable, compiled: Future[Mask], expected: tuple) -> float | str:
     """Milliseconds, or why these tiles are out."""
     try:
+        mask = compiled.result()
         wrong = difference(run(mask), expected)
     except Exception as error:  # whatever the compiler says to sizes that it cannot do
         return f"cannot run: {str(error).splitlines()[0][:200]}"

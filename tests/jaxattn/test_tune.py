@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
-import types
+import threading
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -49,30 +50,44 @@ def test_without_a_gpu_it_says_what_it_needs(capsys):
     assert "Hopper" in capsys.readouterr().err
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class FakePlan:
+    """Says which tiles to use, and nothing else."""
+
+    tiles: tiles.Tiles
+
+
 @pytest.fixture
 def fake_gpu(monkeypatch):
     """Attention by eager; 64 keys a tile are twice as fast, 192 are wrong, 4 stages fail."""
     now = {}
 
     def attention(q, k, v, mask, *, scale):
-        now["tiles"] = forward = mask.plan.tiles.forward
+        forward = mask.plan.tiles.forward
         if forward.stages == 4:
             raise RuntimeError("too many stages\nand more")
+        jax.debug.callback(lambda: now.update(tiles=forward))
         out = eager.attention(q, k, v, mask, scale=scale)
         return out * jnp.asarray(1.1 if forward.block_kv == 192 else 1.0, out.dtype)
 
     def milliseconds(run, wait):
         wait(run())
+        jax.effects_barrier()
         return {64: 1.0, 128: 2.0}[now["tiles"].block_kv]
 
     def planned(shape, tiles):
-        return dataclasses.replace(shape.mask(), plan=types.SimpleNamespace(tiles=tiles))
+        return dataclasses.replace(shape.mask(), plan=FakePlan(tiles))
+
+    def anew(run):
+        """What another test has traced was with another fake."""
+        return jax.jit(lambda *args: run.__wrapped__(*args))
 
     monkeypatch.setattr(tune, "planned", planned)
     monkeypatch.setattr(tune.op, "attention", attention)
     monkeypatch.setattr(tune, "milliseconds", milliseconds)
-    monkeypatch.setattr(tune, "_forward", tune._forward.__wrapped__)
-    monkeypatch.setattr(tune, "_both", tune._both.__wrapped__)
+    monkeypatch.setattr(tune, "_forward", anew(tune._forward))
+    monkeypatch.setattr(tune, "_both", anew(tune._both))
 
 
 def test_search_drops_what_is_wrong_and_keeps_the_fastest(fake_gpu, capsys):
@@ -92,6 +107,74 @@ def test_search_drops_what_is_wrong_and_keeps_the_fastest(fake_gpu, capsys):
     dropped = [line for line in printed.splitlines() if "192 keys, 2 stages" in line]
     assert dropped and all("out, o differs by 10." in line for line in dropped)
     assert "out, cannot run: too many stages\n" in printed
+
+
+def some_tiles(count, stages=2):
+    """That differ in their forward part."""
+    rule = tiles.rule_tiles(*LAYOUT)
+    return [
+        dataclasses.replace(rule, forward=ForwardTiles(heads=2, block_kv=keys, stages=stages))
+        for keys in (64, 128, 192, 256)[:count]
+    ]
+
+
+def test_candidates_compile_at_the_same_time(fake_gpu, monkeypatch):
+    """Each of two waits, in its thread, until the other has begun too."""
+    together, planned = threading.Barrier(2, timeout=30), tune.planned
+
+    def patient(*args):
+        together.wait()
+        return planned(*args)
+
+    monkeypatch.setattr(tune, "planned", patient)
+    monkeypatch.setattr(tune.os, "cpu_count", lambda: 2)
+    found = tune.compiled(tune._forward, tune.inputs(SMALL), SMALL, some_tiles(4))
+    assert [mask.result().plan.tiles for mask in found.values()] == list(found) == some_tiles(4)
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(1, 1), (192, 16), (None, 1)])
+def test_workers_are_bounded(fake_gpu, monkeypatch, cores, workers):
+    asked = []
+
+    class Pool(tune.ThreadPoolExecutor):
+        def __init__(self, count):
+            asked.append(count)
+            super().__init__(count)
+
+    monkeypatch.setattr(tune, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(tune.os, "cpu_count", lambda: cores)
+    tune.compiled(tune._forward, tune.inputs(SMALL), SMALL, [])
+    assert asked == [workers]
+
+
+@pytest.mark.parametrize("name", ["_forward", "_both"])
+def test_a_call_uses_what_was_compiled(fake_gpu, name):
+    """Neither is traced nor compiled again: what is timed runs at once."""
+    run, arrays, events = getattr(tune, name), tune.inputs(SMALL), []
+    found = tune.compiled(run, arrays, SMALL, some_tiles(2))
+    masks = [mask.result() for mask in found.values()]
+
+    def listen(event, seconds, **_):
+        events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for mask in masks:
+            jax.block_until_ready(run(*arrays, mask))
+        assert not [event for event in events if "compile" in event or "trace" in event]
+        run(*(2 * x for x in arrays[:1]), *arrays[1:], tune.planned(SMALL, some_tiles(3)[2]))
+        assert [event for event in events if "compile" in event]  # one that was not
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_what_does_not_compile_says_so_when_its_turn_comes(fake_gpu):
+    """The others are compiled all the same."""
+    [good], [bad] = some_tiles(1), some_tiles(1, stages=4)
+    found = tune.compiled(tune._forward, tune.inputs(SMALL), SMALL, [bad, good])
+    assert found[good].result().plan.tiles == good
+    with pytest.raises(RuntimeError, match="too many stages"):
+        found[bad].result()
 
 
 def test_row_is_written_and_used(monkeypatch, tmp_path):
