@@ -1,20 +1,18 @@
 """`python -m train.bench`: the whole training step, per model, length, attention and remat.
 
-Each cell runs in a process of its own (`train.bench_cell`, `train.bench_torch`), so one that cannot
-run is a line that says why, and the table goes on. Tokens per step are the same in every cell, as
-far as rows allow. Several calls with the same --out make one table: what is measured again is
-replaced, the rest is kept.
+Each cell runs in a process of its own (`train.bench_run` starts `train.bench_cell` or
+`train.bench_torch`), so one that cannot run is a line that says why, and the table goes on. Tokens
+per step are the same in every cell, as far as rows allow. Several calls with the same --out make
+one table: what is measured again is replaced, the rest is kept.
 """
 
+import contextlib
 import dataclasses
 import datetime
-import importlib.util
 import itertools
 import json
-import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,6 +21,7 @@ import tyro
 
 from models.config import PRESETS
 from models.remat import REMAT
+from train.bench_run import compiled_ahead, has_torch, run_cell
 from train.bench_shapes import TORCH, Cell, RowKind
 from train.bench_table import HEADER, line, merged, read, write
 from train.cli import fail, parse
@@ -100,10 +99,16 @@ class BenchConfig:
     optim: BenchOptim = dataclasses.field(default_factory=BenchOptim)
 
     repeats: int = 3
-    """Timed runs of 3 steps of a cell, after some to warm up; their median counts."""
+    """Timed runs of a cell, after some steps to warm up; their median counts. A run is 3 steps, or
+    one where a step takes longer than 2 s."""
+
+    jobs: int = 1
+    """Above 1: compile all cells before the first is measured, so many at a time. What is measured
+    then comes from their cache, and no cold compile time is known."""
 
     cached: bool = True
-    """Compile once more, in a second process, from the compilation cache of the first."""
+    """Compile once more, in a second process, from the compilation cache of the first. With --jobs
+    above 1 none is needed."""
 
     out: Path = Path("runs/bench")
     """Where bench.json, table.md and the plots go; cells of earlier calls are kept."""
@@ -124,6 +129,8 @@ class BenchConfig:
                     raise ValueError(f"--{flag}={value} must be one of {', '.join(known)}")
         if self.repeats < 1:
             raise ValueError(f"--repeats={self.repeats} must be at least 1")
+        if self.jobs < 1:
+            raise ValueError(f"--jobs={self.jobs} must be at least 1: 1 compiles no cell ahead")
         if ("data" in self.rows) != bool(self.data):
             raise ValueError("--rows=data and --data=FILE go together: give both or neither")
 
@@ -137,16 +144,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return fail(error, 2)
     print(", ".join(machine.values()), flush=True)
-    if config.attn is None and not _has_torch():
+    if config.attn is None and not has_torch():
         print("without PyTorch's columns: it is not installed (pip install -e '.[torch]')")
-    print(HEADER, flush=True)
+    cells = list(cells_of(config, on_gpu=machine["device"] != CPU))
     any_ran = False
-    for cell in cells_of(config, on_gpu=machine["device"] != CPU):
-        new = run_cell(cell, cached=config.cached) | machine
-        any_ran |= "ms" in new
-        found = merged(found, new)
-        write(found, config.out)  # after every cell: what is cut off keeps what it has
-        print(line(new), flush=True)
+    with contextlib.ExitStack() as stack:
+        ahead = None
+        if config.jobs > 1:
+            print(f"compiling the cells first, {config.jobs} at a time", flush=True)
+            ahead = stack.enter_context(compiled_ahead(cells, config.jobs))
+        print(HEADER, flush=True)
+        for cell in cells:
+            new = run_cell(cell, cached=config.cached, ahead=ahead) | machine
+            any_ran |= "ms" in new
+            found = merged(found, new)
+            write(found, config.out)  # after every cell: what is cut off keeps what it has
+            print(line(new), flush=True)
     print(f"wrote {config.out}/bench.json, table.md and plots, {len(found)} cells in all")
     return 0 if any_ran else 1
 
@@ -154,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def cells_of(config: BenchConfig, *, on_gpu: bool) -> Iterator[Cell]:
     """The cells that were asked for, implementation by implementation."""
     chosen: dict[str, Any] = ON_GPU if on_gpu else ON_CPU
-    attns = config.attn or ((*OURS, *TORCH) if _has_torch() else OURS)
+    attns = config.attn or ((*OURS, *TORCH) if has_torch() else OURS)
     for model, rows, attn, seq_len, remat in itertools.product(
         config.model or chosen["model"],
         config.rows,
@@ -180,52 +193,6 @@ def cells_of(config: BenchConfig, *, on_gpu: bool) -> Iterator[Cell]:
         )
 
 
-def run_cell(cell: Cell, *, cached: bool) -> dict[str, Any]:
-    """Measures in a process of its own, and compiles in a second one.
-
-    Args:
-        cell: what to measure.
-        cached: whether to start the second.
-
-    Returns:
-        What `bench_cell.Program.measure` or `bench_torch.measure` returns, and
-        cached_compile_seconds with cached_cache_hits, programs found in the cache (or cached_why
-        there are none); or the cell's fields and "why" it cannot run.
-    """
-    fields = dataclasses.asdict(cell)
-    if cell.attn in TORCH:
-        if not _has_torch():
-            return fields | {"why": "PyTorch is not installed (pip install -e '.[torch]')"}
-        # The GPU is PyTorch's: jax, which reads the rows, must not take it.
-        return _run("train.bench_torch", fields, JAX_PLATFORMS="cpu")
-    with tempfile.TemporaryDirectory(prefix="internlm2-jax-bench-") as cache:
-        variables = {
-            "JAX_COMPILATION_CACHE_DIR": cache,
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
-        found = _run("train.bench_cell", fields, **variables)
-        if cached and "ms" in found:
-            same = fields | {"remat": found["remat"]}
-            again = _run("train.bench_cell", same, "--compile_only", **variables)
-            found |= {
-                f"cached_{name}": again[name]
-                for name in ("compile_seconds", "cache_hits", "why")
-                if name in again
-            }
-    return found
-
-
-def _run(module: str, fields: dict[str, Any], *flags: str, **variables: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", module, json.dumps(fields), *flags]
-    environment = dict(os.environ) | variables
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    try:
-        return json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, json.JSONDecodeError):
-        said = [text for text in done.stderr.splitlines() if text.strip()] or ["nothing"]
-        return fields | {"why": f"process ended with {done.returncode}: {said[-1][:300]}"}
-
-
 def _machine() -> dict[str, str]:
     """Device and versions, asked in another process: this one must not hold the GPU."""
     code = (
@@ -235,10 +202,6 @@ def _machine() -> dict[str, str]:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1]) | {"date": f"{datetime.date.today()}"}
-
-
-def _has_torch() -> bool:
-    return importlib.util.find_spec("torch") is not None
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 A process has the whole GPU memory, its own peak, and may die without taking the table with it.
 Its last line of output is the result as JSON. With --compile_only it is the time that compiling
-took: with the compilation cache of a process before it, what a run waits for when it starts again.
+took: with the compilation cache of a process before it, what a run waits for when it starts again;
+without, it fills that cache for a process after it.
 """
 
 import dataclasses
@@ -54,8 +55,13 @@ class Program:
         self.cell = self._with_remat(cell)
         self.plan = self._planned(self.cell)
 
-    def compile(self) -> tuple[jax.stages.Compiled, float]:
-        """The compiled step, and the seconds that tracing and compiling took."""
+    def compile(self) -> tuple[jax.stages.Compiled, dict[str, Any]]:
+        """The compiled step, and what compiling it took.
+
+        Returns:
+            The step; and compile_seconds, tracing included, with cache_hits, how many programs the
+            compilation cache had.
+        """
         cell, dtype = self.cell, jnp.dtype(self.cell.dtype)
         attn = resolve_attention(
             cell.attn,
@@ -82,11 +88,13 @@ class Program:
         batch = batch_struct(rows=self.rows, seq_len=cell.seq_len, accum=1, mesh=self._mesh)
         if cell.rows == "dense":
             batch = batch._replace(segment_ids=None)
+        hits = _count("/jax/compilation_cache/cache_hits")
         begun = time.perf_counter()
         graphdef, self._like = abstract_state(make, self._tx, self._mesh)
         step = make_step(graphdef, self._tx, schedule(self._optim, RATE, RUN), spike=10.0)
         compiled = compile_step(step, self._like, batch)
-        return compiled, time.perf_counter() - begun
+        seconds = time.perf_counter() - begun
+        return compiled, {"compile_seconds": seconds, "cache_hits": len(hits)}
 
     def first_state(self):
         """Random weights, and moments of zero."""
@@ -97,15 +105,14 @@ class Program:
         """Times the full training step: forward, backward and update.
 
         Returns:
-            `bench_shapes.outcome`, and: compile_seconds, tracing included; first_step_seconds;
-            peak_memory_bytes; plan_bytes; xla_bytes, what the compiler says that the step needs;
-            loss.
+            `bench_shapes.outcome`, what `compile` says, and: first_step_seconds; peak_memory_bytes;
+            plan_bytes; xla_bytes, what the compiler says that the step needs; loss.
 
         Raises:
             jax.errors.JaxRuntimeError: out of memory, among others.
         """
         work = batches(self.cell, self.rows)
-        compiled, compile_seconds = self.compile()
+        compiled, compiling = self.compile()
         state, values = self.first_state(), {}
         on_device = [put_batch(batch, accum=1, mesh=self._mesh) for batch in work]
 
@@ -117,7 +124,7 @@ class Program:
         first, seconds = time_steps(step, jax.block_until_ready, self.cell.repeats)
         kind, devices = self._mesh.devices.flat[0].device_kind, self._mesh.size
         return outcome(self.cell, work, seconds=seconds, device=kind, devices=devices) | {
-            "compile_seconds": compile_seconds,
+            **compiling,
             "first_step_seconds": first,
             "peak_memory_bytes": peak_memory(jax.local_devices()),
             "plan_bytes": self.plan.total,
@@ -180,9 +187,7 @@ def main() -> None:
         program = Program(cell)
         cell = program.cell
         if "--compile_only" in sys.argv:
-            hits = _count("/jax/compilation_cache/cache_hits")
-            _, seconds = program.compile()
-            result: dict[str, Any] = {"compile_seconds": seconds, "cache_hits": len(hits)}
+            _, result = program.compile()
         else:
             result = program.measure()
     except (ValueError, NotImplementedError, OSError) as error:

@@ -1,6 +1,7 @@
 """A cell of `python -m train.bench`: its fields, its rows, how it is timed and counted."""
 
 import dataclasses
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ STEPS = 3
 """Steps from one wait for the device to the next, queued as in training."""
 
 LONG_STEP = 2.0
-"""Seconds from which a step is waited for by itself: what is queued no longer matters."""
+"""Seconds from which a run is one step: what is queued no longer matters, the GPU's time does."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ class Cell:
     """Of AdamW's moments."""
 
     repeats: int
-    """Timed runs of `STEPS` steps; their median counts."""
+    """Timed runs of `STEPS` steps, or of one from `LONG_STEP` on; their median counts."""
 
     data: tuple[str, ...]
     """Files, for rows of "data"."""
@@ -136,24 +137,28 @@ def time_steps(
 ) -> tuple[float, float]:
     """Seconds of the very first step, and of a step after it: median of the timed runs.
 
+    A run is `STEPS` steps, after as many to warm up. From `LONG_STEP` on it is one step, and the
+    second step, which no longer waits for anything that comes once, is the first run.
+
     Args:
         step: launches the i-th step, without waiting for it.
         wait: waits for what `step` returned.
         repeats: timed runs.
     """
+    numbers = itertools.count()
 
     def run(steps: int) -> float:
         begun = time.perf_counter()
-        for i in range(steps):
-            out = step(i)
+        for _ in range(steps):
+            out = step(next(numbers))
         wait(out)
         return (time.perf_counter() - begun) / steps
 
-    first = run(1)
-    steps = STEPS if run(1) < LONG_STEP else 1
-    if steps > 1:
-        run(steps)  # every batch once
-    return first, statistics.median(run(steps) for _ in range(repeats))
+    first, second = run(1), run(1)
+    if second >= LONG_STEP:
+        return first, statistics.median([second, *(run(1) for _ in range(repeats - 1))])
+    run(STEPS)  # every batch once
+    return first, statistics.median(run(STEPS) for _ in range(repeats))
 
 
 def outcome(

@@ -5,19 +5,21 @@ import json
 import numpy as np
 import pytest
 
-from tests.train.cells import CELL
-from train import bench
+from train import bench, bench_run
+from train.bench_table import line
 
 
 @pytest.fixture
 def children(monkeypatch):
-    """The children need no 8 devices."""
+    """The children need no 8 devices, nor fast code."""
     monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 
 @pytest.fixture
 def without_torch(monkeypatch):
-    monkeypatch.setattr(bench, "_has_torch", lambda: False)
+    monkeypatch.setattr(bench, "has_torch", lambda: False)
+    monkeypatch.setattr(bench_run, "has_torch", lambda: False)
 
 
 def test_two_calls_make_one_table(tmp_path, capsys, children, without_torch):
@@ -59,10 +61,21 @@ def test_two_calls_make_one_table(tmp_path, capsys, children, without_torch):
     )
 
 
-def test_a_process_that_dies_is_a_line(monkeypatch):
-    monkeypatch.setattr(bench.sys, "executable", "/bin/false")
-    why = bench.run_cell(CELL, cached=True)["why"]
-    assert why == "process ended with 1: nothing"
+def test_jobs_compile_first(tmp_path, capsys, children, without_torch):
+    """Real processes: what is measured was found in the one cache, and is no cold compile time."""
+    flags = "--jobs 2 --attn xla eager --rows dense --seq_lens 32 --tokens 64 --repeats 1".split()
+    assert bench.main([*flags, f"--out={tmp_path}"]) == 0
+    said = capsys.readouterr().out
+    assert said.index("compiling the cells first, 2 at a time") < said.index("ms/step")
+    cells = json.loads((tmp_path / "bench.json").read_text())["cells"]
+    assert [cell["attn"] for cell in cells] == ["xla", "eager"]
+    table = (tmp_path / "table.md").read_text()
+    for cell in cells:
+        assert cell["cached_cache_hits"] >= 1 and cell["cached_compile_seconds"] > 0
+        assert not {"compile_seconds", "cache_hits", "cached_why"} & cell.keys()
+        assert cell["xla_bytes"] > 0 and np.isfinite(cell["loss"])
+        seconds = f"{cell['cached_compile_seconds']:.1f}"
+        assert line(cell).split()[-2:] == ["-", seconds] and f"| - | {seconds} |" in table
 
 
 def test_default_cells(without_torch):
@@ -78,7 +91,7 @@ def test_default_cells(without_torch):
 
 
 def test_torch_joins_where_it_is_installed(monkeypatch):
-    monkeypatch.setattr(bench, "_has_torch", lambda: True)
+    monkeypatch.setattr(bench, "has_torch", lambda: True)
     cells = bench.cells_of(bench.BenchConfig(), on_gpu=True)
     assert {c.attn for c in cells} == {*bench.OURS, "torch_sdpa", "torch_eager"}
 
@@ -90,6 +103,7 @@ def test_torch_joins_where_it_is_installed(monkeypatch):
         ["--attn=fast"],
         ["--remat=some"],
         ["--repeats=0"],
+        ["--jobs=0"],
         ["--repeat=3"],
         ["--rows=data"],
         ["--data=some.txt"],
@@ -99,6 +113,13 @@ def test_torch_joins_where_it_is_installed(monkeypatch):
 def test_wrong_flags(flags, capsys):
     assert bench.main(flags) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_jobs_below_one_are_named(capsys):
+    """Value, bound and what to do instead, on one line."""
+    assert bench.main(["--jobs=-2"]) == 2
+    said = capsys.readouterr().err
+    assert said == "error: --jobs=-2 must be at least 1: 1 compiles no cell ahead\n"
 
 
 def test_cells_of_another_device_are_kept_apart(tmp_path, capsys):

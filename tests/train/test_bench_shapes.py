@@ -8,7 +8,8 @@ import pytest
 
 from models.config import PRESETS
 from tests.train.cells import CELL
-from train.bench_shapes import STEPS, batches, outcome, random_rows, time_steps
+from train import bench_shapes
+from train.bench_shapes import LONG_STEP, STEPS, batches, outcome, random_rows, time_steps
 from train.data import Batch
 from train.flops import causal_pairs, training_flops
 
@@ -64,7 +65,38 @@ def test_padding_is_no_work():
     assert "mfu" not in outcome(cell, work, seconds=2.0, device="cpu", devices=1)
 
 
-def test_every_batch_is_stepped_on():
-    seen = []
-    time_steps(seen.append, lambda _: None, 2)
-    assert seen == [0, 0, 0, 1, 2, 0, 1, 2, 0, 1, 2]
+class Device:
+    """A step takes as long as it says, by a clock of its own."""
+
+    def __init__(self, monkeypatch, seconds):
+        """`seconds` of the first steps; the last of them is that of all others."""
+        self.now, self.steps, self.waits = 0.0, [], []
+        self._seconds = seconds
+        monkeypatch.setattr(bench_shapes.time, "perf_counter", lambda: self.now)
+
+    def step(self, i):
+        """Launches a step."""
+        self.now += self._seconds[min(len(self.steps), len(self._seconds) - 1)]
+        self.steps.append(i)
+
+    def wait(self, _):
+        """Remembers after how many steps."""
+        self.waits.append(len(self.steps))
+
+
+def test_every_batch_is_stepped_on(monkeypatch):
+    """Short steps are timed three by three; the first, and the one after it, by themselves."""
+    device = Device(monkeypatch, [9.0, 1.9])
+    first, seconds = time_steps(device.step, device.wait, 2)
+    assert (first, seconds) == (9.0, pytest.approx(1.9))
+    assert device.steps == list(range(11)) and device.waits == [1, 2, 5, 8, 11]
+
+
+def test_long_steps_are_runs_by_themselves(monkeypatch):
+    """No more of them than the first and one for each repeat; their median counts."""
+    device = Device(monkeypatch, [50.0, 12.0, 13.0, 20.0])
+    assert time_steps(device.step, device.wait, 3) == (50.0, 13.0)
+    assert device.steps == [0, 1, 2, 3] and device.waits == [1, 2, 3, 4]
+    device = Device(monkeypatch, [50.0, LONG_STEP])
+    assert time_steps(device.step, device.wait, 1) == (50.0, LONG_STEP)
+    assert device.steps == [0, 1]
