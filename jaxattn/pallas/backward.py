@@ -2,9 +2,10 @@
 
 R rows = B * T queries end to end, C columns = B * S keys, N query heads, K kv heads, G = N / K,
 H head dim. A program owns one tile of `block_kv` keys of one kv head (64 keys a warpgroup), keeps
-its dK and dV in registers, and walks over the G query heads of the group and the live tiles of
-queries of each. Scores are transposed, S^T [keys, queries], so that P^T and dS^T can go from
-registers into dV += P^T dO and dK += dS^T Q; dS goes through shared memory for dQ += dS K.
+its dK and dV in registers, and walks over the live tiles of queries of the group's G heads, in an
+order for the L2 cache (`each_tile`). Scores are transposed, S^T [keys, queries], so that P^T and
+dS^T can go from registers into dV += P^T dO and dK += dS^T Q; dS goes through shared memory for
+dQ += dS K.
 
 | barrier   | arrives                        | waits     | asserts                            |
 | --------- | ------------------------------ | --------- | ---------------------------------- |
@@ -37,7 +38,7 @@ from jaxtyping import Array, Float
 
 from jaxattn import block_map
 from jaxattn.block_map import BlockMap
-from jaxattn.pallas import softmax
+from jaxattn.pallas import lanes, softmax
 from jaxattn.pallas.softmax import COL, LOG2E, by_col
 from jaxattn.pallas.sync import ring_slot, swizzled
 from jaxattn.pallas.tiles import CONSUMERS, WARPGROUP_ROWS, BackwardTiles
@@ -45,6 +46,8 @@ from jaxattn.pallas.tiles import CONSUMERS, WARPGROUP_ROWS, BackwardTiles
 PRODUCER = CONSUMERS
 # Registers a thread: 24 + 2 * 240 = 3 * 168 is all there is, and dK, dV, S, dP need them.
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240
+# Tiles of queries that a program walks over in one head before it turns to the next.
+STRETCH = 32
 
 
 class _Barriers(enum.IntEnum):
@@ -171,13 +174,26 @@ def backward(
             return pl.ds(head * H, H)
 
         def each_tile(body):
-            """Runs body(query head, query tile, how many came before)."""
+            """Runs body(query head, query tile, how many came before).
 
-            @pl.loop(0, N // K)
-            def _(g):
-                @pl.loop(0, count)
-                def _(t):
-                    body(kv_head * (N // K) + g, t, g * count + t)
+            A stretch of queries after another, from the last to the first, and each for all heads.
+            The programs that run at once own neighbouring keys, which the same last queries see:
+            so they read the same few tiles of Q and dO, and add to the same tiles of dQ, while
+            these are in the L2 cache. Head after head they would drift apart, programs of fewer
+            tiles ahead, until they were in different heads.
+            """
+            heads = jnp.int32(N // K)
+
+            @pl.loop(0, lax.div(count + STRETCH - 1, jnp.int32(STRETCH)) * heads)
+            def _(i):
+                stretch, g = lax.div(i, heads), lax.rem(i, heads)
+                done = stretch * STRETCH  # of the tiles, in every head
+                length = jnp.minimum(count - done, STRETCH)
+                before = done * heads + length * g
+
+                @pl.loop(0, length)
+                def _(j):
+                    body(kv_head * heads + g, count - 1 - done - j, before + j)
 
         def column(t):
             """First query of the t-th tile: they are neighbours, or listed."""
@@ -222,6 +238,7 @@ def backward(
                 work_gmem[row, 0, i]
                 for i in (block_map.BY_ID, block_map.FULL_FROM, block_map.FULL_TO)
             )
+            full_tiles = jnp.maximum(full_to - full_from, 0).astype(jnp.uint32)
             plgpu.barrier_wait(kv_full)
             plgpu.barrier_wait(ends_full)
 
@@ -235,14 +252,15 @@ def backward(
                         key_ids.at[row, 0, own],
                         query_ids.at[pl.ds(query, s.shape[1])],
                     )
-                return softmax.mask_scores(
-                    s,
-                    query,
-                    ends_smem.at[:, own],
-                    below=t < full_from,
-                    above=t >= full_to,
-                    ids=ids,
-                )
+
+                def cut(s):
+                    ends, below, above = ends_smem.at[:, own], t < full_from, t >= full_to
+                    return softmax.mask_scores(s, query, ends, below=below, above=above, ids=ids)
+
+                # One branch around all that few tiles need, by one comparison, which saves the
+                # registers that spilled: as an unsigned number t - full_from is large below 0.
+                whole = (t - full_from).astype(jnp.uint32) < full_tiles
+                return lax.cond(whole, lambda s: s, cut, s)
 
             def dq_operands(ds_slot):
                 """Both factors of dQ = dS K: this consumer's columns of K, or its queries of dS."""
@@ -274,7 +292,7 @@ def backward(
                         dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
                         ds16 = (p * (dp - by_col(delta, s_shape))).astype(dtype)
                         if with_dq:
-                            ds_tile.at[own][...] = ds16
+                            lanes.store_factor(ds_tile.at[own], ds16)
                         # 4. dV += P^T dO.
                         plgpu.wgmma(dv_acc, p16, do_tile)
                         return ds16

@@ -5,8 +5,8 @@ thread, so numbers, hand-overs and bounds are real; the asynchrony of wgmma, the
 programs and speed are not. What the kernels use and jax (0.11, 0.12) does not interpret:
 
 * `pl.run_state` over accumulators, wgmma with its left factor in registers, reduce-add copies;
-* code for single threads (`plgpu.inline_mgpu`): `softmax.rescale` and `softmax.flag` are replaced
-  by their formulas;
+* code for single threads (`plgpu.inline_mgpu`): `softmax.rescale`, `softmax.flag` and
+  `lanes.store_factor` are replaced by their formulas;
 * in 0.11, barriers whose last phases nobody waits for (0.12 allows them).
 
 And one change for speed: all threads of all programs share one compiled function, where jax
@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxattn import api
-from jaxattn.pallas import forward, softmax
+from jaxattn.pallas import forward, lanes, softmax
 
 VERSION = ".".join(jax.__version__.split(".")[:2])
 CHECKED_WITH = ("0.11", "0.12")
@@ -61,6 +61,7 @@ def interpreted(*, detect_races: bool = False) -> Iterator[None]:
         stack.enter_context(mock.patch.object(forward, "PROGRAMS", PROGRAMS))
         stack.enter_context(mock.patch.object(softmax, "rescale", rescale))
         stack.enter_context(mock.patch.object(softmax, "flag", flag))
+        stack.enter_context(mock.patch.object(lanes, "store_factor", store_factor))
         for owner, name, replacement in interpreter_patches.patches(VERSION):
             stack.enter_context(mock.patch.object(owner, name, replacement))
         stack.callback(interpreter_patches.reset)
@@ -86,3 +87,8 @@ def hopper() -> jax.Device:
     device = mock.Mock(spec=jax.Device, platform="gpu", compute_capability="9.0")
     device.device_kind = "Hopper stand-in"
     return device
+
+
+def store_factor(ref, value: jax.Array) -> None:
+    """Stands for `lanes.store_factor`."""
+    ref[...] = value

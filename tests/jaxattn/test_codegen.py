@@ -24,35 +24,18 @@ CASES = [
 ]
 
 # Local loads and stores that are tolerated in a main loop: (in all of it, and of these in a round
-# that takes no masking branch). The forward loop of the first pass has none, that of the second 12
-# in the branch that compares ids: where those of a document are not contiguous. The backward loop,
-# with dK, dV, S and dP in registers, has no room left for addresses and loop counters: a few of
-# them are reloaded every round (LDL, an L1 hit, beside 24 to 32 wgmma instructions of 128 cycles
-# or so). With head dim 64, documents and 128 x 128 scores, or with group 6 or 1, it is more than
-# that, and stores too: these numbers are a ceiling to lower, as measured with jax 0.12.0.1 and
+# that takes no masking branch). Head dim 128, the one of InternLM2, has none but in the forward's
+# second pass, in the branch that compares ids: where those of a document are not contiguous. With
+# head dim 64 the backward's tile of scores is 128 x 128, and addresses and loop counters are
+# reloaded every round: these numbers are a ceiling to lower, as measured with jax 0.12.0.1 and
 # ptxas 13.5.
 FORWARD = {"causal": [(0, 0), (0, 0)], "documents": [(0, 0), (12, 0)]}
 BACKWARD = {
-    (128, 1, "causal"): (13, 5),
-    (128, 1, "documents"): (11, 7),
-    (128, 2, "causal"): (2, 2),
-    (128, 2, "documents"): (5, 5),
-    (128, 4, "causal"): (1, 1),
-    (128, 4, "documents"): (2, 2),
-    (128, 6, "causal"): (25, 17),
-    (128, 6, "documents"): (19, 19),
-    (64, 1, "causal"): (4, 4),
-    (64, 1, "documents"): (6, 6),
-    (64, 2, "causal"): (4, 4),
-    (64, 2, "documents"): (34, 20),
-    (64, 4, "causal"): (8, 8),
-    (64, 4, "documents"): (38, 22),
-    (64, 6, "causal"): (6, 6),
-    (64, 6, "documents"): (37, 23),
+    (128, "causal"): (0, 0),
+    (128, "documents"): (0, 0),
+    (64, "causal"): (35, 28),
+    (64, "documents"): (36, 33),
 }
-# With one query head a kv head, ptxas adds a wait between the two first products of the backward
-# loop, in one of the two copies of its code. No InternLM2 has that group.
-NOTES = {group: 1 if group == 1 else 0 for group in HEADS}
 
 
 @functools.cache
@@ -74,8 +57,9 @@ def _loops(*case) -> dict[str, list[sass.Loop]]:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_spills_in_the_main_loops_are_bounded(case):
-    """Local memory is touched in no forward loop, and in a backward loop no more than stated."""
-    bounds = {"flash_forward": FORWARD[case[2]], "flash_backward": [BACKWARD[case]] * 2}
+    """Local memory is touched in no loop at head dim 128, elsewhere no more than stated."""
+    head_dim, _, kind = case
+    bounds = {"flash_forward": FORWARD[kind], "flash_backward": [BACKWARD[head_dim, kind]] * 2}
     for kernel, most in bounds.items():
         loops = _loops(*case)[kernel]
         found = [(sass.spills(loop.body), sass.spills(loop.straight)) for loop in loops]
@@ -89,8 +73,7 @@ def test_spills_in_the_main_loops_are_bounded(case):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_ptxas_serialises_no_products(case):
     """No note C7510-C7514 (wgmma serialised) or C7517 (a wait added)."""
-    found = sass.notes(_dump(*case))
-    assert len(found) <= NOTES[case[1]], found
+    assert not sass.notes(_dump(*case))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -124,6 +107,5 @@ def test_backward_adds_dq_while_dk_is_computed(case):
     """Five products; S alone is awaited first, and the add to memory starts before dK is done."""
     loops = _loops(*case)["flash_backward"]
     assert len(loops) == 2, "one copy of the code for each consumer"
-    added = "0?" if NOTES[case[1]] else ""  # the wait that ptxas adds
     for loop in loops:
-        assert re.fullmatch(f"Q{added}Q1e+0e*PQP21a0", sass.events(loop)), sass.events(loop)
+        assert re.fullmatch("QQ1e+0e*PQP21a0", sass.events(loop)), sass.events(loop)
