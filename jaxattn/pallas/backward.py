@@ -79,7 +79,7 @@ def scratch(head_dim: int, dtype: jnp.dtype, tiles: BackwardTiles, *, with_dq: b
         return plgpu.SMEM(shape, dtype, transforms=swizzled(dtype))
 
     for_dq = {
-        "ds_smem": tile(stages, kv, q),
+        "ds_smem": tile(stages, q, kv),
         "dq_smem": tile(CONSUMERS, dq_rows, dq_cols, dtype=jnp.float32),
     }
     return {
@@ -265,8 +265,8 @@ def backward(
             def dq_operands(ds_slot):
                 """Both factors of dQ = dS K: this consumer's columns of K, or its queries of dS."""
                 if dq_cols < H:
-                    return ds_slot.T, k_smem.at[:, pl.ds(wg * dq_cols, dq_cols)]
-                return ds_slot.at[:, pl.ds(wg * dq_rows, dq_rows)].T, k_smem
+                    return ds_slot, k_smem.at[:, pl.ds(wg * dq_cols, dq_cols)]
+                return ds_slot.at[pl.ds(wg * dq_rows, dq_rows)], k_smem
 
             def dq_target(head, t):
                 token, col = first_query(t), head * H
@@ -292,7 +292,7 @@ def backward(
                         dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
                         ds16 = (p * (dp - by_col(delta, s_shape))).astype(dtype)
                         if with_dq:
-                            lanes.store_factor(ds_tile.at[own], ds16)
+                            lanes.store_transposed(ds_tile.at[:, own], ds16)
                         # 4. dV += P^T dO.
                         plgpu.wgmma(dv_acc, p16, do_tile)
                         return ds16
