@@ -363,8 +363,7 @@ def backward(
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         # A copy of the code for each warpgroup: with its index a constant, the descriptors of
-        # K and V are constants too. As a run-time value it costs 200 bytes of spills and a fifth
-        # of the speed.
+        # K and V are constants too. As a run-time value it measured 0 to 4% slower.
         for index in range(CONSUMERS):
             pl.when(warpgroup == index)(functools.partial(consumer, index))
 
