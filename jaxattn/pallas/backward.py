@@ -162,8 +162,8 @@ def backward(
 
         warpgroup = lax.axis_index("wg")
         program = lax.axis_index("program")
-        # Longest key tile first within a head; heads one after another, so that the queries of a
-        # head stay in the L2 cache while all its key tiles pass over them.
+        # Longest key tile first within a kv head, and one kv head after another: those that run at
+        # once walk over the queries of the same group.
         row, kv_head = lax.rem(program, col_tiles), lax.div(program, col_tiles)
         key_tile, start, count = (
             work_gmem[row, 0, i] for i in (block_map.TILE, block_map.START, block_map.COUNT)

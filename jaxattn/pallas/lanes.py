@@ -33,8 +33,8 @@ def store_transposed(ref, value) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(swizzled(value.dtype)), TILE))
     def store(_, ref: Any, value: Any) -> None:
         rows = value.shape[1]
-        (below_bytes, *_), _ = ref.type.get_strides_and_offset()
-        below_bytes *= 2  # from 8 rows to the next 8
+        (stride, *_), _ = ref.type.get_strides_and_offset()
+        below_bytes = 2 * stride  # from 8 rows to the next 8
         i32 = ir.IntegerType.get_signless(32)
 
         def constant(x: int):

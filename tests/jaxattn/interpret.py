@@ -82,13 +82,13 @@ def flag(flags, places, l: jax.Array) -> None:
         flags[place] = jnp.where(wrong, 1, flags[place])
 
 
+def store_transposed(ref, value: jax.Array) -> None:
+    """Stands for `lanes.store_transposed`."""
+    ref[...] = value.T
+
+
 def hopper() -> jax.Device:
     """Stands for the GPU in `api.target_device`."""
     device = mock.Mock(spec=jax.Device, platform="gpu", compute_capability="9.0")
     device.device_kind = "Hopper stand-in"
     return device
-
-
-def store_transposed(ref, value: jax.Array) -> None:
-    """Stands for `lanes.store_transposed`."""
-    ref[...] = value.T
