@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from train.checksum import checksum
+from train.half_written import remove_half_written
 from train.orbax_errors import cause, quiet_orbax
 from train.retention import Retention, loss_of
 from train.say import say
@@ -106,6 +107,15 @@ class Checkpoints:
                 return state, run["data"]
             del state
             self._put_aside(ValueError("a number in it has changed since it was written"))
+
+    def remove_half_written(self, quiet: float = 0.0) -> None:
+        """Removes what a save that did not end has left. Not while another run trains there.
+
+        Args:
+            quiet: seconds, as `half_written.remove_half_written` takes it.
+        """
+        if jax.process_index() == 0:
+            remove_half_written(self._dir, quiet=quiet)
 
     def check_space(self, state: TrainState) -> None:
         """Finds a full disk before a byte is written; what fills it later, the writing finds.
@@ -236,9 +246,7 @@ class Checkpoints:
         except Exception as error:  # tensorstore reports a full disk as ValueError
             self._manager = None
             self._steps = [s for s in self._steps if s != step]
-            if jax.process_index() == 0:
-                for half in self._dir.glob("*.orbax-checkpoint-tmp*"):
-                    shutil.rmtree(half, ignore_errors=True)
+            self.remove_half_written(quiet=0.5)  # other threads of this save may still write
             good = max((int(p.name) for p in self._dir.glob("*") if p.name.isdigit()), default=None)
             left = "there is none before it" if good is None else f"step {good} is intact"
             raise OSError(

@@ -51,6 +51,7 @@ def run(config: Config) -> None:
             check_not_beyond(config, settled, checkpoints)
             tx = optimizer(config.optim, settled.lr, config.steps, param_dtype=settled.param_dtype)
             graphdef, like = abstract_state(model_maker(config, settled), tx, settled.mesh)
+            checkpoints.remove_half_written()
             if start:
                 state, position = checkpoints.restore(like)
                 loader.restore(position)

@@ -91,10 +91,13 @@ def test_looking_creates_nothing(tmp_path):
 
 
 def test_a_half_written_checkpoint_is_not_there(tmp_path, mesh):
-    """What a kill while saving leaves behind is ignored, and cleared by the next run."""
+    """What a kill while saving leaves behind is ignored, and removed by who trains on."""
     saved(tmp_path, mesh, [3])
     (tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp").mkdir()
-    assert Checkpoints(tmp_path, keep=2).latest == 3
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    assert checkpoints.latest == 3
+    checkpoints.remove_half_written()
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["3"]
 
 
 def test_a_full_disk_is_one_line_and_the_last_good_one_stays(tmp_path, mesh):
