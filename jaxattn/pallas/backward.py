@@ -39,13 +39,11 @@ from jaxtyping import Array, Float
 from jaxattn import block_map
 from jaxattn.block_map import BlockMap
 from jaxattn.pallas import lanes, softmax
+from jaxattn.pallas.launch import CONSUMER_REGISTERS, PRODUCER, PRODUCER_REGISTERS, launch
 from jaxattn.pallas.softmax import COL, LOG2E, by_col
 from jaxattn.pallas.sync import ring_slot, swizzled
 from jaxattn.pallas.tiles import CONSUMERS, WARPGROUP_ROWS, BackwardTiles
 
-PRODUCER = CONSUMERS
-# Registers a thread: 24 + 2 * 240 = 3 * 168 is all there is, and dK, dV, S, dP need them.
-PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240
 # Tiles of queries that a program walks over in one head before it turns to the next.
 STRETCH = 32
 
@@ -367,22 +365,12 @@ def backward(
         for index in range(CONSUMERS):
             pl.when(warpgroup == index)(functools.partial(consumer, index))
 
-    run = plgpu.kernel(
+    run = launch(
         kernel,
-        out_type=(jax.ShapeDtypeStruct((C, K * H), dtype),) * 2,
-        grid=(col_tiles * K,),
-        grid_names=("program",),
-        num_threads=CONSUMERS + 1,
-        thread_name="wg",
-        scratch_types=scratch(H, dtype, tiles, with_dq=with_dq),
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            # Every hand-over is by a barrier of the table above; the automatic ones would stop a
-            # warpgroup at each store to shared memory.
-            unsafe_no_auto_barriers=True,
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
-        ),
-        kernel_name="flash_backward" if with_dq else "flash_backward_dkv",
+        name="flash_backward" if with_dq else "flash_backward_dkv",
+        programs=col_tiles * K,
+        scratch=scratch(H, dtype, tiles, with_dq=with_dq),
+        out=(jax.ShapeDtypeStruct((C, K * H), dtype),) * 2,
     )
     flat = [x.reshape(x.shape[0], -1) for x in (q_RNH, k_CKH, v_CKH, do_RNH)]
     dq_sum = []

@@ -26,13 +26,11 @@ from jaxtyping import Array, Float
 from jaxattn import block_map
 from jaxattn.block_map import BlockMap
 from jaxattn.pallas import softmax
+from jaxattn.pallas.launch import CONSUMER_REGISTERS, PRODUCER, PRODUCER_REGISTERS, launch
 from jaxattn.pallas.softmax import LOG2E, ROW, by_row
 from jaxattn.pallas.sync import ring_slot, swizzled
 from jaxattn.pallas.tiles import CONSUMERS, WARPGROUP_ROWS, DqTiles
 
-PRODUCER = CONSUMERS
-# Registers a thread: 24 + 2 * 240 = 3 * 168 is all there is, and dQ, S and dP need them.
-PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240
 # What the softmax's gradient needs of each row, in this order.
 LSE, DELTA = range(2)
 
@@ -230,22 +228,12 @@ def query_gradient(
             plgpu.commit_smem_to_gmem_group()
             plgpu.wait_smem_to_gmem(0)
 
-    run = plgpu.kernel(
+    run = launch(
         kernel,
-        out_type=jax.ShapeDtypeStruct((R, N, H), dtype),
-        grid=(row_tiles * (N // tiles.heads),),
-        grid_names=("program",),
-        num_threads=CONSUMERS + 1,
-        thread_name="wg",
-        scratch_types=scratch(H, dtype, tiles),
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            # Every hand-over is by a barrier of the table above; the automatic ones would stop a
-            # warpgroup at each store to shared memory.
-            unsafe_no_auto_barriers=True,
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
-        ),
-        kernel_name="flash_backward_dq",
+        name="flash_backward_dq",
+        programs=row_tiles * (N // tiles.heads),
+        scratch=scratch(H, dtype, tiles),
+        out=jax.ShapeDtypeStruct((R, N, H), dtype),
     )
     stats = _by_tile((lse_NR, delta_NR), row_tiles, tiles)
     optional = [x for x in (work.cols, work.row_ids, work.col_ids) if x is not None]

@@ -18,7 +18,8 @@ from jaxattn.block_map import BlockMap
 from jaxattn.mask import Mask
 from jaxattn.pallas.backward import backward
 from jaxattn.pallas.backward_dq import query_gradient
-from jaxattn.pallas.forward import SHORT, forward
+from jaxattn.pallas.forward import forward
+from jaxattn.pallas.forward_job import SHORT
 from jaxattn.pallas.softmax import LOG2E
 from jaxattn.pallas.tiles import CONSUMERS, ForwardTiles, Tiles, choose_tiles
 
