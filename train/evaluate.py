@@ -3,7 +3,6 @@
 B row of a microbatch, T position; a `Batch` has arrays [A, B, T] here.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -17,7 +16,7 @@ from jax.sharding import Mesh
 
 from train.data import Batch, Loader
 from train.loss import cross_entropy
-from train.records import text_until
+from train.records import Records
 from train.say import note
 from train.state import Params
 from train.step import put_batch
@@ -54,10 +53,10 @@ class Evaluation:
             start: step the run goes on from.
             options: for the compiler, as `train.device.compiler_options` has them.
         """
-        self._sets, self._accum, self._mesh, self._path = sets, accum, mesh, path
+        self._sets, self._accum, self._mesh = sets, accum, mesh
         self._sums = jax.jit(make_sums(graphdef), compiler_options=options)
-        if sets and jax.process_index() == 0:
-            path.write_text(text_until(path, start))
+        writes = bool(sets) and jax.process_index() == 0
+        self._records = Records(path, start=start) if writes else None
 
     def __call__(self, step: int, params: Params) -> dict[str, float]:
         """Evaluates all sets after `step` steps, says and writes the losses, and returns them."""
@@ -70,9 +69,8 @@ class Evaluation:
             losses[name] = total / count
             line = {"step": step, "set": name, "loss": losses[name], "loss_tokens": int(count)}
             line["perplexity"] = perplexity(losses[name])
-            if jax.process_index() == 0:
-                with self._path.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+            if self._records is not None:
+                self._records.write(line)
             said = f"loss {losses[name]:.4f}, perplexity {line['perplexity']:.2f} on {name}"
             note(f"step {step}: {said}")
         return losses

@@ -67,7 +67,6 @@ def run(config: Config) -> None:
                     checkpoints.save, identity=identity, config=dataclasses.asdict(config)
                 )
                 settled.out.mkdir(parents=True, exist_ok=True)
-                save_config(config, settled)
                 evaluate = Evaluation(
                     val.sets,
                     graphdef,
@@ -78,6 +77,7 @@ def run(config: Config) -> None:
                     options=compiler_options(deterministic=config.deterministic),
                 )
                 evidence = Evidence(config, settled, graphdef, start)
+                save_config(config, settled)
                 state = train(config, settled, step, state, start, loader, evaluate, evidence, save)
             batch = next(loader)
     params, done = state.params, int(state.step) == config.steps

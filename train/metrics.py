@@ -6,8 +6,6 @@ checkpoints, evaluations and samples, and the rest, which is computing.
 """
 
 import contextlib
-import json
-import os
 import resource
 import sys
 import time
@@ -20,7 +18,7 @@ from tqdm import tqdm
 
 from models.config import ModelConfig
 from train.flops import peak_flops, training_flops
-from train.records import text_until
+from train.records import Records
 
 Part = Literal["data", "checkpoint", "evaluation"]
 PARTS: tuple[Part, ...] = ("data", "checkpoint", "evaluation")
@@ -73,9 +71,9 @@ class Metrics:
         peak = peak_flops(self._devices[0])
         self._peak = None if peak is None else peak * jax.device_count()
         first = jax.process_index() == 0  # of several processes; the others only wait for values
-        if first:
-            path.write_text(text_until(path, start))
-        self._file = path.open("a") if first else open(os.devnull, "w")  # noqa: SIM115
+        self._records = Records(path, start=start) if first else None
+        if self._records is not None:
+            self._records.write()  # makes the file: the directory is a run's from now on
         watched = sys.stderr.isatty() and first
         self._bar = tqdm(
             total=steps, initial=start, unit="step", dynamic_ncols=True, disable=not watched
@@ -130,8 +128,8 @@ class Metrics:
         line["peak_memory_bytes"] = peak_memory(self._devices)
         last = step == self._steps
         if step % self._every == 0 or last:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+            if self._records is not None:
+                self._records.write(line)
             for sink in self._sinks:
                 sink.write(step, {f"train/{name}": line[name] for name in line if name != "step"})
         self._bar.set_postfix_str(_postfix(line), refresh=False)
@@ -142,9 +140,8 @@ class Metrics:
         return line
 
     def close(self) -> None:
-        """Ends the bar, the file and the sinks."""
+        """Ends the bar and the sinks."""
         self._bar.close()
-        self._file.close()
         for sink in self._sinks:
             sink.close()
 

@@ -1,18 +1,74 @@
-"""What a run wrote down line by line, in JSON, each line with its step."""
+"""What a run writes down line by line, in JSON, each line with its step."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from train.whole_file import replacing, unwritten
 
 
-def whole_lines(path: Path) -> list[str]:
-    """The lines of a file, each with its end, or none where there is no file.
+class Records:
+    """A file of such lines; a run that goes on from a checkpoint continues it."""
 
-    One that was cut off by a kill, or is being written, is not whole.
+    def __init__(self, path: Path, *, start: int):
+        """Drops what will be written again, and what a kill cut off. Makes no file.
+
+        Args:
+            path: of the file; its directory exists.
+            start: step the run goes on from: lines of later steps go.
+
+        Raises:
+            OSError: it cannot be read or replaced; then it is as it was.
+            ValueError: as `read_records`.
+        """
+        self._path = path
+        kept = b"".join(line for line, record in _lines(path) if record["step"] <= start)
+        if path.is_file() and path.stat().st_size != len(kept):
+            with replacing(path) as temporary:
+                temporary.write_bytes(kept)
+
+    def write(self, *lines: Mapping[str, Any]) -> None:
+        """Adds lines, each with its "step". None at all: only makes the file.
+
+        They are handed to the system when this returns, so that a kill loses none.
+
+        Raises:
+            OSError: naming the file and what to do.
+        """
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        left = memoryview(text.encode())
+        try:
+            with self._path.open("ab", buffering=0) as file:
+                while left:  # where the disk is full it takes a part first
+                    left = left[file.write(left) :]
+        except OSError as error:
+            raise OSError(
+                f"{unwritten(self._path, error)}; once it can be, the same command goes on from "
+                "the last checkpoint"
+            ) from error
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """What a file holds; none where there is no file, and without a line that a kill cut off.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: a line is not JSON; names file and line.
     """
-    text = path.read_text() if path.is_file() else ""
-    return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return [record for _, record in _lines(path)]
 
 
-def text_until(path: Path, step: int) -> str:
-    """What to keep of a file when a run goes on from `step`: what was written up to there."""
-    return "".join(line for line in whole_lines(path) if json.loads(line)["step"] <= step)
+def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """Lines and what they say."""
+    # Ends of lines alone: texts may hold other characters at which str.splitlines parts.
+    *whole, _ = (path.read_bytes() if path.is_file() else b"").split(b"\n")
+    lines = []
+    for number, line in enumerate(whole, 1):
+        try:
+            lines.append((line + b"\n", json.loads(line)))
+        except ValueError as error:
+            raise ValueError(
+                f"{path}:{number} is not JSON: {error}; remove that line, or the file"
+            ) from error
+    return lines

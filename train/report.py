@@ -9,13 +9,13 @@ import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
 from train.cli import fail, parse
 from train.curves import Run, figures
-from train.records import whole_lines
+from train.records import read_records
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,30 +96,19 @@ def read_run(out: Path) -> Run:
     if not metrics.is_file():
         why = "there is no metrics.jsonl in it" if out.is_dir() else "there is no such directory"
         raise ValueError(f"{out} is not the directory of a run: {why}")
-    lines = _read(metrics)
+    lines = read_records(metrics)
     if not lines:
         raise ValueError(f"{metrics} has no line yet: the run has not made a step")
     config = out / "config.json"
     record = json.loads(config.read_text()) if config.is_file() else {}
     name = out.resolve().name
-    return Run(name=name, steps=lines, evals=_read(out / "eval.jsonl"), config=record)
+    return Run(name=name, steps=lines, evals=read_records(out / "eval.jsonl"), config=record)
 
 
 def _read_runs(config: ReportConfig) -> list[Run]:
     if not config.runs:
         raise ValueError("which runs? python -m train.report OUT [OUT...]")
     return [read_run(Path(name)) for name in config.runs]
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file; the last one may be half-written by a run that goes on."""
-    lines = []
-    for number, text in enumerate(whole_lines(path), 1):
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number} is not JSON: {error}") from error
-    return lines
 
 
 def _page(runs: Sequence[Run], images: list[tuple[str, bytes]]) -> str:

@@ -9,6 +9,7 @@ import jax
 from train.config import Config
 from train.defaults import Settled
 from train.version import code_version
+from train.whole_file import replace_text
 
 
 def resolved(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -42,4 +43,4 @@ def save_config(config: Config, settled: Settled) -> None:
     }
     record = {"flags": resolved(config), "chosen": chosen, "versions": code_version()}
     if jax.process_index() == 0:
-        (settled.out / "config.json").write_text(json.dumps(record, indent=1) + "\n")
+        replace_text(settled.out / "config.json", json.dumps(record, indent=1) + "\n")

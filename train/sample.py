@@ -10,6 +10,7 @@ from train.data import Batch
 from train.defaults import Settled
 from train.say import say
 from train.state import Params
+from train.whole_file import replace_text
 
 PROMPT_TOKENS, SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 32, 200, 0.8
 
@@ -29,5 +30,5 @@ def write_sample(
     decode = settled.tokenizer.decode
     text = f"{decode(prompt)}|{decode(tokens)}"
     if jax.process_index() == 0:
-        (settled.out / "sample.txt").write_text(text + "\n")
+        replace_text(settled.out / "sample.txt", text + "\n")
     say(f"sample after {config.steps} steps (the prompt ends at |):\n{text}")

@@ -1,6 +1,5 @@
 """What the model says to fixed prompts, every so many steps."""
 
-import json
 from pathlib import Path
 
 from flax import nnx
@@ -8,7 +7,7 @@ from flax import nnx
 from models.chat import encode_chat
 from models.generate import generate
 from models.tokenizer import Tokenizer
-from train.records import text_until
+from train.records import Records
 from train.state import Params
 
 NEW_TOKENS = 100
@@ -63,7 +62,6 @@ class Sampler:
             ValueError: chat, and the tokenizer has no chat tokens.
         """
         self._prompts, self._graphdef, self._tokenizer = prompts, graphdef, tokenizer
-        self._path = path
         self._ids = [
             encode_chat([("user", text)], tokenizer)
             if chat
@@ -72,16 +70,14 @@ class Sampler:
         ]
         ends = (tokenizer.eos_id, tokenizer.im_end_id)
         self._stop = tuple(i for i in ends if i is not None)
-        if prompts:
-            path.write_text(text_until(path, start))
+        self._records = Records(path, start=start) if prompts else None
 
     def __call__(self, step: int, params: Params) -> list[str]:
         """What the model says after `step` steps, one text for each prompt."""
         model = nnx.merge(self._graphdef, params)
         new = generate(model, self._ids, max_new_tokens=NEW_TOKENS, stop_ids=self._stop)
         texts = [self._tokenizer.decode(ids) for ids in new]
-        with self._path.open("a") as file:
-            for prompt, text in zip(self._prompts, texts, strict=True):
-                line = {"step": step, "prompt": prompt, "text": text}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        if self._records is not None:
+            pairs = zip(self._prompts, texts, strict=True)
+            self._records.write(*({"step": step, "prompt": p, "text": t} for p, t in pairs))
         return texts

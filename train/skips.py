@@ -3,14 +3,13 @@
 The step itself decides (`train.guard`); this is what the host says of it.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from train.data import Loader
-from train.records import text_until
+from train.records import Records
 from train.say import note
 
 NAMED = 5
@@ -33,9 +32,7 @@ class Skips:
             start: step the run goes on from.
         """
         self._path, self._loader, self._patience = path, loader, patience
-        self._writes = jax.process_index() == 0
-        if self._writes and path.exists():
-            path.write_text(text_until(path, start))
+        self._records = Records(path, start=start) if jax.process_index() == 0 else None
 
     def look(self, line: dict[str, Any], position: dict[str, Any]) -> None:
         """Says so if a step was skipped.
@@ -51,10 +48,9 @@ class Skips:
             return
         reason = f"loss {line['loss']:.4g}, gradient norm {line['grad_norm']:.4g}"
         documents = self._loader.documents(position)
-        if self._writes:
+        if self._records is not None:
             wrong = {"step": line["step"], "reason": reason, "documents": documents}
-            with self._path.open("a") as file:
-                file.write(json.dumps(wrong) + "\n")
+            self._records.write(wrong)
         more = f" and {len(documents) - NAMED:,} more" if len(documents) > NAMED else ""
         what = f"{reason}; documents {', '.join(documents[:NAMED])}{more}"
         if line["in_a_row"] < self._patience:

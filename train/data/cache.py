@@ -27,6 +27,7 @@ from train.data.documents import Damaged, Documents, read_documents
 from train.data.encode import code_fingerprint, encode_part
 from train.data.pool import Job, write_parts
 from train.data.source import check_path, read_parts
+from train.whole_file import replace_text
 
 _WHOLE = "whole.json"
 
@@ -115,9 +116,7 @@ def _build(path: Path, tokenizer: Tokenizer, directory: Path, workers: int, bar:
     for part in write_parts(jobs(), tokenizer, workers=workers):
         count += 1
         bar.update(part.size)
-    temporary = directory / f"{_WHOLE}.tmp"
-    temporary.write_text(json.dumps({"parts": count, "file": str(path)}))
-    temporary.replace(directory / _WHOLE)
+    replace_text(directory / _WHOLE, json.dumps({"parts": count, "file": str(path)}))
 
 
 def _whole(file: Path) -> bool:

@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,6 +21,7 @@ import numpy as np
 from jaxtyping import Int32, Shaped
 
 from train.data.tokens import OnDisk
+from train.whole_file import replacing
 
 DOCUMENT = np.dtype(
     [
@@ -71,12 +71,10 @@ class Documents:
         Raises:
             OSError: it cannot be written.
         """
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        with temporary.open("wb") as file:
+        with replacing(path) as temporary, temporary.open("wb") as file:
             for piece in self._bytes():
                 file.write(piece)
             file.write(bytes.fromhex(self.digest))
-        temporary.replace(path)
 
     def _bytes(self) -> list[bytes | memoryview]:
         assert isinstance(self.tokens, np.ndarray)  # what is on disk is not written again
