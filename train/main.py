@@ -22,8 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the flags; by default the process's.
 
     Returns:
-        0, also after a signal; 1 where the run cannot be done or went wrong; 2 where a flag is
-        wrong.
+        0, also after a signal while it trains; 1 where the run cannot be done or went wrong; 2
+        where a flag is wrong; 130 after Ctrl-C before or behind training, or twice.
     """
     try:
         argv = sys.argv[1:] if argv is None else argv
@@ -43,6 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.traceback:
             raise
         return _failed(error)
+    except KeyboardInterrupt:  # in training the first one is a wish, see train/signals.py
+        if config.traceback:
+            raise
+        _failed("stopped by Ctrl-C; the same command begins anew, or from the last checkpoint")
+        return 130
     except jax.errors.JaxRuntimeError as error:
         if config.traceback:
             raise

@@ -142,6 +142,16 @@ def test_full_disk(refused, monkeypatch):
     assert "No space left on device: a checkpoint needs" in refused("--model=tiny")
 
 
+def test_ctrl_c_while_the_step_compiles(refused, monkeypatch):
+    """Before training there is nothing to save: one line, and the shell's status for it."""
+
+    def interrupted(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("train.loop.compile_training", interrupted)
+    assert "stopped by Ctrl-C; the same command begins" in refused("--model=nano", status=130)
+
+
 def test_traceback_on_request(tmp_path):
     with pytest.raises(ValueError, match="is no preset"):
         main(["--model=nono", f"--out={tmp_path}", "--traceback"])
