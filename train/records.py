@@ -54,7 +54,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: a line is not JSON; names file and line.
+        ValueError: a line is not JSON, or without a step; names file and line.
     """
     return [record for _, record in _lines(path)]
 
@@ -66,9 +66,12 @@ def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     lines = []
     for number, line in enumerate(whole, 1):
         try:
-            lines.append((line + b"\n", json.loads(line)))
+            record = json.loads(line)
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                raise ValueError('it has no "step"')
+            lines.append((line + b"\n", record))
         except ValueError as error:
             raise ValueError(
-                f"{path}:{number} is not JSON: {error}; remove that line, or the file"
+                f"{path}:{number} is no record of a run: {error}; remove that line, or the file"
             ) from error
     return lines

@@ -50,12 +50,15 @@ def test_any_text_comes_back(tmp_path: Path) -> None:
     assert read_records(path) == [{"step": 1, "text": text}]
 
 
-def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("line", [b"\0\0\0\0", b"\xff", b"[1]", b'{"epoch": 1}', b""])
+def test_a_line_that_is_damaged_or_of_something_else_is_named(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1}\n\0\0\0\0\n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"metrics.jsonl:2 is not JSON: .*remove that line"):
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+    message = r"metrics.jsonl:2 is no record of a run: .*; remove that line, or the file$"
+    with pytest.raises(ValueError, match=message) as error:
         Records(path, start=3)
-    assert path.read_bytes() == b'{"step": 1}\n\0\0\0\0\n{"step": 3}\n'
+    assert "\n" not in str(error.value)
+    assert path.read_bytes() == b'{"step": 1}\n' + line + b'\n{"step": 3}\n'
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_what_is_no_run(run, tmp_path, capsys):
         ([str(tmp_path / "none")], "there is no such directory"),
         ([str(tmp_path / "empty")], "there is no metrics.jsonl in it"),
         ([str(tmp_path / "young")], "has no line yet"),
-        ([str(broken)], "metrics.jsonl:1 is not JSON"),
+        ([str(broken)], "metrics.jsonl:1 is no record of a run"),
     ):
         assert main(argv) == 1
         said = capsys.readouterr().err
