@@ -24,6 +24,7 @@ from train.resume import check_not_beyond, identity_of, starting_step
 from train.sample import write_sample
 from train.say import say
 from train.sinks import check_sinks
+from train.sole import SoleRun
 from train.state import abstract_state, new_state
 from train.stepping import train
 
@@ -45,12 +46,14 @@ def run(config: Config) -> None:
         with (
             open_set(config, settled, config.data.files, hold_out=config.data.hold_out) as loader,
             OpenSets(open_validation(config, settled)) as val,
+            SoleRun(settled.out) as sole,
         ):
             say_data(loader, val.sets)
             config = with_steps(config, loader.report.rows, settled.rows)
             check_not_beyond(config, settled, checkpoints)
             tx = optimizer(config.optim, settled.lr, config.steps, param_dtype=settled.param_dtype)
             graphdef, like = abstract_state(model_maker(config, settled), tx, settled.mesh)
+            sole.claim()
             checkpoints.remove_half_written()
             if start:
                 state, position = checkpoints.restore(like)
@@ -67,6 +70,7 @@ def run(config: Config) -> None:
                     checkpoints.save, identity=identity, config=dataclasses.asdict(config)
                 )
                 settled.out.mkdir(parents=True, exist_ok=True)
+                sole.claim()
                 evaluate = Evaluation(
                     val.sets,
                     graphdef,

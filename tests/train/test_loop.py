@@ -59,6 +59,7 @@ def test_leaves_checkpoints_metrics_and_a_sample(finished):
     assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["6", "8"]
     assert "|" in (finished / "sample.txt").read_text()
     assert sorted(p.name for p in finished.iterdir()) == [
+        ".lock",
         "checkpoints",
         "config.json",
         "metrics.jsonl",
