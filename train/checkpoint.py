@@ -246,7 +246,7 @@ class Checkpoints:
         except Exception as error:  # tensorstore reports a full disk as ValueError
             self._manager = None
             self._steps = [s for s in self._steps if s != step]
-            self.remove_half_written(quiet=0.5)  # other threads of this save may still write
+            self.remove_half_written(quiet=1.0)  # other threads of this save may still write
             good = max((int(p.name) for p in self._dir.glob("*") if p.name.isdigit()), default=None)
             left = "there is none before it" if good is None else f"step {good} is intact"
             raise OSError(
