@@ -72,16 +72,14 @@ class _Item:
         self.live_from, self.live_to, columns, self.full_from, self.full_to = fields[5:]
         self.last = self.live_to - 1
         self.short = job.ends_short(columns, self.last, careful)
+        rows = WARPGROUP_ROWS
+        self.zeros = plgpu.layout_cast(jnp.zeros((rows,), jnp.float32), ROW)
+        self.m_start = plgpu.layout_cast(jnp.full((rows,), softmax.M_START, jnp.float32), ROW)
+        self.l_start = plgpu.layout_cast(jnp.zeros((rows, PARTS), jnp.float32), TILE)
+        self.o_start = plgpu.layout_cast(jnp.zeros((rows, job.head_dim), jnp.float32), TILE)
 
     def compute(self, head):
         """All of the item; returns how many column tiles it has, with those of others only."""
-        self.zeros = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS,), jnp.float32), ROW)
-        self.m_start = plgpu.layout_cast(
-            jnp.full((WARPGROUP_ROWS,), softmax.M_START, jnp.float32), ROW
-        )
-        self.l_start = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, PARTS), jnp.float32), TILE)
-        o_shape = (WARPGROUP_ROWS, self.job.head_dim)
-        self.o_start = plgpu.layout_cast(jnp.zeros(o_shape, jnp.float32), TILE)
         lax.fori_loop(0, self.live_from, self._skip, ())
         alone = self.short is not False and self.short & (self.live_from == self.last)
         o, m, l = either(alone, self._one_short_tile, self._other_tiles)
