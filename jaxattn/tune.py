@@ -23,9 +23,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxattn import api
-from jaxattn.bench_cell import inputs
-from jaxattn.bench_shapes import SHAPES, Shape
-from jaxattn.bench_timing import milliseconds
+from jaxattn.bench.cell import inputs
+from jaxattn.bench.shapes import SHAPES, Shape
+from jaxattn.bench.timing import milliseconds
 from jaxattn.mask import Mask
 from jaxattn.pallas import op
 from jaxattn.pallas.tiles import TABLE, Tiles, rule_tiles

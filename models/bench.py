@@ -23,8 +23,8 @@ from models import bench_load
 from models.config import PRESETS
 from models.generate import stream
 from models.internlm2 import InternLM2
-from models.load import load_hf
 from models.sampling import Sampling
+from models.weights.load import load_hf
 
 # Bytes a second of the memory by device kind, from NVIDIA's data sheets.
 BANDWIDTH = {"NVIDIA H200": 4.8e12, "NVIDIA H100 80GB HBM3": 3.35e12}

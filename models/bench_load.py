@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models import memory
-from models.abstract import abstract, named_params
 from models.config import PRESETS, ModelConfig
-from models.load import load_hf
-from models.save import write_hf
+from models.weights import memory
+from models.weights.abstract import abstract, named_params
+from models.weights.load import load_hf
+from models.weights.save import write_hf
 
 # What is loaded. 20B has too many bytes for a bench, but not too wide ones: two layers of it.
 CASES = {

@@ -13,14 +13,14 @@ from typing import Any
 
 import jax
 
-from models import companions
 from models.config import ModelConfig
-from models.converted import converted_parameters, is_converted, save_orbax
-from models.load import hf_parameters
-from models.memory import check_memory
-from models.safetensors_file import DTYPES
-from models.save import LAYOUTS, MAX_SHARD_BYTES, write_hf
-from models.trained import find_checkpoint, trained_parameters
+from models.weights import companions
+from models.weights.converted import converted_parameters, is_converted, save_orbax
+from models.weights.load import hf_parameters
+from models.weights.memory import check_memory
+from models.weights.safetensors_file import DTYPES
+from models.weights.save import LAYOUTS, MAX_SHARD_BYTES, write_hf
+from models.weights.trained import find_checkpoint, trained_parameters
 
 
 def convert(
@@ -50,7 +50,7 @@ def convert(
       OSError: the disk is full, or refuses.
       MemoryError: this machine has less memory than that, before anything is written.
 
-    Memory: on the host three times the largest parameter of all layers, see `models.memory`.
+    Memory: on the host three times the largest parameter of all layers (`models.weights.memory`).
     """
     source, destination = Path(source), Path(destination)
     if destination.exists():  # before minutes of reading

@@ -18,12 +18,12 @@ from jaxtyping import Array
 from models import sharding
 from models.cache import SLOTS, capacity_for, decode, prefill
 from models.chat import encode_chat
-from models.hf_files import read_json
 from models.internlm2 import InternLM2
-from models.load import load
 from models.sampling import Sampling, sample
 from models.stacked import taken_apart
 from models.tokenizer import Tokenizer, load_tokenizer
+from models.weights.hf_files import read_json
+from models.weights.load import load
 
 
 def generate(

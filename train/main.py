@@ -5,14 +5,14 @@ from collections.abc import Sequence
 
 import jax
 
-from train import device
-from train.cli import fail, parse
-from train.config import Config
-from train.dry_run import dry_run
-from train.hosts import connect
-from train.loop import run
-from train.peers import Peers, leave
-from train.recipes import check_recipe, find_recipe, recipe_list
+from train.devices import device
+from train.devices.hosts import connect
+from train.devices.peers import Peers, leave
+from train.flags.cli import fail, parse
+from train.flags.config import Config
+from train.flags.recipes import check_recipe, find_recipe, recipe_list
+from train.run.dry_run import dry_run
+from train.run.loop import run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.traceback:
             raise
         return _failed(error)
-    except KeyboardInterrupt:  # in training the first one is a wish, see train/signals.py
+    except KeyboardInterrupt:  # in training the first one is a wish, see train/run/signals.py
         if config.traceback:
             raise
         _failed("stopped by Ctrl-C; the same command begins anew, or from the last checkpoint")

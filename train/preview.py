@@ -14,9 +14,9 @@ import numpy as np
 import tyro
 
 from models.tokenizer import Tokenizer, load_tokenizer
-from train.cli import fail, parse
 from train.data import Batch, Loader, default_cache, open_data
-from train.sections import DataConfig
+from train.flags.cli import fail, parse
+from train.flags.sections import DataConfig
 
 LEARNED, MARK, PLAIN = "\033[32m", "\033[1;34m", "\033[0m"
 _BARS = 40  # columns of the longest bar of the histogram

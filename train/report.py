@@ -13,9 +13,9 @@ from typing import Annotated
 
 import tyro
 
-from train.cli import fail, parse
-from train.curves import Run, figures
-from train.records import read_records
+from train.evidence.curves import Run, figures
+from train.evidence.records import read_records
+from train.flags.cli import fail, parse
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxattn import eager, tune, tune_candidates
-from jaxattn.bench_shapes import Shape
+from jaxattn.bench.shapes import Shape
 from jaxattn.pallas import tiles
 from jaxattn.pallas.tiles import SMEM_BYTES, ForwardTiles
 from tests.jaxattn.interpret import interpreted

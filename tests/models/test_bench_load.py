@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from models import bench_load, memory
+from models import bench_load
 from models.config import PRESETS
+from models.weights import memory
 
 # 20B's proportions and names in 0.4 GB of bf16: w1 is 34 MB, the embedding 59.
 SHAPED = dataclasses.replace(

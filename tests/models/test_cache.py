@@ -9,7 +9,7 @@ import pytest
 
 from models.cache import decode, prefill
 from models.config import RopeScaling
-from models.load import load_hf
+from models.weights.load import load_hf
 
 ATOL = 1e-4  # fp32, as the goldens' README suggests
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from models import convert, memory
-from models.converted import load_orbax
-from models.hf_files import HFDirectory
-from models.load import load, load_hf
+from models import convert
+from models.weights import memory
+from models.weights.converted import load_orbax
+from models.weights.hf_files import HFDirectory
+from models.weights.load import load, load_hf
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import pytest
 from models import cache
 from models import generate as command
 from models.generate import generate, stop_ids_of
-from models.load import load_hf
 from models.sampling import Sampling
 from models.tokenizer import ByteTokenizer
+from models.weights.load import load_hf
 
 SPM = Path(__file__).parents[1] / "data" / "tokenizer_tiny_spm"
 

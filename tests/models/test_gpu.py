@@ -17,8 +17,8 @@ import pytest
 from models.config import ModelConfig
 from models.generate import generate
 from models.internlm2 import InternLM2, init
-from models.load import load_hf
-from models.weights import table
+from models.weights.load import load_hf
+from models.weights.table import table
 from tests.models.test_internlm2 import GRAD, LOGITS, LOSS, hf_gradients, loss_of, segments_of
 
 pytestmark = pytest.mark.gpu

@@ -13,8 +13,8 @@ from jaxattn import attention
 from models import internlm2, sharding
 from models.config import PRESETS, ModelConfig, RopeScaling
 from models.internlm2 import InternLM2, init
-from models.load import load_hf
-from models.weights import hf_tensors
+from models.weights.load import load_hf
+from models.weights.table import hf_tensors
 
 # As the goldens' README suggests for fp32 with exact products; the originals differ from a
 # float64 evaluation by about 1e-5 themselves.

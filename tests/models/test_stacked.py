@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.load import load_hf
 from models.stacked import gradients_together, taken_apart, unstacked
+from models.weights.load import load_hf
 
 
 @pytest.fixture

@@ -15,13 +15,13 @@ import optax
 import pytest
 from safetensors.numpy import load_file
 
-from models import llama
 from models.config import ModelConfig, RopeScaling
 from models.generate import generate
 from models.internlm2 import init
-from models.load import load_hf
-from models.save import save_hf
-from models.weights import hf_tensors, resolve
+from models.weights import llama
+from models.weights.load import load_hf
+from models.weights.save import save_hf
+from models.weights.table import hf_tensors, resolve
 
 try:
     import torch

@@ -1,6 +1,6 @@
 """A cell of the bench that a CPU runs in seconds."""
 
-from train.bench_shapes import Cell
+from train.bench.shapes import Cell
 
 CELL = Cell(
     model="nano",

@@ -11,10 +11,10 @@ import pytest
 
 from models.config import PRESETS, ModelConfig
 from models.internlm2 import InternLM2, init
-from train import loop
-from train.config import Config
 from train.data import Batch
-from train.sections import DataConfig, OptimConfig
+from train.flags.config import Config
+from train.flags.sections import DataConfig, OptimConfig
+from train.run import loop
 
 TINY = ModelConfig(
     vocab_size=320,

@@ -8,12 +8,12 @@ import orbax.checkpoint as ocp
 import pytest
 
 from models import convert
-from models.hf_files import HFDirectory
-from models.load import load_hf
-from models.trained import find_checkpoint
-from models.weights import hf_tensors
-from train import loop
-from train.checkpoint import Checkpoints
+from models.weights.hf_files import HFDirectory
+from models.weights.load import load_hf
+from models.weights.table import hf_tensors
+from models.weights.trained import find_checkpoint
+from train.checkpoint.checkpoints import Checkpoints
+from train.run import loop
 
 
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")  # by raw_params
@@ -77,6 +77,6 @@ def raw_params(step):
 
 
 def test_the_layout_is_the_one_that_training_writes(finished):
-    """What train.checkpoint finds is what models.trained finds."""
+    """What train.checkpoint.checkpoints finds is what models.weights.trained finds."""
     found = find_checkpoint(finished)
     assert found is not None and int(found.name) == Checkpoints(finished, keep=2).latest

@@ -148,7 +148,7 @@ def test_ctrl_c_while_the_step_compiles(refused, monkeypatch):
     def interrupted(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("train.loop.compile_training", interrupted)
+    monkeypatch.setattr("train.run.loop.compile_training", interrupted)
     assert "stopped by Ctrl-C; the same command begins" in refused("--model=nano", status=130)
 
 

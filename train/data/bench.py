@@ -23,14 +23,14 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from models.tokenizer import Tokenizer, load_tokenizer
-from train.cli import fail, parse
-from train.data.dataset import tokenise
-from train.data.fields import RowError
-from train.data.formats import recognise
+from train.data.files.fields import RowError
+from train.data.files.formats import recognise
+from train.data.files.rows import Row, read_rows
+from train.data.files.samples import Ids
+from train.data.files.template import render
 from train.data.open import open_data
-from train.data.rows import Row, read_rows
-from train.data.samples import Ids
-from train.data.template import render
+from train.data.tokens.dataset import tokenise
+from train.flags.cli import fail, parse
 
 _TEXTS = 5_000  # that the raw tokenizer is given at once: about what encode.py gives it
 

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from train.data.dataset import Dataset
-from train.data.order import shuffled
-from train.data.packing import Batch, Rows, fill
-from train.data.pieces import Pieces
-from train.data.summary import summarise
+from train.data.pack.order import shuffled
+from train.data.pack.packing import Batch, Rows, fill
+from train.data.pack.pieces import Pieces
+from train.data.pack.summary import summarise
 from train.data.thread import Thread
+from train.data.tokens.dataset import Dataset
 
 AHEAD = 2  # batches made while the caller works on one: one that waits, one in the making
 

@@ -6,13 +6,13 @@ from typing import Literal
 
 from models.tokenizer import Tokenizer
 from train.data.corpus import TINY_SHAKESPEARE
-from train.data.dataset import tokenise
+from train.data.files.source import files_of
 from train.data.loader import Loader, check_shares
-from train.data.packing import pack
-from train.data.pieces import Overlong, cut
-from train.data.share import Split, parse_source, times
-from train.data.source import files_of
-from train.data.stream import Stream, stream
+from train.data.pack.packing import pack
+from train.data.pack.pieces import Overlong, cut
+from train.data.pack.share import Split, parse_source, times
+from train.data.pack.stream import Stream, stream
+from train.data.tokens.dataset import tokenise
 
 Packing = Stream | Literal["fit"]
 

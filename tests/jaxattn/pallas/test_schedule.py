@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxattn import block_map
-from jaxattn.bench_shapes import SHAPES
+from jaxattn.bench.shapes import SHAPES
 from jaxattn.pallas.schedule import persistent_schedule
 from jaxattn.pallas.tiles import CONSUMERS, choose_tiles
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from models.tokenizer import Tokenizer, load_tokenizer
-from train.data.dataset import Dataset
 from train.data.report import FileReport
-from train.data.tokens import Tokens
+from train.data.tokens.dataset import Dataset
+from train.data.tokens.sequence import Tokens
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from models.internlm2 import init
 from models.tokenizer import load_tokenizer
 from tests.jaxattn.interpret import interpreted
 from train.data import Batch, open_data
-from train.loss import cross_entropy
+from train.step.loss import cross_entropy
 
 
 @pytest.mark.parametrize("attn", ["eager", "xla"])

@@ -7,9 +7,10 @@ import time
 import numpy as np
 import pytest
 
-from train.data import cache, open_data
 from train.data import loader as loader_module
-from train.data.source import read_parts
+from train.data import open_data
+from train.data.files.source import read_parts
+from train.data.tokens import cache
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""`python -m jaxattn.bench`: time, rate, memory and error of every implementation, side by side."""

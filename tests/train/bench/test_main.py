@@ -1,0 +1,129 @@
+"""The bench measures what can run, says why the rest cannot, and writes both down."""
+
+import json
+
+import numpy as np
+import pytest
+
+from train.bench import __main__ as bench
+from train.bench import run as bench_run
+from train.bench.table import line
+
+
+@pytest.fixture
+def children(monkeypatch):
+    """The children need no 8 devices, nor fast code."""
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+
+@pytest.fixture
+def without_torch(monkeypatch):
+    monkeypatch.setattr(bench, "has_torch", lambda: False)
+    monkeypatch.setattr(bench_run, "has_torch", lambda: False)
+
+
+def test_two_calls_make_one_table(tmp_path, capsys, children, without_torch):
+    """Real processes: cells that run on a CPU, compile again from the cache, and that cannot."""
+    flags = ["--seq_lens", "32", "--tokens", "64", "--repeats", "1", f"--out={tmp_path}"]
+    assert bench.main([*flags, "--attn", "xla", "pallas", "--rows", "dense"]) == 0
+    said = capsys.readouterr().out
+    assert "dense       32   2 xla         dots" in said
+    assert "cannot run: attention 'pallas' cannot run: its kernels are for Hopper" in said
+
+    text = tmp_path / "some.jsonl"
+    text.write_text("".join(json.dumps({"text": "abc" * n}) + "\n" for n in range(1, 11)))
+    again = ["--attn", "xla", "torch_sdpa", "--rows", "data", "--data", str(text), "--remat=full"]
+    compact = ["--optim.state=int8", "--param_dtype=bf16", "--no_cached", "--scan_layers"]
+    assert bench.main([*flags, *again, *compact]) == 0
+    cells = json.loads((tmp_path / "bench.json").read_text())["cells"]
+    assert [(c["attn"], c["rows"]) for c in cells] == [
+        ("xla", "dense"),
+        ("pallas", "dense"),
+        ("xla", "data"),
+        ("torch_sdpa", "data"),
+    ]
+    dense, pallas, data, torch = cells
+    assert dense["device"] == "cpu" and "jax" in dense["versions"] and dense["date"]
+    assert dense["tokens_per_second"] == pytest.approx(64 / dense["ms"] * 1e3)
+    assert dense["compile_seconds"] > 0 and dense["first_step_seconds"] > 0
+    assert dense["cached_compile_seconds"] > 0 and dense["cached_cache_hits"] >= 1
+    assert dense["xla_bytes"] > dense["filled"] == 1 and dense["plan_bytes"] > 0
+    assert np.isfinite(dense["loss"]) and np.isfinite(data["loss"])
+    assert data["remat"] == "full" and "cached_compile_seconds" not in data
+    assert 0.5 < data["filled"] < 1  # padding is no work
+    assert data["tokens_per_second"] == pytest.approx(64 * data["filled"] / data["ms"] * 1e3)
+    assert data["plan_bytes"] < dense["plan_bytes"]
+    assert "ms" not in pallas and "not installed" in torch["why"]
+    for name in ("nano-dense.png", "nano-data.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert (
+        "| nano | data, 32 x 2 | xla | bf16, int8 | full |" in (tmp_path / "table.md").read_text()
+    )
+
+
+def test_jobs_compile_first(tmp_path, capsys, children, without_torch):
+    """Real processes: what is measured was found in the one cache, and is no cold compile time."""
+    flags = "--jobs 2 --attn xla eager --rows dense --seq_lens 32 --tokens 64 --repeats 1".split()
+    assert bench.main([*flags, f"--out={tmp_path}"]) == 0
+    said = capsys.readouterr().out
+    assert said.index("compiling the cells first, 2 at a time") < said.index("ms/step")
+    cells = json.loads((tmp_path / "bench.json").read_text())["cells"]
+    assert [cell["attn"] for cell in cells] == ["xla", "eager"]
+    table = (tmp_path / "table.md").read_text()
+    for cell in cells:
+        assert cell["cached_cache_hits"] >= 1 and cell["cached_compile_seconds"] > 0
+        assert not {"compile_seconds", "cache_hits", "cached_why"} & cell.keys()
+        assert cell["xla_bytes"] > 0 and np.isfinite(cell["loss"])
+        seconds = f"{cell['cached_compile_seconds']:.1f}"
+        assert line(cell).split()[-2:] == ["-", seconds] and f"| - | {seconds} |" in table
+
+
+def test_default_cells(without_torch):
+    """The table of the README: every length, implementation and kind of rows, the remat chosen."""
+    cells = list(bench.cells_of(bench.BenchConfig(), on_gpu=True))
+    assert len(cells) == len(set(cells)) == 2 * 4 * 6
+    assert {c.seq_len * c.batch_size for c in cells} == {32768}
+    assert {(c.model, c.remat, c.dtype) for c in cells} == {("internlm2-1.8b", None, "bfloat16")}
+    small = bench.cells_of(bench.BenchConfig(attn=("xla",), rows=("packed",)), on_gpu=False)
+    assert [(c.model, c.seq_len, c.dtype) for c in small] == [
+        ("nano", length, "float32") for length in (128, 256, 512)
+    ]
+
+
+def test_torch_joins_where_it_is_installed(monkeypatch):
+    monkeypatch.setattr(bench, "has_torch", lambda: True)
+    cells = bench.cells_of(bench.BenchConfig(), on_gpu=True)
+    assert {c.attn for c in cells} == {*bench.OURS, "torch_sdpa", "torch_eager"}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--model=huge"],
+        ["--attn=fast"],
+        ["--remat=some"],
+        ["--repeats=0"],
+        ["--jobs=0"],
+        ["--repeat=3"],
+        ["--rows=data"],
+        ["--data=some.txt"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_flags(flags, capsys):
+    assert bench.main(flags) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_jobs_below_one_are_named(capsys):
+    """Value, bound and what to do instead, on one line."""
+    assert bench.main(["--jobs=-2"]) == 2
+    said = capsys.readouterr().err
+    assert said == "error: --jobs=-2 must be at least 1: 1 compiles no cell ahead\n"
+
+
+def test_cells_of_another_device_are_kept_apart(tmp_path, capsys):
+    (tmp_path / "bench.json").write_text('{"cells": [{"device": "1 x Abacus"}]}')
+    assert bench.main([f"--out={tmp_path}"]) == 2
+    assert "is of 1 x Abacus, not" in capsys.readouterr().err

@@ -1,0 +1,74 @@
+"""Weights and held-out documents: what an epoch holds, and what validation does."""
+
+import pytest
+
+from train.data import open_data
+from train.data.pack.share import parse_source
+
+PARTS = dict(seq_len=64, batch_size=4)
+
+
+@pytest.fixture
+def paths(write):
+    a = write("a.jsonl", [{"text": f"first {i}"} for i in range(100)])
+    b = write("b.jsonl", [{"text": f"second {i}"} for i in range(40)])
+    return str(a), str(b)
+
+
+def texts(loader, tokenizer) -> list[str]:
+    found = []
+    for batch in loader.once():
+        for tokens, ids, mask in zip(batch.tokens, batch.segment_ids, batch.loss_mask, strict=True):
+            if mask.any():
+                numbers = range(1, ids.max() + 1)
+                found += [
+                    tokenizer.decode(tokens[ids == n].tolist(), skip_special=True) for n in numbers
+                ]
+    return sorted(found)
+
+
+def test_sources_as_people_type_them(tmp_path):
+    assert parse_source("a.json") == (tmp_path.__class__("a.json"), 1.0)
+    assert parse_source("a.json:0.3")[1] == 0.3
+    assert parse_source("c:a.json")[1] == 1.0
+    (tmp_path / "a:2").write_text("")
+    assert parse_source(tmp_path / "a:2") == (tmp_path / "a:2", 1.0)
+    for weight in ("0", "-1", "nan", "inf"):
+        with pytest.raises(ValueError, match="the weight must be above 0"):
+            parse_source(f"a.json:{weight}")
+
+
+def test_weights_repeat_and_choose(paths, tokenizer):
+    a, b = paths
+    with open_data([f"{a}:0.3", f"{b}:2.5"], tokenizer, **PARTS) as loader:
+        report, held = loader.report, texts(loader, tokenizer)
+    firsts = [text for text in held if text.startswith("first")]
+    assert len(firsts) == len(set(firsts)) == 30
+    counts = [held.count(f"second {i}") for i in range(40)]
+    assert sorted(set(counts)) == [2, 3] and sum(counts) == 100
+    assert (report.documents, report.left_out, report.split) == (70, 70, 0)
+    assert "70 left out" in str(report)
+
+
+def test_validation_and_training_share_no_document(paths, tokenizer):
+    with (
+        open_data(paths, tokenizer, hold_out=0.1, **PARTS) as train,
+        open_data(paths, tokenizer, hold_out=0.1, split="val", **PARTS) as val,
+    ):
+        learned, held = texts(train, tokenizer), texts(val, tokenizer)
+    assert (len(learned), len(held)) == (126, 14)
+    assert not set(learned) & set(held)
+    assert sum(text.startswith("first") for text in held) == 10
+
+
+def test_once_is_every_row_once(paths, tokenizer):
+    with open_data(paths, tokenizer, **PARTS | {"batch_size": 3}) as loader:
+        loss = sum(batch.loss_mask.sum() for batch in loader.once())
+        assert loader.report.rows % 4 and loss == loader.report.loss_tokens
+        assert loader.state()["row"] == 0
+
+
+def test_too_few_documents_to_hold_some_out(write, tokenizer):
+    path = write("a.jsonl", [{"text": "only one"}])
+    with pytest.raises(ValueError, match="leaves none for val"):
+        open_data([path], tokenizer, hold_out=0.1, split="val", **PARTS)

@@ -1,0 +1,188 @@
+"""The cache: the same tokens as without it, whatever interrupts or damages it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from train.data.files.source import read_parts
+from train.data.tokens import cache as cache_module
+from train.data.tokens import pool as pool_module
+from train.data.tokens.dataset import tokenise
+
+
+@pytest.fixture
+def path(write):
+    rows = [{"question": f"Q{i}", "answer": "A" * (i % 37 + 1)} for i in range(300)]
+    rows[7]["answer"] = ""
+    return write("a.jsonl", rows)
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Parts of a KiB, so that a small file has many."""
+    monkeypatch.setattr(cache_module, "read_parts", lambda path: read_parts(path, part=1024))
+
+
+def same(a, b) -> bool:
+    return all(
+        np.array_equal(getattr(a, name)[:], getattr(b, name)[:])
+        for name in ("tokens", "offsets", "targets", "splittable", "file", "line")
+    ) and (a.files, a.broken) == (b.files, b.broken)
+
+
+def parts(cache: Path) -> list[Path]:
+    return sorted(cache.rglob("*.tokens"))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_cached_tokens_are_those_of_the_memory(
+    path, tokenizer, tmp_path, small_parts, workers, monkeypatch
+):
+    """Made by one process or three, and read again without tokenising."""
+    cache = tmp_path / "cache"
+    plain = tokenise([path], tokenizer)
+    made = tokenise([path], tokenizer, cache=cache, workers=workers)
+    assert same(plain, made)
+    assert len(parts(cache)) > 10
+    monkeypatch.setattr(cache_module, "write_parts", None)  # would fail if it were called
+    again = tokenise([path], tokenizer, cache=cache)
+    assert same(plain, again) and again.digest == made.digest
+
+
+def test_other_data_and_another_tokenizer_have_another_place(path, tokenizer, tmp_path, write):
+    cache = tmp_path / "cache"
+
+    class Renamed(type(tokenizer)):
+        fingerprint = "other"
+
+    tokenise([path], tokenizer, cache=cache, workers=1)
+    tokenise([path], Renamed(fingerprint="other"), cache=cache)
+    path.write_text(path.read_text().replace("Q17", "Q00"))
+    tokenise([path], tokenizer, cache=cache, workers=1)
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_the_same_bytes_under_another_name_are_not_tokenised_again(path, tokenizer, tmp_path):
+    cache = tmp_path / "cache"
+    tokenise([path], tokenizer, cache=cache, workers=1)
+    moved = path.rename(tmp_path / "b.jsonl")
+    dataset = tokenise([moved], tokenizer, cache=cache)
+    assert len(list(cache.iterdir())) == 1
+    assert str(dataset.broken[0]) == f"{moved}:8: 'answer' is empty"
+
+
+@pytest.mark.parametrize("place", [0.0, 0.3, 0.97, 1.0])
+def test_a_flipped_byte_is_found_and_its_part_made_anew(
+    path, tokenizer, tmp_path, small_parts, place, capsys
+):
+    """In tokens, index, JSON and checksum; no other part is touched."""
+    cache = tmp_path / "cache"
+    plain = tokenise([path], tokenizer)
+    tokenise([path], tokenizer, cache=cache, workers=1)
+    damaged = parts(cache)[3]
+    before = {part: part.stat().st_mtime_ns for part in parts(cache)}
+    data = bytearray(damaged.read_bytes())
+    data[int((len(data) - 1) * place)] ^= 1
+    damaged.write_bytes(data)
+    assert same(plain, tokenise([path], tokenizer, cache=cache, workers=1))
+    assert "the checksum is wrong" in capsys.readouterr().out
+    touched = [part for part in parts(cache) if part.stat().st_mtime_ns != before[part]]
+    assert touched == [damaged]
+
+
+def test_a_cut_off_part_and_a_broken_list_are_made_anew(path, tokenizer, tmp_path, small_parts):
+    cache = tmp_path / "cache"
+    plain = tokenise([path], tokenizer)
+    tokenise([path], tokenizer, cache=cache, workers=1)
+    os.truncate(parts(cache)[0], 10)
+    assert same(plain, tokenise([path], tokenizer, cache=cache, workers=1))
+    next(cache.rglob("whole.json")).write_text("{")
+    assert same(plain, tokenise([path], tokenizer, cache=cache, workers=1))
+
+
+BUILD = """
+import sys
+from pathlib import Path
+from models.tokenizer import load_tokenizer
+from train.data.tokens import cache
+from train.data.tokens.dataset import tokenise
+from train.data.files.source import read_parts
+cache.read_parts = lambda path: read_parts(path, part=256)
+print("begun", flush=True)
+tokenise([Path(sys.argv[1])], load_tokenizer("byte"), cache=Path(sys.argv[2]), workers=2)
+"""
+
+
+def start_build(path: Path, cache: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", BUILD, str(path), str(cache)], stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_killed_while_building_it_goes_on_where_it_was(path, tokenizer, tmp_path, monkeypatch):
+    """SIGKILL after some parts; they are kept, the rest is made, and the workers are gone."""
+    cache = tmp_path / "cache"
+    with start_build(path, cache) as build:
+        while len(parts(cache)) < 5:
+            assert build.poll() is None
+            time.sleep(0.001)
+        build.kill()
+    assert build.returncode == -signal.SIGKILL
+    kept = {part: part.stat().st_mtime_ns for part in parts(cache)}
+    assert not list(cache.rglob("whole.json"))
+    monkeypatch.setattr(cache_module, "read_parts", lambda path: read_parts(path, part=256))
+    assert same(tokenise([path], tokenizer), tokenise([path], tokenizer, cache=cache, workers=1))
+    assert {part: part.stat().st_mtime_ns for part in kept} == kept
+    assert len(parts(cache)) > len(kept)
+    assert not list(cache.rglob("*.tmp"))
+
+
+def test_two_builders_make_one_cache(path, tokenizer, tmp_path, small_parts, capsys):
+    """The second waits, says so, and reads what the first made."""
+    cache = tmp_path / "cache"
+    tokenise([path], tokenizer, cache=cache, workers=1)
+    (directory,) = cache.iterdir()
+    (directory / "whole.json").unlink()
+    made = []
+    with cache_module._lock(directory, path):
+        second = threading.Thread(
+            target=lambda: made.append(tokenise([path], tokenizer, cache=cache, workers=1))
+        )
+        second.start()
+        second.join(0.5)
+        assert second.is_alive()
+    second.join()
+    assert "being tokenised by another run: waiting" in capsys.readouterr().out
+    assert same(tokenise([path], tokenizer), made[0])
+
+
+def test_a_worker_that_dies_is_one_clear_error(path, tokenizer, tmp_path, small_parts, monkeypatch):
+    monkeypatch.setattr(pool_module.sys, "executable", "/bin/false")
+    with pytest.raises(OSError, match="ended with status 1: out of memory"):
+        tokenise([path], tokenizer, cache=tmp_path / "cache", workers=2)
+
+
+def test_a_cache_that_cannot_be_written_names_the_flag(path, tokenizer, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="choose another with --data.cache"):
+        tokenise([path], tokenizer, cache=tmp_path / "file" / "cache")
+
+
+def test_strict_is_fatal_from_the_cache_too(path, tokenizer, tmp_path):
+    for _ in range(2):
+        with pytest.raises(ValueError, match=":8: 'answer' is empty"):
+            tokenise([path], tokenizer, cache=tmp_path / "cache", strict=True)
+
+
+def test_the_list_says_whose_tokens_they_are(path, tokenizer, tmp_path):
+    tokenise([path], tokenizer, cache=tmp_path / "cache")
+    whole = json.loads(next(tmp_path.rglob("whole.json")).read_text())
+    assert whole == {"parts": 1, "file": str(path)}

@@ -1,0 +1,64 @@
+"""The remedy is the cheapest one that fits, and is checked against the plan itself."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh
+
+from models.config import PRESETS
+from train.flags.config import Config
+from train.flags.sections import OptimConfig
+from train.memory.plan import GiB
+from train.memory.sizing import Sizing
+
+MESH = AbstractMesh((1, 1, 1), ("data", "fsdp", "tensor"))
+BIG, BF16 = PRESETS["internlm2-1.8b"], jnp.dtype("bfloat16")
+LONG = Config(model="internlm2-1.8b", seq_len=32768, remat="attention")
+
+
+def advise(gib, config=LONG, rows=1, attn="pallas"):
+    return sizing(rows, attn).advice(config, int(gib * GiB))
+
+
+def need(config=LONG, rows=1, attn="pallas"):
+    return sizing(rows, attn).plan(config).total / GiB
+
+
+def sizing(rows, attn):
+    return Sizing(model=BIG, mesh=MESH, rows=rows, dtype=BF16, attn=attn)
+
+
+@pytest.mark.parametrize(
+    ("gib", "rows", "config", "flags"),
+    [
+        (54, 8, LONG, "--accum=4"),  # rows first; 2 parts are not enough
+        (32, 1, LONG, "--remat=full"),
+        (36, 1, dataclasses.replace(LONG, remat="none"), "--remat=attention"),
+        (28, 1, LONG, "--optim.state=int8"),
+        (18, 1, LONG, "--remat=offload --optim.state=int8 --param_dtype=bf16"),
+    ],
+)
+def test_cheapest_that_fits(gib, rows, config, flags):
+    said = advise(gib, config, rows)
+    assert said.startswith(f"take {flags}, which needs ")
+    assert float(said.split()[-2]) <= gib
+
+
+def test_eager_gives_way_to_xla():
+    config = dataclasses.replace(LONG, attn="eager", seq_len=4096)
+    assert advise(50, config, 8, "eager").startswith("take --attn=xla,")
+
+
+def test_what_fits_needs_nothing():
+    assert advise(need() + 0.01) is None
+
+
+def test_nothing_helps():
+    assert "no flag makes it fit (13" in advise(5)
+    assert "more devices (--mesh.fsdp)" in advise(5)
+
+
+def test_lion_is_not_told_to_take_int8():
+    config = dataclasses.replace(LONG, optim=OptimConfig(name="lion"))
+    assert "int8" not in advise(20, config)

@@ -1,0 +1,67 @@
+"""The remat that is chosen for a device, and the plan of a run by its flags."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh
+
+from models.config import PRESETS
+from train.devices.mesh import make_mesh
+from train.flags.config import Config
+from train.flags.sections import MeshConfig
+from train.memory.plan import GiB
+from train.memory.sizing import REMAT_BY_SPEED, Sizing, choose_remat, in_scan
+
+CONFIG = Config(model="internlm2-1.8b", seq_len=32768)
+LONG = Sizing(
+    model=PRESETS["internlm2-1.8b"],
+    mesh=AbstractMesh((1, 1, 1), ("data", "fsdp", "tensor")),
+    rows=1,
+    dtype=jnp.dtype("bfloat16"),
+    attn="pallas",
+)
+
+
+def test_the_fastest_that_fits():
+    need = {"dots": 70, "attention": 37, "full": 34}
+    assert choose_remat(need, 139) == "dots"
+    assert choose_remat(need, 81) == "attention"  # 15% are left, for XLA too
+    assert choose_remat(need, 30) == "full"  # which the memory check then refuses
+
+
+def test_by_device():
+    chosen = [LONG.with_remat(CONFIG, gib * GiB).remat for gib in (130, 60, 38)]
+    assert chosen == [*REMAT_BY_SPEED]
+
+
+def test_what_is_asked_for_stays():
+    config = dataclasses.replace(CONFIG, remat="none")
+    assert LONG.with_remat(config, 10 * GiB) is config
+
+
+def test_parts_of_a_step_need_less():
+    eight = dataclasses.replace(LONG, rows=8)
+    parts = [eight.plan(dataclasses.replace(CONFIG, accum=accum)).total for accum in (1, 2, 4, 8)]
+    assert parts == sorted(parts, reverse=True) and len({*parts}) == 4
+
+
+@pytest.mark.parametrize(
+    ("remat", "asked", "on_gpu", "scan"),
+    [
+        ("dots", None, True, False),
+        ("dots", None, False, True),
+        ("dots", True, True, True),
+        ("offload", None, True, True),  # unrolled, XLA would not send it to the host in time
+        ("offload", True, True, True),
+        ("offload", False, False, False),
+    ],
+)
+def test_layers_are_a_loop_where_that_is_better(remat, asked, on_gpu, scan):
+    mesh = LONG.mesh if on_gpu else make_mesh(MeshConfig())
+    assert in_scan(Config(remat=remat, scan_layers=asked), mesh) is scan
+
+
+def test_offload_of_unrolled_layers_is_refused():
+    with pytest.raises(ValueError, match="--scan_layers=False with --remat=offload would hold"):
+        in_scan(Config(remat="offload", scan_layers=False), LONG.mesh)

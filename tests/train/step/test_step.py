@@ -1,0 +1,165 @@
+"""One step is the same step however its rows are cut up: into microbatches, over devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from models.internlm2 import InternLM2
+from train.devices.mesh import make_mesh
+from train.flags.sections import MeshConfig, OptimConfig
+from train.step.optim import optimizer
+from train.step.schedule import schedule
+from train.step.state import abstract_state, new_state, params_of
+from train.step.step import batch_struct, compile_step, make_step, put_batch
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+OPTIM = OptimConfig(warmup=0.0, min_lr_ratio=1.0)
+ONE = (1, 1, 1)
+
+
+class Trainer:
+    """Compiles each way to cut up the 8 rows once, and trains from the same weights every time."""
+
+    def __init__(self, model: InternLM2, rows):
+        self.rows = rows
+        self.tx = optimizer(OPTIM, 1e-2, 10)
+        self.model = model
+        self.steps = {}
+
+    def step(self, sizes, accum=1, attn="xla"):
+        """(compiled step, structs of the state) on a mesh of data, fsdp, tensor."""
+        if (sizes, accum, attn) not in self.steps:
+            data, fsdp, tensor = sizes
+            config = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
+            mesh = make_mesh(config, jax.devices()[: data * fsdp * tensor])
+
+            def make():
+                return InternLM2(self.model.config, rngs=nnx.Rngs(0), attn=attn, dtype=jnp.float32)
+
+            graphdef, like = abstract_state(make, self.tx, mesh)
+            batch = batch_struct(rows=8, seq_len=24, accum=accum, mesh=mesh)
+            step = make_step(graphdef, self.tx, schedule(OPTIM, 1e-2, 10))
+            self.steps[sizes, accum, attn] = compile_step(step, like, batch), like
+        return self.steps[sizes, accum, attn]
+
+    def state(self, like):
+        """The state before the first step."""
+        copy = jax.tree.map(jnp.array, self.model)  # new_state consumes what it is given
+        return new_state(params_of(copy, like), self.tx, like)
+
+    def two_steps(self, sizes=ONE, accum=1, attn="xla", rows=None):
+        """Metrics of two steps and the parameters after them, as numpy."""
+        step, like = self.step(sizes, accum, attn)
+        batch = put_batch(rows or self.rows, accum=accum, mesh=like.mesh)
+        state, first = step(self.state(like), batch)
+        state, second = step(state, batch)
+        return jax.tree.map(np.asarray, (first, second, state.params))
+
+
+@pytest.fixture(scope="module")
+def trainer(tiny_model, packed_rows):
+    return Trainer(tiny_model, packed_rows)
+
+
+@pytest.fixture(scope="module")
+def reference(trainer):
+    """8 rows in one microbatch on one device."""
+    return trainer.two_steps()
+
+
+@pytest.mark.parametrize("accum", [2, 8])
+def test_accumulation_changes_nothing(trainer, reference, accum):
+    """1 x 8 = 2 x 4 = 8 x 1, though microbatches have unequal numbers of targets."""
+    got = trainer.two_steps(accum=accum)
+    for ours, theirs in zip(got[:2], reference[:2], strict=True):
+        np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-6)
+        np.testing.assert_allclose(ours["grad_norm"], theirs["grad_norm"], rtol=1e-5)
+        assert ours["loss_tokens"] == theirs["loss_tokens"]
+    _close(got[2], reference[2])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "accum", "attn"),
+    [
+        ((8, 1, 1), 1, "xla"),
+        ((1, 8, 1), 1, "eager"),
+        ((1, 4, 2), 2, "eager"),
+        ((2, 2, 2), 1, "xla"),
+    ],
+)
+def test_eight_devices_equal_one(trainer, reference, sizes, accum, attn):
+    got = trainer.two_steps(sizes, accum, attn)
+    for ours, theirs in zip(got[:2], reference[:2], strict=True):
+        np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-5)
+        np.testing.assert_allclose(ours["grad_norm"], theirs["grad_norm"], rtol=1e-5)
+    _close(got[2], reference[2])
+
+
+def test_loss_is_the_mean_over_targets(trainer, packed_rows, reference):
+    """Against the model's own logits, and the counts against the rows."""
+    rows = jax.tree.map(jnp.asarray, packed_rows)
+    logits_BTV = trainer.model(rows.tokens, positions=rows.positions, segment_ids=rows.segment_ids)
+    losses_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, rows.targets)
+    want = jnp.sum(losses_BT * rows.loss_mask) / jnp.sum(rows.loss_mask)
+    np.testing.assert_allclose(reference[0]["loss"], want, rtol=1e-5)
+    assert reference[0]["loss_tokens"] == packed_rows.loss_mask.sum()
+    assert reference[0]["tokens"] == (packed_rows.segment_ids > 0).sum()
+    assert reference[1]["loss"] < reference[0]["loss"]
+
+
+def test_batch_without_targets_is_no_nan(trainer, packed_rows):
+    empty = packed_rows._replace(loss_mask=np.zeros_like(packed_rows.loss_mask))
+    first, _, params = trainer.two_steps(rows=empty)
+    assert first["loss"] == first["grad_norm"] == first["loss_tokens"] == 0
+    assert all(np.isfinite(p).all() for p in jax.tree.leaves(params))
+
+
+def test_a_skipped_step_is_as_if_its_batch_had_not_been(trainer):
+    """Parameters, moments and their count are bitwise those of a run without the NaN."""
+    step, like = trainer.step(ONE)
+    good = put_batch(trainer.rows, accum=1, mesh=like.mesh)
+    mask = trainer.rows.loss_mask * np.float32(np.nan)
+    bad = put_batch(trainer.rows._replace(loss_mask=mask), accum=1, mesh=like.mesh)
+    ends = {}
+    for name, batches in {"with": [good, bad, good], "without": [good, good]}.items():
+        state = trainer.state(like)
+        for batch in batches:
+            state, metrics = step(state, batch)
+        assert (metrics["skipped"], metrics["in_a_row"]) == (len(batches) - 2, 0)
+        assert int(state.step) == len(batches)
+        ends[name] = jax.tree.map(np.asarray, (state.params, state.opt_state, metrics["lr"]))
+    jax.tree.map(np.testing.assert_array_equal, ends["with"], ends["without"])
+
+
+def test_skipping_keeps_no_second_state(trainer, monkeypatch):
+    """The step with its guard against one that always updates.
+
+    Weights and each moment are a third of the state: a copy of any of them would show.
+    """
+    guarded, _ = trainer.step(ONE)
+    monkeypatch.setattr("train.step.step.judge", lambda guard, **_: (True, guard))
+    free, _ = Trainer(trainer.model, trainer.rows).step(ONE)
+    assert guarded.cost_analysis()["flops"] > free.cost_analysis()["flops"]  # it does choose
+    a, b = guarded.memory_analysis(), free.memory_analysis()
+    assert a.temp_size_in_bytes - b.temp_size_in_bytes < 0.25 * a.alias_size_in_bytes
+    assert a.alias_size_in_bytes == b.alias_size_in_bytes
+
+
+def test_state_is_donated_and_keeps_its_place(trainer):
+    """No second copy of weights and moments; every array stays sharded as it was."""
+    step, like = trainer.step((2, 2, 2))
+    state = trainer.state(like)
+    held = sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(state))
+    assert step.memory_analysis().alias_size_in_bytes >= 0.99 * held
+    after, _ = step(state, put_batch(trainer.rows, accum=1, mesh=like.mesh))
+    assert all(a.is_deleted() for a in jax.tree.leaves(state))
+    assert jax.tree.map(lambda a: a.sharding, after) == jax.tree.map(lambda a: a.sharding, like)
+
+
+def _close(params, want):
+    """Two Adam steps: an update is lr * g / |g| near g = 0, where rounding decides its sign."""
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), params, want)

@@ -1,0 +1,1 @@
+"""`python -m train.bench`: the whole step's table, beside PyTorch's."""

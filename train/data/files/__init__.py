@@ -1,0 +1,1 @@
+"""Files of every format to what their rows mean, as text and chats."""

@@ -1,0 +1,1 @@
+"""Rows to tokens, by all cores, and the cache that keeps them."""

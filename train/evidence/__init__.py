@@ -1,0 +1,1 @@
+"""What a run says of itself: metrics, validation, samples, skipped steps, traces, curves."""

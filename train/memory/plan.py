@@ -1,0 +1,172 @@
+"""What a training step needs, per device, before anything is compiled.
+
+An estimate from shapes. Weights, optimizer and what remat keeps are there all the time; the logits
+are gone before the gradients grow, so the fullest moment is either the end of the loss or that of
+the backward pass through one block. Under a scan all gradients are there by then, as stacks; where
+each layer is compiled on its own, its gradients take the place of what remat kept of it. What XLA
+may or may not fuse is left out. The estimate picks the default model on a GPU, and refuses what
+cannot fit before minutes are spent on finding out.
+"""
+
+import dataclasses
+
+from jax.sharding import AbstractMesh, Mesh
+
+from jaxattn import eager
+from models.config import ModelConfig
+from train.devices.mesh import row_shards
+from train.flags.sections import OptimConfig
+from train.step.compact_adam import BLOCK
+from train.step.loss import CHUNK_TOKENS
+
+GiB = 2**30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Bytes per device, by what they are for."""
+
+    weights: int
+    """Parameters, and their copy in the compute type: where that is another, or where layers are
+    taken out of their stacks."""
+
+    optimizer: int
+    """Moments."""
+
+    sums: int
+    """Under accumulation: the float32 sum of the gradients."""
+
+    gathered: int
+    """Over fsdp: the embedding table, and one block's weights and gradients."""
+
+    activations: int
+    """What remat keeps of every block."""
+
+    logits: int
+    """One chunk of logits and its gradient, the output matrix and its float32 gradient."""
+
+    gradients: int
+    """In the compute type; without a scan what of them exceeds the activations."""
+
+    block: int
+    """Everything of one block: a value's gradient takes its place."""
+
+    scores: int
+    """The score matrices of one layer where attention holds them whole (eager)."""
+
+    host: int
+    """What remat keeps in the host's memory; not part of the total."""
+
+    @property
+    def backward(self) -> int:
+        """What the backward pass holds besides what is always there."""
+        return self.gradients + self.block + self.scores
+
+    @property
+    def total(self) -> int:
+        """The fullest moment."""
+        always = self.weights + self.optimizer + self.sums + self.gathered + self.activations
+        return always + max(self.logits, self.backward)
+
+    def __str__(self) -> str:
+        """One line, in GiB."""
+
+        def named(*names: str) -> str:
+            have = [n for n in names if getattr(self, n)]
+            return ", ".join(f"{n} {getattr(self, n) / GiB:.2f}" for n in have)
+
+        always = named("weights", "optimizer", "sums", "gathered", "activations")
+        backward, loss = named("gradients", "block", "scores"), named("logits")
+        host = f"; on the host {self.host / GiB:.2f}" if self.host else ""
+        return (
+            f"{self.total / GiB:.2f} GiB per device: {always}, and the larger of {backward} "
+            f"(backward pass) and {loss} (loss){host}"
+        )
+
+
+def plan(
+    model: ModelConfig,
+    mesh: Mesh | AbstractMesh,
+    *,
+    rows: int,
+    seq_len: int,
+    accum: int,
+    remat: str,
+    itemsize: int,
+    attn: str,
+    scan: bool,
+    optim: OptimConfig | None = None,
+    param_itemsize: int = 4,
+) -> Plan:
+    """Counts the bytes of a step.
+
+    Args:
+        model: the architecture.
+        mesh: the devices.
+        rows: of one microbatch, over all devices.
+        seq_len: tokens of a row.
+        accum: microbatches of a step.
+        remat: key of `models.remat.REMAT`.
+        itemsize: bytes of the compute dtype.
+        attn: implementation in `jaxattn.IMPLEMENTATIONS`.
+        scan: whether all layers are one loop.
+        optim: the optimizer; None: AdamW in float32.
+        param_itemsize: bytes of a stored weight.
+    """
+    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    tokens = max(1, rows // row_shards(mesh)) * seq_len
+    table = model.hidden_size * model.vocab_size
+    of_block = (model.num_params() - 2 * table) // model.num_layers // tensor
+    parameters = model.num_params() // (fsdp * tensor)
+    in_blocks = 1 - 2 * table / model.num_params()
+    kept, on_host, everything = _per_token(model, tensor, remat, itemsize, attn)
+    chunk = min(tokens, CHUNK_TOKENS) * model.vocab_size // tensor
+    local = tokens // seq_len, seq_len, seq_len, model.num_heads // tensor
+    moments = _moment_bytes(optim or OptimConfig(), in_blocks)
+    copied = 1.0 if itemsize != param_itemsize else 0.0 if scan else in_blocks
+    activations = tokens * model.num_layers * kept
+    return Plan(
+        weights=int(parameters * (param_itemsize + copied * itemsize)),
+        optimizer=int(parameters * moments),
+        sums=parameters * 4 if accum > 1 else 0,
+        gathered=(2 * of_block * itemsize + 4 * table // tensor) if fsdp > 1 else 0,
+        activations=activations,
+        logits=chunk * (8 + itemsize) + table // tensor * (4 + itemsize),
+        gradients=max(0, parameters * itemsize - (0 if scan else activations)),
+        block=tokens * everything,
+        scores=eager.score_bytes(*local) if attn == "eager" else 0,
+        host=tokens * model.num_layers * on_host,
+    )
+
+
+def _moment_bytes(optim: OptimConfig, in_blocks: float) -> float:
+    """Bytes of optimizer state per parameter; `in_blocks` is the share of the blocks in them."""
+    of_adam = {"fp32": 8.0, "bf16": 4.0, "int8": 2 * (1 + 4 / BLOCK)}[optim.state]
+    of_muon = 4 * in_blocks + 8 * (1 - in_blocks)
+    # Adafactor has a row and a column for each matrix.
+    return {"adamw": of_adam, "lion": 4.0, "adafactor": 0.0, "muon": of_muon}[optim.name]
+
+
+def _per_token(
+    model: ModelConfig, tensor: int, remat: str, itemsize: int, attn: str
+) -> tuple[int, int, int]:
+    """Bytes per token and block: kept on the device, kept on the host, made by a block in all."""
+    embed = model.hidden_size
+    out = model.num_heads * model.head_dim // tensor
+    qkv = out + 2 * model.num_kv_heads * model.head_dim // tensor
+    ffn = model.intermediate_size // tensor
+    lse = 4 * model.num_heads // tensor
+    if attn != "pallas":  # only the kernel names its output
+        named = lse = 0
+    else:
+        named = out
+    kept, on_host = {
+        # Both norms keep what they read and made in float32; SwiGLU six arrays.
+        "none": (itemsize * (4 * embed + qkv + named + 6 * ffn) + 16 * embed + lse, 0),
+        "dots": (itemsize * (2 * embed + qkv + named + 2 * ffn) + lse, 0),
+        "qkv": (itemsize * (embed + qkv + named) + lse, 0),
+        "attention": (itemsize * (embed + named) + lse, 0),
+        "full": (itemsize * embed, 0),
+        "offload": (lse, itemsize * (embed + named)),
+    }[remat]
+    return kept, on_host, itemsize * (4 * embed + out + qkv + 4 * ffn)

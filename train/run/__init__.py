@@ -1,0 +1,1 @@
+"""The story of a run, from its flags to its last checkpoint."""

@@ -1,0 +1,114 @@
+"""What a run is put together from: data, model, compiled step, first weights."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from flax import nnx
+
+from models import load
+from models.internlm2 import InternLM2, init
+from train.data import Loader, default_cache, open_data
+from train.devices.device import compiler_options
+from train.devices.hosts import share
+from train.flags.config import Config
+from train.run.defaults import Settled
+from train.say import say
+from train.step.schedule import schedule
+from train.step.state import Params, TrainState, params_of
+from train.step.step import Step, batch_struct, compile_step, make_step
+
+
+def with_steps(config: Config, rows: int, in_step: int) -> Config:
+    """The configuration with the steps that its epochs come to.
+
+    Args:
+        config: with steps, or epochs.
+        rows: of the data.
+        in_step: rows of a step.
+    """
+    if config.epochs is None:
+        return config
+    steps = max(1, math.ceil(config.epochs * rows / in_step))
+    say(f"{config.epochs:g} epochs of {rows:,} rows are {steps:,} steps")
+    return dataclasses.replace(config, steps=steps)
+
+
+def open_set(
+    config: Config,
+    settled: Settled,
+    files: tuple[str, ...],
+    *,
+    hold_out: float = 0.0,
+    split: Literal["train", "val"] = "train",
+) -> Loader:
+    """Opens files, or the built-in text where there are none, as batches of this run."""
+    index, count = share(settled.mesh)
+    return open_data(
+        files or None,
+        settled.tokenizer,
+        seq_len=config.seq_len,
+        batch_size=settled.rows,
+        seed=config.seed,
+        strict=config.data.strict,
+        packing=config.data.packing if split == "train" else "fit",
+        overlong=config.data.overlong,
+        hold_out=hold_out,
+        split=split,
+        cache=Path(config.data.cache) if config.data.cache else default_cache(),
+        host_index=index,
+        host_count=count,
+    )
+
+
+def open_validation(config: Config, settled: Settled) -> Iterator[tuple[str, Loader]]:
+    """Yields the name and the loader of every validation set."""
+    if share := config.data.hold_out:
+        loader = open_set(config, settled, config.data.files, hold_out=share, split="val")
+        yield "held_out", loader
+        return
+    for file in config.data.val:
+        yield Path(file).stem, open_set(config, settled, (file,))
+
+
+def model_maker(config: Config, settled: Settled):
+    """Builds the model, under a trace: its weights are never made."""
+    return lambda: InternLM2(
+        settled.model,
+        rngs=nnx.Rngs(params=config.seed),
+        attn=settled.attn,
+        deterministic=config.deterministic,
+        dtype=settled.dtype,
+        param_dtype=settled.param_dtype,
+        remat=settled.remat,
+        scan=settled.scan,
+    )
+
+
+def first_params(config: Config, settled: Settled, like: TrainState) -> Params:
+    """The weights that a new run begins with: loaded, or random; in `like`'s shards."""
+    if settled.weights is not None:
+        model = load(settled.weights, param_dtype=settled.param_dtype.name, mesh=settled.mesh)
+        say(f"loaded the weights of {settled.weights}")
+    else:
+        model = init(settled.model, seed=config.seed, mesh=settled.mesh)
+    return params_of(model, like)
+
+
+def compile_training(
+    config: Config, settled: Settled, graphdef: nnx.GraphDef, tx, like: TrainState
+) -> Step:
+    """Compiles the training step for the run's shapes, and says how long it took."""
+    batch = batch_struct(
+        rows=settled.rows, seq_len=config.seq_len, accum=config.accum, mesh=settled.mesh
+    )
+    begun = time.perf_counter()
+    rate = schedule(config.optim, settled.lr, config.steps)
+    step = make_step(graphdef, tx, rate, spike=config.guard.spike, z_loss=config.z_loss)
+    options = compiler_options(deterministic=config.deterministic)
+    compiled = compile_step(step, like, batch, options)
+    say(f"compiled the step in {time.perf_counter() - begun:.1f} s")
+    return compiled
