@@ -95,7 +95,7 @@ def test_an_existing_destination_is_refused(source, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "stage", ["convert.hf_parameters", "convert.save_orbax", "companions.copy_beside"]
+    "stage", ["convert.hf_parameters", "convert.save_orbax", "weights.companions.copy_beside"]
 )
 def test_a_failure_leaves_nothing_behind(source, tmp_path, monkeypatch, capsys, stage):
     def fail(*args, **kwargs):
