@@ -3,17 +3,18 @@
 # make check          lint, types and import floors
 # make codegen        compile the kernels for an H200, without one, and check the machine code
 #
-# Needs Python >= 3.12 and nothing else. With an NVIDIA driver the environment gets the CUDA 12
-# build of jax; CUDA=13 asks for the CUDA 13 build. EXTRAS=torch also installs PyTorch (several GB),
-# with which the tests compare live.
+# Needs Python >= 3.12 and nothing else. With an NVIDIA driver the environment gets the CUDA 13 build
+# of jax, or the CUDA 12 build where the driver is too old for it; CUDA=12 or CUDA=13 decides.
+# EXTRAS=torch also installs PyTorch (several GB), with which the tests compare live.
 
 PYTHON ?= $(shell command -v python3.12 || command -v python3.13 || command -v python3)
 VENV ?= .venv
-CUDA ?= 12
 EXTRAS ?=
 ARGS ?=
 
 HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
+# nvidia-smi says the newest CUDA that its driver can run.
+CUDA ?= $(shell nvidia-smi 2>/dev/null | grep -qE 'CUDA[A-Z ]* Version: *12\.' && echo 12 || echo 13)
 CUDA_EXTRA := $(if $(HAS_GPU),cuda$(CUDA))
 comma := ,
 
