@@ -4,6 +4,8 @@ B batch, T query pos, S key pos, N query heads, K kv heads, H head dim.
 """
 
 import dataclasses
+import math
+import numbers
 import os
 import typing
 from collections.abc import Callable
@@ -25,6 +27,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
 }
 # The names that PyTorch users know.
 ALIASES = {"flash_attention_2": "pallas", "sdpa": "xla"}
+DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 Shaped = Array | jax.ShapeDtypeStruct
 
@@ -76,13 +79,13 @@ def attention(
     every device then works on its own part, without communication.
 
     Args:
-      q_BTNH: queries, any float dtype that the implementation takes (pallas: bf16, fp16).
+      q_BTNH: queries, bf16, fp16 or fp32 (pallas and cudnn: bf16, fp16); no axis is empty.
       k_BSKH: keys, same dtype; N must be a multiple of K.
       v_BSKH: values, same shape and dtype as the keys.
       mask: what each query sees; None: causal, one document a row. A mask from `prepare` saves
         the kernel's tile metadata from being computed again in every layer.
       impl: "auto", "pallas" (or "flash_attention_2"), "cudnn", "xla" (or "sdpa"), "eager".
-      scale: factor on the scores; None: H ** -0.5.
+      scale: factor on the scores, a finite number (pallas: above 0); None: H ** -0.5.
       deterministic: the same inputs give the same bits in every run, gradients included. Output,
         dk and dv of pallas do so anyway; its dq is then summed in a fixed order, by a kernel of
         its own (7 products in place of 5). xla and eager are sums in a fixed order on a CPU; on
@@ -97,7 +100,8 @@ def attention(
       [B, T, N]; -inf for queries that see nothing. It is differentiable as well.
 
     Raises:
-      ValueError: the arguments contradict each other.
+      TypeError: mask is no `Mask`.
+      ValueError: the arguments contradict each other, or the mask's plan was made for others.
       NotImplementedError: the chosen implementation cannot run them, on this device or at all.
 
     Memory beyond inputs and output: pallas O(T) forward and backward, cudnn the same; xla
@@ -105,9 +109,9 @@ def attention(
     """
     mask = Mask() if mask is None else mask
     _check_shapes(q_BTNH, k_BSKH, v_BSKH, mask)
+    scale = q_BTNH.shape[-1] ** -0.5 if scale is None else _number(scale)
     asked: dict[str, bool] = {"deterministic": deterministic, "return_lse": return_lse}
-    name, _ = resolve(impl, q_BTNH, k_BSKH, mask, **asked)
-    scale = q_BTNH.shape[-1] ** -0.5 if scale is None else float(scale)
+    name, _ = resolve(impl, q_BTNH, k_BSKH, mask, scale=scale, **asked)
 
     def run(q, k, v, mask):
         options = {"return_lse": True} if return_lse else {}
@@ -152,6 +156,7 @@ def resolve(
     k: Shaped,
     mask: Mask | None = None,
     *,
+    scale: float | None = None,
     deterministic: bool = False,
     return_lse: bool = False,
 ) -> tuple[str, str]:
@@ -162,6 +167,7 @@ def resolve(
       q: queries [B, T, N, H] or a ShapeDtypeStruct.
       k: keys [B, S, K, H] or a ShapeDtypeStruct.
       mask: what will be asked of it; None: nothing beyond shapes is checked.
+      scale: as for `attention`.
       deterministic: as for `attention`.
       return_lse: as for `attention`.
 
@@ -174,22 +180,21 @@ def resolve(
     """
     device = target_device()
     if impl == "auto":
-        if device.platform != "gpu":
-            return "xla", f"auto: a {device.platform} device, where the kernels cannot run"
-        why_not = pallas.why_not(device, q, k)
-        if why_not:
-            return "xla", f"auto: pallas cannot: {why_not}"
-        return "pallas", "auto: a Hopper GPU"
-    name = ALIASES.get(impl, impl)
+        name, reason = _choose(device, q, scale)
+    else:
+        name = ALIASES.get(impl, impl)
+        reason = "asked for" if name == impl else f"asked for as {impl}"
     if name not in IMPLEMENTATIONS:
         known = ", ".join(["auto", *IMPLEMENTATIONS, *ALIASES])
         raise ValueError(f"unknown attention implementation {impl!r}; choose one of {known}")
-    why_not = _why_not(name, device, q, k, mask)
-    if name == "cudnn" and not why_not:
-        why_not = cudnn.why_not(deterministic=deterministic, return_lse=return_lse)
+    if name == "cudnn":
+        asked: dict[str, bool] = {"deterministic": deterministic, "return_lse": return_lse}
+        why_not = cudnn.why_not(device, q, mask, **asked)
+    else:
+        why_not = _why_not(name, device, q, k, scale)
     if why_not:
         raise NotImplementedError(f"attention {name!r} cannot run: {why_not}")
-    return name, "asked for" if name == impl else f"asked for as {impl}"
+    return name, reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,11 +266,15 @@ def device_memory(device: jax.Device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _check_shapes(q: Shaped, k: Shaped, v: Shaped, mask: Mask) -> None:
+def _check_shapes(q: Shaped, k: Shaped, v: Shaped, mask: Any) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if len(x.shape) != 4:
             raise ValueError(f"{name} has shape {x.shape}, must have 4 axes: batch, pos, head, dim")
+    if not isinstance(mask, Mask):
+        raise TypeError(f"mask is a {type(mask).__name__}, must be a jaxattn.Mask or None (causal)")
     (batch, t, num_heads, head_dim), (_, s, num_kv_heads, _) = q.shape, k.shape
+    if 0 in (*q.shape, *k.shape):
+        raise ValueError(f"q {q.shape} and k {k.shape} must have no empty axis")
     if v.shape != k.shape:
         raise ValueError(f"v has shape {v.shape}, must be k's {k.shape}")
     if k.shape[0] != batch or k.shape[3] != head_dim:
@@ -274,27 +283,36 @@ def _check_shapes(q: Shaped, k: Shaped, v: Shaped, mask: Mask) -> None:
         raise ValueError(f"{num_heads} query heads must be a multiple of {num_kv_heads} kv heads")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; must be one")
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q, k, v have dtype {q.dtype}, must be bfloat16, float16 or float32")
     mask.validate(batch, t, s)
 
 
-def _why_not(name: str, device: jax.Device, q: Shaped, k: Shaped, mask: Mask | None) -> str | None:
+def _number(scale: Any) -> float:
+    if not isinstance(scale, numbers.Real) or not math.isfinite(scale):
+        raise ValueError(f"scale={scale!r} must be a finite number, known while tracing")
+    return float(scale)
+
+
+def _choose(device: jax.Device, q: Shaped, scale: float | None) -> tuple[str, str]:
+    """What "auto" means, and why."""
+    if device.platform != "gpu":
+        return "xla", f"auto: a {device.platform} device, where the kernels cannot run"
+    why_not = pallas.why_not(device, q, scale)
+    if why_not:
+        return "xla", f"auto: pallas cannot: {why_not}"
+    return "pallas", "auto: a Hopper GPU"
+
+
+def _why_not(
+    name: str, device: jax.Device, q: Shaped, k: Shaped, scale: float | None
+) -> str | None:
     """The reason why an implementation cannot run, or None."""
     if name == "pallas":
-        why = pallas.why_not(device, q, k)
+        why = pallas.why_not(device, q, scale)
         return why and f"{why}; use impl='xla', which runs everywhere"
     if name == "xla" and device.platform == "cpu" and q.dtype == jnp.float16:
         return "jax.nn takes no float16 on a CPU; use bfloat16 or float32, or impl='eager'"
-    if name == "cudnn":
-        if device.platform != "gpu":
-            return f"cuDNN needs an NVIDIA GPU, this is a {device.platform} device; use impl='xla'"
-        if mask is not None and mask.segment_ids is not None:
-            return "it has no document mask (segment_ids given); use impl='pallas' or impl='xla'"
-        if mask is not None and mask.blocks is not None:
-            return "it has no block mask (blocks given); use impl='pallas' or impl='xla'"
-        if mask is not None and mask.window is not None and not mask.causal:
-            return "cuDNN takes a window only with causal; use impl='pallas' or impl='xla'"
-        if q.dtype not in (jnp.bfloat16, jnp.float16):
-            return f"it takes bfloat16 and float16, not {q.dtype}; use impl='xla'"
     if name == "eager":
         batch, t, num_heads = sharded.local(q).shape[:3]
         need = eager.score_bytes(batch, t, k.shape[1], num_heads)

@@ -86,8 +86,8 @@ def query_map(
     Raises:
       NotImplementedError: the mask has a block pattern, and the tiles do not divide its blocks.
     """
-    after = 0 if mask.causal else None if mask.window is None else mask.window - 1
-    before = None if mask.window is None else mask.window - 1
+    before = mask.reach(t, s)
+    after = 0 if mask.causal else before
     ids = (mask.segment_ids, mask.key_ids)
     blocks = _blocks_of_batch(mask, batch)
     return _block_map(*ids, blocks, batch, t, s, before, after, group, groups, tile, repeat)
@@ -100,8 +100,8 @@ def key_map(
 
     Args, Raises: as `query_map`, with queries and keys exchanged.
     """
-    before = 0 if mask.causal else None if mask.window is None else mask.window - 1
-    after = None if mask.window is None else mask.window - 1
+    after = mask.reach(t, s)
+    before = 0 if mask.causal else after
     ids = (mask.key_ids, mask.segment_ids)
     blocks = _blocks_of_batch(mask, batch)
     if blocks is not None:

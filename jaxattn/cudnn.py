@@ -1,6 +1,7 @@
 """cuDNN's fused attention through jax.nn: a strong baseline for rows of one document."""
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxattn.mask import Mask
@@ -16,27 +17,13 @@ def attention(
 ) -> Float[Array, "B T N H"]:
     """`jax.nn.dot_product_attention(implementation="cudnn")`, causal and window masks only.
 
-    Raises:
-      NotImplementedError: the mask has documents or a block pattern. jax.nn has no public mask
-        for either with cuDNN, and a dense one would be T x S in memory and slow. Or a window
-        without causal, which cuDNN has not.
+    What it has not, `why_not` says; the interface asks it first.
 
     References:
       jax.nn.dot_product_attention.
     """
-    if mask.segment_ids is not None:
-        raise NotImplementedError(
-            "cudnn has no document mask (segment_ids given); use impl='pallas' or impl='xla'"
-        )
-    if mask.blocks is not None:
-        raise NotImplementedError(
-            "cudnn has no block mask (blocks given); use impl='pallas' or impl='xla'"
-        )
-    if mask.window is not None and not mask.causal:
-        raise NotImplementedError(
-            "cudnn has a window only with causal; use impl='pallas' or impl='xla'"
-        )
-    window = None if mask.window is None else (mask.window - 1, 0)
+    reach = mask.reach(q_BTNH.shape[1], k_BSKH.shape[1])
+    window = None if reach is None else (reach, 0)
     return jax.nn.dot_product_attention(
         q_BTNH,
         k_BSKH,
@@ -48,8 +35,29 @@ def attention(
     )
 
 
-def why_not(*, deterministic: bool, return_lse: bool) -> str | None:
-    """What jax.nn cannot ask of cuDNN; None if it can."""
+def why_not(
+    device: jax.Device,
+    q: Array | jax.ShapeDtypeStruct,
+    mask: Mask | None,
+    *,
+    deterministic: bool,
+    return_lse: bool,
+) -> str | None:
+    """What jax.nn cannot ask of cuDNN, and what can; None if it can.
+
+    It has no public mask for documents or block patterns with cuDNN, and a dense one would be
+    T x S in memory and slow.
+    """
+    if device.platform != "gpu":
+        return f"cuDNN needs an NVIDIA GPU, this is a {device.platform} device; use impl='xla'"
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it takes bfloat16 and float16, not {q.dtype}; use impl='xla'"
+    if mask is not None and mask.segment_ids is not None:
+        return "it has no document mask (segment_ids given); use impl='pallas' or impl='xla'"
+    if mask is not None and mask.blocks is not None:
+        return "it has no block mask (blocks given); use impl='pallas' or impl='xla'"
+    if mask is not None and mask.window is not None and not mask.causal:
+        return "cuDNN takes a window only with causal; use impl='pallas' or impl='xla'"
     if deterministic:
         return (
             "jax.nn cannot ask cuDNN for a backward pass that gives the same bits in every run "

@@ -5,6 +5,7 @@ kernel's work from it.
 """
 
 import dataclasses
+import numbers
 import typing
 from typing import Any
 
@@ -56,7 +57,8 @@ class Mask:
       window: sliding window in tokens, at least 1; None: unlimited.
       blocks: block pattern, bool [T / 128, S / 128] for all rows of the batch or [B, T / 128,
         S / 128] for each, T / 128 and S / 128 rounded up; None: every block.
-      plan: filled in by `jaxattn.prepare`, never by hand: tile metadata of one implementation.
+      plan: filled in by `jaxattn.prepare`, never by hand: tile metadata of one implementation, for
+        all of the above. Who replaces any of it prepares again.
     """
 
     segment_ids: Int[Array, "B T"] | None = None
@@ -86,8 +88,14 @@ class Mask:
         Raises:
           ValueError: a shape, a dtype or the window does not fit; nothing was compiled yet.
         """
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window={self.window} must be at least 1 (1: a token sees itself)")
+        window = self.window
+        if window is not None:
+            if not isinstance(window, numbers.Integral) or isinstance(window, bool):
+                raise ValueError(f"window={window!r} must be a number of tokens, an int, or None")
+            if window < 1:
+                raise ValueError(f"window={window} must be at least 1 (1: a token sees itself)")
+        if not isinstance(self.causal, bool):
+            raise ValueError(f"causal={self.causal!r} must be True or False")
         self._validate_blocks(batch, t, s)
         query_ids, key_ids = self.segment_ids, self.key_ids
         if query_ids is None or key_ids is None:
@@ -116,6 +124,18 @@ class Mask:
         if dtype != jnp.bool_:
             raise ValueError(f"blocks has dtype {dtype}, must be bool (for 0 and 1: blocks != 0)")
 
+    def reach(self, t: int, s: int) -> int | None:
+        """How many tokens away the window lets a query see, at most; None: it has none.
+
+        Never more than a row has tokens, so that positions can be added to it in int32 whatever
+        the window.
+
+        Args:
+          t: queries in a row.
+          s: keys in a row.
+        """
+        return None if self.window is None else min(int(self.window) - 1, max(t, s))
+
     def visible(
         self, t: int, s: int, *, start: int | Int[Array, ""] = 0, size: int | None = None
     ) -> Bool[Array, "#B size s"]:
@@ -137,10 +157,11 @@ class Mask:
         allowed = jnp.ones((1, size, s), bool)
         if self.causal:
             allowed &= j <= i
-        if self.window is not None:
-            allowed &= i - j < self.window
+        reach = self.reach(t, s)
+        if reach is not None:
+            allowed &= i - j <= reach
             if not self.causal:
-                allowed &= j - i < self.window
+                allowed &= j - i <= reach
         query_ids, key_ids = self.segment_ids, self.key_ids
         if query_ids is not None and key_ids is not None:
             ids = jax.lax.dynamic_slice_in_dim(query_ids, start, size, axis=1)[:, :, None]

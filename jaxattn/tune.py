@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
             continue
         device = api.target_device()
         q = jax.ShapeDtypeStruct((1, 1, layout[0], layout[2]), jnp.bfloat16)
-        if why := op.why_not(device, q, q):
+        if why := op.why_not(device, q):
             print(f"error: {why}; --dry_run lists the candidates", file=sys.stderr)
             return 1
         row = tune(layout, shapes)
@@ -171,9 +171,11 @@ def compiled(
 
 def planned(shape: Shape, tiles: Tiles) -> Mask:
     """The shape's mask with the metadata for these tiles."""
-    mask = shape.mask()
-    sizes = shape.batch, shape.length, shape.length
-    return dataclasses.replace(mask, plan=op._plan(mask, sizes, tiles))
+    q, k = (
+        jax.ShapeDtypeStruct((shape.batch, shape.length, heads, shape.head_dim), jnp.bfloat16)
+        for heads in (shape.heads, shape.kv_heads)
+    )
+    return op.planned(shape.mask(), q, k, tiles)
 
 
 def difference(found: tuple, expected: tuple) -> str | None:

@@ -44,12 +44,14 @@ class Plan:
       keys: work of the backward kernel.
       dq: work of the deterministic backward's dq kernel; None where it is that of the forward.
       tiles: the tile sizes that they were made for.
+      problem: `_problem` that they were made for.
     """
 
     queries: BlockMap
     keys: BlockMap
     dq: BlockMap | None
     tiles: Tiles = dataclasses.field(metadata={"static": True})
+    problem: str = dataclasses.field(metadata={"static": True})
 
 
 def attention(
@@ -68,17 +70,18 @@ def attention(
     needs dq in fp32 (4 * H bytes a query and head) while it runs; the deterministic one does not.
 
     Raises:
-      NotImplementedError: scale is not above 0 (the running maximum is taken before scaling).
+      ValueError: mask.plan was made for other shapes, heads, or another kind of mask.
 
     References:
       Dao 2023, arXiv:2307.08691 (FlashAttention-2); Shah et al. 2024, arXiv:2407.08608
       (FlashAttention-3).
     """
-    if not scale > 0:
-        raise NotImplementedError(f"pallas attention needs scale > 0, got {scale}; use impl='xla'")
     plan = mask.plan
     if plan is None:
         plan = prepare(mask, q_BTNH, k_BSKH).plan
+    here = _problem(mask, q_BTNH, k_BSKH)
+    if plan.problem != here:
+        raise ValueError(f"mask.plan was prepared for {plan.problem}, not {here}: prepare again")
     B, T, N, H = q_BTNH.shape
     length, kv_length = (block_map.stride(mask, x.shape[1]) for x in (q_BTNH, k_BSKH))
     merged = [_merge_rows(q_BTNH, length), *(_merge_rows(x, kv_length) for x in (k_BSKH, v_BSKH))]
@@ -93,9 +96,13 @@ def attention(
 
 def prepare(mask: Mask, q: Shaped, k: Shaped) -> Mask:
     """The mask with the tile metadata of both kernels in `plan`."""
-    tiles = choose_tiles(q.shape[2], k.shape[2], q.shape[3])
+    return planned(mask, q, k, choose_tiles(q.shape[2], k.shape[2], q.shape[3]))
+
+
+def planned(mask: Mask, q: Shaped, k: Shaped, tiles: Tiles) -> Mask:
+    """As `prepare`, for tiles of one's own choice."""
     sizes = q.shape[0], q.shape[1], k.shape[1]
-    return dataclasses.replace(mask, plan=_plan(mask, sizes, tiles))
+    return dataclasses.replace(mask, plan=_plan(mask, sizes, tiles, _problem(mask, q, k)))
 
 
 def describe(mask: Mask, q: Shaped, k: Shaped) -> tuple[str, float]:
@@ -110,8 +117,12 @@ def describe(mask: Mask, q: Shaped, k: Shaped) -> tuple[str, float]:
     return str(plan.tiles), max(0.0, 1.0 - float(visited.sum()) / total)
 
 
-def why_not(device: jax.Device, q: Shaped, k: Shaped) -> str | None:
-    """Why the kernels cannot run these shapes on this device; None if they can."""
+def why_not(device: jax.Device, q: Shaped, scale: float | None = None) -> str | None:
+    """Why the kernels cannot run this on this device; None if they can.
+
+    The scale (None: the default one) must be above 0, because the maximum of scores is taken
+    before they are scaled.
+    """
     capability = str(getattr(device, "compute_capability", ""))
     if device.platform != "gpu" or capability != "9.0":
         name = getattr(device, "device_kind", device.platform)
@@ -120,11 +131,19 @@ def why_not(device: jax.Device, q: Shaped, k: Shaped) -> str | None:
         return f"it takes bfloat16 and float16, not {q.dtype}"
     if q.shape[-1] not in HEAD_DIMS:
         return f"it takes head_dim {' or '.join(map(str, HEAD_DIMS))}, not {q.shape[-1]}"
+    if scale is not None and not scale > 0:
+        return f"it takes scale > 0, not {scale}"
     return None
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))  # outside a jit too: one compilation, not 50
-def _plan(mask: Mask, sizes: tuple[int, int, int], tiles: Tiles) -> Plan:
+def _problem(mask: Mask, q: Shaped, k: Shaped) -> str:
+    """What a plan depends on, in words: all of it that is known while tracing."""
+    sizes = f"q {list(q.shape[:3])}, k {list(k.shape[:3])} (batch, tokens, heads)"
+    return f"{sizes}, a mask that is {mask.kind}"
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))  # outside a jit too: one compilation, not 50
+def _plan(mask: Mask, sizes: tuple[int, int, int], tiles: Tiles, problem: str) -> Plan:
     def queries(tiles: ForwardTiles) -> BlockMap:
         sizes_of_tile = {"group": tiles.group, "groups": CONSUMERS, "tile": tiles.block_kv}
         return block_map.query_map(mask, *sizes, **sizes_of_tile, repeat=tiles.heads)
@@ -132,7 +151,8 @@ def _plan(mask: Mask, sizes: tuple[int, int, int], tiles: Tiles) -> Plan:
     fwd, bwd, dq = tiles.forward, tiles.backward, tiles.dq
     same = (dq.heads, dq.block_kv) == (fwd.heads, fwd.block_kv)
     keys = block_map.key_map(mask, *sizes, group=bwd.block_kv, groups=1, tile=bwd.block_q)
-    return Plan(queries=queries(fwd), keys=keys, dq=None if same else queries(dq), tiles=tiles)
+    dq_map = None if same else queries(dq)
+    return Plan(queries=queries(fwd), keys=keys, dq=dq_map, tiles=tiles, problem=problem)
 
 
 def _merge_rows(x: Array, length: int) -> Array:

@@ -1,5 +1,7 @@
 """The attention interface: choice of implementation, argument checks, sharding."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -213,8 +215,19 @@ def test_one_form_is_deterministic_too(impl):
 def test_pallas_needs_a_positive_scale(monkeypatch):
     monkeypatch.setattr(api, "target_device", hopper)
     q, k, v = _qkv(h=128, dtype=jnp.bfloat16)
-    with pytest.raises(NotImplementedError, match="needs scale > 0, got -1.0; use impl='xla'"):
+    with pytest.raises(NotImplementedError, match="it takes scale > 0, not -1.0; use impl='xla'"):
         attention(q, k, v, impl="pallas", scale=-1.0)
+    name, why = resolve("auto", q, k, scale=0.0)
+    assert name == "xla" and "scale > 0, not 0.0" in why
+
+
+@CPU
+def test_auto_asks_what_it_chose_as_well():
+    """float16, which jax.nn does not take on a CPU: the same words as for xla asked for by name."""
+    q, k, v = _qkv(dtype=jnp.float16)
+    for impl in ("auto", "xla"):
+        with pytest.raises(NotImplementedError, match="no float16 on a CPU; .* impl='eager'"):
+            attention(q, k, v, impl=impl)
 
 
 @CPU
@@ -243,8 +256,21 @@ def test_eager_is_refused_where_its_scores_cannot_fit(monkeypatch):
         (((2, 16, 4, 8),) * 3, Mask(window=0), "window=0 must be at least 1"),
         (((2, 16, 4, 8),) * 3, Mask(segment_ids=jnp.ones((2, 9), jnp.int32)), r"be \(2, 16\)"),
         (((2, 200, 4, 8),) * 3, Mask(blocks=jnp.ones((1, 2), bool)), r"\(1, 2\), must be \(2, 2\)"),
+        (((0, 16, 4, 8),) * 3, Mask(), "must have no empty axis"),
+        (
+            ((2, 16, 4, 8), (2, 0, 2, 8), (2, 0, 2, 8)),
+            Mask(),
+            r"k \(2, 0, 2, 8\) must have no empty",
+        ),
+        (((2, 16, 4, 8), (2, 16, 0, 8), (2, 16, 0, 8)), Mask(), "must have no empty axis"),
+        (((2, 16, 4, 8),) * 3, Mask(window=2.5), "window=2.5 must be a number of tokens"),
+        (((2, 16, 4, 8),) * 3, Mask(window=True), "window=True must be a number of tokens"),
+        (((2, 16, 4, 8),) * 3, Mask(causal=1), "causal=1 must be True or False"),
     ],
-    ids=["heads", "v", "batch", "head dim", "window", "ids", "blocks"],
+    ids=[
+        *("heads", "v", "batch", "head dim", "window", "ids", "blocks", "no rows", "no keys"),
+        *("no heads", "half a token", "a window that is none", "causal"),
+    ],
 )
 def test_contradicting_arguments(shapes, mask, message):
     """ValueError, one line, before anything is compiled; the same from `resolve`'s callers."""
@@ -258,6 +284,49 @@ def test_dtypes_must_agree():
     q, k, v = _qkv()
     with pytest.raises(ValueError, match="dtypes bfloat16, float32, float32; must be one"):
         attention(q.astype(jnp.bfloat16), k, v)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.bool_, jnp.complex64, jnp.float8_e4m3fn])
+def test_dtypes_that_no_implementation_has(dtype):
+    x = jax.ShapeDtypeStruct((2, 16, 4, 8), dtype)
+    with pytest.raises(ValueError, match=f"dtype {x.dtype}, must be bfloat16, float16 or float32"):
+        api._check_shapes(x, x, x, Mask())
+
+
+def test_an_array_is_no_mask():
+    x = jax.ShapeDtypeStruct((2, 16, 4, 8), jnp.float32)
+    with pytest.raises(TypeError, match=r"mask is a ndarray, must be a jaxattn.Mask or None"):
+        api._check_shapes(x, x, x, np.ones((16, 16), bool))
+
+
+@pytest.mark.parametrize("scale", [float("inf"), float("nan"), "0.5"])
+def test_scale_is_a_finite_number(scale):
+    with pytest.raises(ValueError, match=f"scale={scale!r} must be a finite number"):
+        api._number(scale)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"mask": {"window": 5}},
+        {"mask": {"causal": False}},
+        {"mask": {"blocks": np.ones((1, 1), bool)}},
+        {"sizes": {"b": 1}},
+        {"sizes": {"t": 40, "s": 40}},
+        {"sizes": {"k": 4}},
+    ],
+    ids=["window", "causal", "blocks", "batch", "tokens", "kv heads"],
+)
+def test_a_plan_of_something_else_is_refused(other, monkeypatch):
+    """It would be wrong numbers, or reads outside of the arrays."""
+    monkeypatch.setattr(api, "target_device", hopper)
+    sizes = {"h": 64, "dtype": jnp.bfloat16}
+    q, k, _ = _qkv(**sizes)
+    mask = dataclasses.replace(prepare(Mask(), q, k), **other.get("mask", {}))
+    arrays = _qkv(**sizes, **other.get("sizes", {}))
+    message = r"mask.plan was prepared for q \[2, 16, 4\], k \[2, 16, 2\] .*: prepare again"
+    with pytest.raises(ValueError, match=message):
+        attention(*arrays, mask, impl="pallas")
 
 
 def test_unknown_implementation_lists_the_known():

@@ -64,6 +64,11 @@ CASES = {
     "window": ((1, 200, 200, 2, 2, 128, BF16), {"window": 50}),
     "window to both sides": ((1, 200, 200, 2, 2, 128, BF16), {"window": 150, "causal": False}),
     "window of 1": ((1, 70, 70, 2, 1, 64, BF16), {"window": 1}),
+    "window without end": ((1, 72, 72, 2, 1, 64, BF16), {"window": 2**31 - 1}),
+    "window beyond int32, to both sides": (
+        (1, 40, 72, 2, 1, 64, BF16),
+        {"window": 2**40, "causal": False},
+    ),
     "window and documents, head_dim 64": (
         (1, 200, 200, 2, 1, 64, BF16),
         {"ids": documents(((1, 90), (2, 1), (5, 70), (3, 30), (0, 9))), "window": 30},
