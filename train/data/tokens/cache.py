@@ -64,14 +64,18 @@ def open_documents(
         if isinstance(error, Damaged):
             tqdm.write(f"damaged token cache: {error}; tokenising its part again")
         with _lock(directory, path):
-            _build(path, tokenizer, directory, workers, bar)
+            _build(path, before, tokenizer, directory, workers, bar)
             found = _open_whole(directory, workers)
     else:
         bar.update(before.st_size)
+    _check_same(path, before)
+    return found
+
+
+def _check_same(path: Path, before: os.stat_result) -> None:
     after = path.stat()
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise ValueError(f"{path} changed while it was read: run again when it is complete")
-    return found
 
 
 def _encode(part, tokenizer: Tokenizer, bar: tqdm) -> Documents:
@@ -102,15 +106,27 @@ def _part(directory: Path, number: int) -> Path:
     return directory / f"{number:05}.tokens"
 
 
-def _build(path: Path, tokenizer: Tokenizer, directory: Path, workers: int, bar: tqdm) -> None:
-    """Makes what is missing or damaged; under the lock."""
+def _build(
+    path: Path,
+    before: os.stat_result,
+    tokenizer: Tokenizer,
+    directory: Path,
+    workers: int,
+    bar: tqdm,
+) -> None:
+    """Makes what is missing or damaged; under the lock.
+
+    The key stands for the file as it was `before`: other bytes, once under it, would stay there.
+    """
     for left in directory.glob("*.tmp"):  # of a build that was killed
         left.unlink()
 
     def jobs() -> Iterator[Job]:
         for number, part in enumerate(read_parts(path)):
+            _check_same(path, before)
             file = _part(directory, number)
             yield (dataclasses.replace(part, data=b""), None) if _whole(file) else (part, file)
+        _check_same(path, before)  # one that was cut off ends too soon
 
     count = 0
     for part in write_parts(jobs(), tokenizer, workers=workers):

@@ -98,6 +98,36 @@ def test_a_flipped_byte_is_found_and_its_part_made_anew(
     assert touched == [damaged]
 
 
+@pytest.mark.parametrize("change", ["cut off", "rewritten"])
+@pytest.mark.parametrize("after", [0, 2, None])
+def test_a_file_that_changes_while_it_is_read_leaves_nothing_behind(
+    path, tokenizer, tmp_path, monkeypatch, change, after
+):
+    """Before, between or after its parts; when its bytes are back, so are its tokens."""
+    cache = tmp_path / "cache"
+    plain, content = tokenise([path], tokenizer), path.read_bytes()
+    other = content[:2500] if change == "cut off" else content.replace(b"A", b"B") + b"\n"
+
+    def changing(path):
+        number = 0
+        if after == 0:
+            path.write_bytes(other)
+        for number, part in enumerate(read_parts(path, part=1024), start=1):
+            yield part
+            if number == after:
+                path.write_bytes(other)
+        if after is None:
+            path.write_bytes(other)
+
+    monkeypatch.setattr(cache_module, "read_parts", changing)
+    with pytest.raises(ValueError, match="a.jsonl changed while it was read: run again when"):
+        tokenise([path], tokenizer, cache=cache, workers=1)
+    path.write_bytes(content)
+    monkeypatch.setattr(cache_module, "read_parts", lambda path: read_parts(path, part=1024))
+    assert not list(cache.rglob("whole.json"))
+    assert same(plain, tokenise([path], tokenizer, cache=cache, workers=1))
+
+
 def test_a_cut_off_part_and_a_broken_list_are_made_anew(path, tokenizer, tmp_path, small_parts):
     cache = tmp_path / "cache"
     plain = tokenise([path], tokenizer)
