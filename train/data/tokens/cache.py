@@ -95,7 +95,10 @@ def _key(path: Path, tokenizer: Tokenizer) -> str:
 def _open_whole(directory: Path, workers: int) -> list[Documents]:
     """Raises FileNotFoundError where parts are missing, Damaged where one is not what it was."""
     try:
-        count = json.loads((directory / _WHOLE).read_text())["parts"]
+        whole = json.loads((directory / _WHOLE).read_text())
+        count, checksum = whole["parts"], whole.pop("sha256")
+        if checksum != _checksum(whole):
+            raise ValueError("the checksum is wrong")
     except (ValueError, KeyError, TypeError) as error:
         raise Damaged(f"{directory / _WHOLE}: {error}") from error
     with ThreadPoolExecutor(workers) as threads:
@@ -132,7 +135,12 @@ def _build(
     for part in write_parts(jobs(), tokenizer, workers=workers):
         count += 1
         bar.update(part.size)
-    replace_text(directory / _WHOLE, json.dumps({"parts": count, "file": str(path)}))
+    whole: dict[str, object] = {"parts": count, "file": str(path)}  # the name is for people
+    replace_text(directory / _WHOLE, json.dumps(whole | {"sha256": _checksum(whole)}))
+
+
+def _checksum(whole: dict[str, object]) -> str:
+    return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
 
 
 def _whole(file: Path) -> bool:

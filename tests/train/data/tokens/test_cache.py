@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -138,6 +139,21 @@ def test_a_cut_off_part_and_a_broken_list_are_made_anew(path, tokenizer, tmp_pat
     assert same(plain, tokenise([path], tokenizer, cache=cache, workers=1))
 
 
+@pytest.mark.parametrize("parts", [b"9", b"0", b"-1", b"99", b"1.0", b'"x"', b"[]", b"null"])
+def test_a_list_that_says_another_number_of_parts_is_made_anew(
+    path, tokenizer, tmp_path, small_parts, parts, capsys
+):
+    """One byte would leave out parts."""
+    cache = tmp_path / "cache"
+    made = tokenise([path], tokenizer, cache=cache, workers=1)
+    whole = next(cache.rglob("whole.json"))
+    content = whole.read_bytes()
+    whole.write_bytes(re.sub(rb'"parts": \d+', b'"parts": ' + parts, content))
+    assert same(made, tokenise([path], tokenizer, cache=cache, workers=1))
+    assert "whole.json: the checksum is wrong" in capsys.readouterr().out
+    assert whole.read_bytes() == content
+
+
 BUILD = """
 import sys
 from pathlib import Path
@@ -215,4 +231,4 @@ def test_strict_is_fatal_from_the_cache_too(path, tokenizer, tmp_path):
 def test_the_list_says_whose_tokens_they_are(path, tokenizer, tmp_path):
     tokenise([path], tokenizer, cache=tmp_path / "cache")
     whole = json.loads(next(tmp_path.rglob("whole.json")).read_text())
-    assert whole == {"parts": 1, "file": str(path)}
+    assert (whole["parts"], whole["file"]) == (1, str(path))
