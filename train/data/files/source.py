@@ -16,7 +16,7 @@ import contextlib
 import dataclasses
 import gzip
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,6 +30,7 @@ TEXT_SUFFIXES = (".txt",)
 JSON_SUFFIXES = (".json", ".jsonl")
 PACKED_SUFFIXES = (".gz", ".zst")
 TABLE_SUFFIXES = (PARQUET, ARROW)
+ZSTD_BLOCK = 1 << 10  # bytes unpacked at once: 32 MiB at most, whatever they hold
 LONG_LINE = 500  # bytes; prose wrapped by hand has lines of 60-100, an article has thousands
 
 
@@ -103,9 +104,34 @@ def _decompressed(path: Path, raw: BinaryIO) -> contextlib.AbstractContextManage
             return gzip.open(raw)
         case ".zst":
             zstandard = library("zstandard", "zstd", path)
-            return zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+            begin = zstandard.ZstdDecompressor().decompressobj
+            return contextlib.nullcontext(_Unpacked(_frames(raw, begin)))
         case _:
             return contextlib.nullcontext(raw)
+
+
+class _Unpacked:
+    """Pieces of a file, to be read like one."""
+
+    def __init__(self, pieces: Iterator[bytes]):
+        self._pieces, self._left = pieces, b""
+
+    def read(self, size: int, /) -> bytes:
+        piece = self._left or next(self._pieces, b"")
+        self._left = piece[size:]
+        return piece[:size]
+
+
+def _frames(raw: BinaryIO, begin: Callable[[], Any]) -> Iterator[bytes]:
+    """Unpacks zstd frame by frame: the library's reader takes one that was cut off for whole."""
+    frame, packed = None, b""
+    while packed := packed or raw.read(ZSTD_BLOCK):
+        frame = frame or begin()
+        if piece := frame.decompress(packed):
+            yield piece
+        frame, packed = (None, frame.unused_data) if frame.eof else (frame, b"")
+    if frame is not None:
+        raise EOFError("it ends in the middle of a zstd frame")
 
 
 def _zstd_errors(path: Path) -> tuple[type[Exception], ...]:

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.data.files import arrays, cuts, library
+from train.data.files import arrays, cuts, library, source
+from train.data.files.part import LONGEST_ROW
 from train.data.files.rows import Broken, Row, read_rows, rows_of
 from train.data.files.source import read_parts
 from train.data.files.tables import ARROW, PARQUET
@@ -141,8 +142,37 @@ def test_zstandard_holds_the_same_rows(write):
     plain = write("a.jsonl", ROWS)
     path = write("a.jsonl.zst", zstandard.compress(plain.read_bytes()))
     assert in_parts(path, 100) == list(read_rows(plain))
+    assert sum(part.size for part in read_parts(path, part=100)) == path.stat().st_size
     with pytest.raises(ValueError, match="cannot be read"):
         list(read_rows(write("b.jsonl.zst", b"no zstandard")))
+
+
+def test_zstandard_in_frames(write):
+    """One after the other, as pzstd and `cat` make them; those to be skipped, too."""
+    zstandard = pytest.importorskip("zstandard")
+    skipped = b"\x50\x2a\x4d\x18\x03\0\0\0abc"
+    whole, lines = b"", [json.dumps(row).encode() + b"\n" for row in ROWS]
+    for line in lines:
+        whole += zstandard.compress(line[:9]) + skipped + zstandard.compress(line[9:])
+    assert [row.value for row in in_parts(write("a.jsonl.zst", whole), 100)] == ROWS
+
+
+def test_zstandard_that_was_cut_off_is_not_taken_for_whole(write):
+    """Wherever, but between two frames."""
+    zstandard = pytest.importorskip("zstandard")
+    frame = zstandard.compress(b'{"text": "a"}\n' * 9)
+    for end in set(range(1, 2 * len(frame))) - {len(frame)}:
+        with pytest.raises(ValueError, match="a.jsonl.zst cannot be read: it ends in the middle"):
+            list(read_rows(write("a.jsonl.zst", (frame * 2)[:end])))
+
+
+def test_a_small_archive_of_much_does_not_fill_the_memory(write):
+    """Nothing that is unpacked at once is longer than a row may be."""
+    zstandard = pytest.importorskip("zstandard")
+    path = write("a.jsonl.zst", zstandard.compress(bytes(1 << 28)))
+    with path.open("rb") as raw:
+        pieces = source._frames(raw, zstandard.ZstdDecompressor().decompressobj)
+        assert max(map(len, pieces)) <= LONGEST_ROW
 
 
 @pytest.mark.parametrize(
