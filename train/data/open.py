@@ -1,5 +1,6 @@
 """Files to a loader: reads, tokenises, takes shares, packs."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -72,6 +73,8 @@ def open_data(
         for file in files_of(path)
     ]
     files = [file for file, _ in sources]
+    if hold_out:
+        _check_once(files)
     dataset = tokenise(
         files, tokenizer, strict=strict, cache=cache if paths else None, workers=workers
     )
@@ -94,3 +97,14 @@ def open_data(
         host_index=host_index,
         host_count=host_count,
     )
+
+
+def _check_once(files: Sequence[Path]) -> None:
+    """Raises ValueError where one would hold out documents that another of the same trains on."""
+    counts = Counter(file.resolve() for file in files)
+    again = next((file for file in files if counts[file.resolve()] > 1), None)
+    if again is not None:
+        raise ValueError(
+            f"{again} is named twice, and a share is held out of each file by itself: name it once,"
+            f" and {again}:2 to train on it twice"
+        )

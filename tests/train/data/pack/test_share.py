@@ -1,5 +1,7 @@
 """Weights and held-out documents: what an epoch holds, and what validation does."""
 
+from pathlib import Path
+
 import pytest
 
 from train.data import open_data
@@ -28,7 +30,7 @@ def texts(loader, tokenizer) -> list[str]:
 
 
 def test_sources_as_people_type_them(tmp_path):
-    assert parse_source("a.json") == (tmp_path.__class__("a.json"), 1.0)
+    assert parse_source("a.json") == (Path("a.json"), 1.0)
     assert parse_source("a.json:0.3")[1] == 0.3
     assert parse_source("c:a.json")[1] == 1.0
     (tmp_path / "a:2").write_text("")
@@ -59,6 +61,18 @@ def test_validation_and_training_share_no_document(paths, tokenizer):
     assert (len(learned), len(held)) == (126, 14)
     assert not set(learned) & set(held)
     assert sum(text.startswith("first") for text in held) == 10
+
+
+def test_a_share_of_a_file_that_is_named_twice_is_refused(paths, tokenizer):
+    """What the one holds out the other would train on."""
+    a, b = paths
+    link = Path(a).with_name("link.jsonl")
+    link.symlink_to(a)
+    for again in (a, f"{a}:2", str(link)):
+        for split in ("train", "val"):
+            with pytest.raises(ValueError, match=r"a.jsonl is named twice, .*: name it once, and"):
+                open_data([a, b, again], tokenizer, hold_out=0.1, split=split, **PARTS)
+        open_data([a, b, again], tokenizer, **PARTS).close()
 
 
 def test_once_is_every_row_once(paths, tokenizer):
