@@ -4,7 +4,8 @@ r"""Rows to samples: recognises what a row means by its keys, never by the name 
 | ------------ | ----------------------- | ------------------------------------------------------ |
 | conversation | conversation            | XTuner's own: turns of system, input, output,          |
 |              |                         | output_with_loss                                       |
-| messages     | messages                | OpenAI: role and content, per-message `loss`           |
+| messages     | messages                | OpenAI: role and content, per-message `loss`, or       |
+|              |                         | `weight` (0 or 1); no tools                            |
 | alpaca       | instruction, output     | input = instruction + "\n" + input, also where the     |
 |              |                         | input is empty; `system` where the row has one         |
 | qa           | question, answer        | one turn                                               |
@@ -94,6 +95,7 @@ def _messages(row: dict[str, Any]) -> Chat:
     Consecutive user messages are joined; assistant messages before any other, and what follows
     the last answer, have nothing to train and are left out.
     """
+    _refuse_tools(row)
     turns: list[Turn] = []
     system = user = ""
     opened = False
@@ -102,8 +104,9 @@ def _messages(row: dict[str, Any]) -> Chat:
         role = string(message, "role", where)
         if role == "assistant":
             if opened:
+                _refuse_tools(message, where)
                 said = answer(message, "content", where)
-                turns.append(Turn(user, said, system, flag(message, "loss", where)))
+                turns.append(Turn(user, said, system, _learned(message, where)))
                 system = user = ""
             continue
         opened = True
@@ -116,6 +119,21 @@ def _messages(row: dict[str, Any]) -> Chat:
     if not turns:
         raise RowError("no assistant message after a user message")
     return Chat(tuple(turns))
+
+
+def _refuse_tools(row: dict[str, Any], where: str = "") -> None:
+    """Raises RowError for what the template has, but not for OpenAI's way of writing it."""
+    for key in ("tools", "functions", "tool_calls", "function_call"):
+        if row.get(key):
+            raise RowError(f"{where}'{key}' is not read: write the row as ShareGPT conversations")
+
+
+def _learned(message: dict[str, Any], where: str) -> bool:
+    """Whether an answer is trained on: XTuner's `loss`, and `weight` of OpenAI's own files."""
+    weight = message.get("weight")
+    if weight not in (None, 0, 1):
+        raise RowError(f"{where}'weight' must be 0 or 1, this is {weight!r:.40}")
+    return flag(message, "loss", where) and weight != 0
 
 
 def _alpaca(row: dict[str, Any]) -> Chat:

@@ -48,16 +48,31 @@ from train.data.files.samples import Chat, Ids, Text, Turn
                     {"role": "assistant", "content": "A1", "loss": "False"},
                     {"role": "user", "content": "three"},
                     {"role": "assistant", "content": "A2", "loss": True},
+                    {"role": "user", "content": "four"},
+                    {"role": "assistant", "content": "A3", "weight": 0, "tool_calls": None},
+                    {"role": "user", "content": "five"},
+                    {"role": "assistant", "content": "A4", "weight": 1},
                     {"role": "user", "content": "never answered"},
-                ]
+                ],
+                "tools": [],
             },
             "messages",
-            Chat((Turn("one two", "A1", "S", loss=False), Turn("three", "A2"))),
+            Chat(
+                (
+                    Turn("one two", "A1", "S", loss=False),
+                    *(Turn("three", "A2"), Turn("four", "A3", loss=False), Turn("five", "A4")),
+                )
+            ),
         ),
     ],
 )
 def test_formats_are_recognised_by_their_keys(row, name, sample):
     assert recognise(row) == (name, sample)
+
+
+def answered(**more) -> dict:
+    answer = {"role": "assistant", "content": "A"} | more
+    return {"messages": [{"role": "user", "content": "Q"}, answer]}
 
 
 @pytest.mark.parametrize(
@@ -89,6 +104,11 @@ def test_formats_are_recognised_by_their_keys(row, name, sample):
         ({"messages": [{"role": "tool", "content": "Q"}]}, "message 1: unknown role 'tool'"),
         ({"messages": [{"content": "Q"}]}, "message 1: 'role' must be a string"),
         ({"messages": [{"role": "user", "content": None}]}, "'content' must be a string"),
+        (answered(weight=0.5), "message 2: 'weight' must be 0 or 1, this is 0.5"),
+        (answered(weight="0"), "message 2: 'weight' must be 0 or 1, this is '0'"),
+        (answered(tool_calls=[{"id": "1"}]), "message 2: 'tool_calls' is not read: write the row"),
+        (answered(content=None, function_call={"name": "f"}), "'function_call' is not read"),
+        (answered() | {"tools": [{"type": "function"}]}, "'tools' is not read: write the row as"),
     ],
 )
 def test_rows_that_cannot_be_used_say_why(row, reason):
