@@ -18,8 +18,8 @@ _ROWS = 1000  # read at once, where they are small
 def table_parts(path: Path, suffix: str, part: int = PART) -> Iterator[Part]:
     """Yields the rows of a table in order, about `part` bytes of JSON at a time.
 
-    What JSON cannot hold becomes its string. Memory: some parts and, of a Parquet file, the pages
-    of a row group that are being read.
+    Bytes are taken for text; what else JSON cannot hold becomes its string. Memory: some parts
+    and, of a Parquet file, the pages of a row group that are being read.
 
     Raises:
         ValueError: it cannot be read, or pyarrow is not installed.
@@ -30,7 +30,7 @@ def table_parts(path: Path, suffix: str, part: int = PART) -> Iterator[Part]:
         with contextlib.closing(_batches(path, suffix, part)) as batches:
             total = max(1, next(batches))
             for value in (value for batch in batches for value in batch.to_pylist()):
-                line = json.dumps(value, default=str, ensure_ascii=False).encode()
+                line = _line(value)
                 if len(line) > LONGEST_ROW:
                     yield from _given(data, row, size // total)
                     yield Part("long", row + len(data), b"", len(line))
@@ -71,6 +71,17 @@ def arrow_files(directory: Path) -> list[Path]:
 
 def _read_list(directory: Path) -> list[dict[str, Any]]:
     return json.loads((directory / _LIST).read_text(encoding="utf-8"))["_data_files"]
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    """A row as JSON; bytes that are not UTF-8 stay what they are (rows.py)."""
+    text = json.dumps(row, default=_json, ensure_ascii=False)
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _json(value: object) -> str:
+    """What JSON cannot hold; bytes are text whose writer did not say that it is."""
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
 
 
 def _given(data: list[bytes], row: int, size: int) -> Iterator[Part]:

@@ -115,6 +115,17 @@ def test_null_is_a_field_that_is_not_there(save):
     assert [[turn.loss for turn in chat] for chat in turns] == [[False], [True]]
 
 
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_column_of_bytes_is_text(save, tokenizer, kind):
+    """As writers leave it that do not say that it is UTF-8; what is not is a broken row."""
+    texts = ["plain", 'ü "quoted"\n\x00', "a\u2028b"]
+    path = save(kind, [{"text": text.encode()} for text in texts] + [{"text": b"caf\xe9"}])
+    assert [row.value["text"] for row in read_rows(path)][:3] == texts
+    with open_data([path], tokenizer, seq_len=64, batch_size=1) as loader:
+        [broken] = loader.report.broken
+    assert str(broken) == f"{path}:4: 'text' is not UTF-8: byte 0xe9 at character 3"
+
+
 def test_the_library_itself_saves_what_is_read(tmp_path, tokenizer):
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved", num_shards=3)
