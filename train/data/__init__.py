@@ -11,10 +11,19 @@ Above them loader (rows to batches) and open (all of it); report counts what bec
 """
 
 from train.data.loader import Loader
-from train.data.open import open_data
+from train.data.open import Packing, open_data
 from train.data.pack.packing import Batch
 from train.data.pack.pieces import Overlong
 from train.data.report import Problem, Report
 from train.data.tokens.cache import default_cache
 
-__all__ = ["Batch", "Loader", "Overlong", "Problem", "Report", "default_cache", "open_data"]
+__all__ = [
+    "Batch",
+    "Loader",
+    "Overlong",
+    "Packing",
+    "Problem",
+    "Report",
+    "default_cache",
+    "open_data",
+]

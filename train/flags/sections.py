@@ -42,7 +42,8 @@ class DataConfig:
 
     val: tuple[str, ...] = ()
     """Validation: files, each a set of its own name, or a share such as 0.01 of the documents of
-    every training file, which is then not trained on. Their losses go to eval.jsonl."""
+    every training file, which is then not trained on. Always packed by fit. Their losses go to
+    eval.jsonl."""
 
     overlong: Literal["drop", "head", "tail"] = "drop"
     """What becomes of a chat longer than a row: left out, or cut to its head or its tail. Raw text

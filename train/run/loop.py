@@ -15,7 +15,7 @@ from train.run.parts import (
     compile_training,
     first_params,
     model_maker,
-    open_set,
+    open_training,
     open_validation,
     with_steps,
 )
@@ -44,7 +44,7 @@ def run(config: Config) -> None:
     with Checkpoints(settled.out, keep=config.keep, keep_best=config.keep_best) as checkpoints:
         start = starting_step(config, settled, checkpoints, identity)
         with (
-            open_set(config, settled, config.data.files, hold_out=config.data.hold_out) as loader,
+            open_training(config, settled) as loader,
             OpenSets(open_validation(config, settled)) as val,
             SoleRun(settled.out) as sole,
         ):

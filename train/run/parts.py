@@ -1,6 +1,7 @@
 """What a run is put together from: data, model, compiled step, first weights."""
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from flax import nnx
 
 from models import load
 from models.internlm2 import InternLM2, init
-from train.data import Loader, default_cache, open_data
+from train.data import Loader, Packing, default_cache, open_data
 from train.devices.device import compiler_options
 from train.devices.hosts import share
 from train.flags.config import Config
@@ -37,11 +38,31 @@ def with_steps(config: Config, rows: int, in_step: int) -> Config:
     return dataclasses.replace(config, steps=steps)
 
 
-def open_set(
+def open_training(config: Config, settled: Settled) -> Loader:
+    """Opens what is trained on."""
+    data = config.data
+    return _open(config, settled, data.files, packing=data.packing, hold_out=data.hold_out)
+
+
+def open_validation(config: Config, settled: Settled) -> Iterator[tuple[str, Loader]]:
+    """Yields the name and the loader of every validation set.
+
+    Documents are whole, whatever training does to them: losses can be compared.
+    """
+    open_whole = functools.partial(_open, config, settled, packing="fit")
+    if share := config.data.hold_out:
+        yield "held_out", open_whole(config.data.files, hold_out=share, split="val")
+        return
+    for file in config.data.val:
+        yield Path(file).stem, open_whole((file,))
+
+
+def _open(
     config: Config,
     settled: Settled,
     files: tuple[str, ...],
     *,
+    packing: Packing,
     hold_out: float = 0.0,
     split: Literal["train", "val"] = "train",
 ) -> Loader:
@@ -54,7 +75,7 @@ def open_set(
         batch_size=settled.rows,
         seed=config.seed,
         strict=config.data.strict,
-        packing=config.data.packing if split == "train" else "fit",
+        packing=packing,
         overlong=config.data.overlong,
         hold_out=hold_out,
         split=split,
@@ -62,16 +83,6 @@ def open_set(
         host_index=index,
         host_count=count,
     )
-
-
-def open_validation(config: Config, settled: Settled) -> Iterator[tuple[str, Loader]]:
-    """Yields the name and the loader of every validation set."""
-    if share := config.data.hold_out:
-        loader = open_set(config, settled, config.data.files, hold_out=share, split="val")
-        yield "held_out", loader
-        return
-    for file in config.data.val:
-        yield Path(file).stem, open_set(config, settled, (file,))
 
 
 def model_maker(config: Config, settled: Settled):
