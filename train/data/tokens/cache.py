@@ -87,8 +87,9 @@ def _encode(part, tokenizer: Tokenizer, bar: tqdm) -> Documents:
 def _key(path: Path, tokenizer: Tokenizer) -> str:
     with path.open("rb") as file:
         data = hashlib.file_digest(file, "sha256").hexdigest()
-    # The suffix is part of what the bytes mean: .txt or .jsonl.
-    said = [data, "".join(path.suffixes[-2:]).lower(), tokenizer.fingerprint, code_fingerprint()]
+    suffix = "".join(path.suffixes[-2:]).lower()  # part of what the bytes mean: .txt or .jsonl
+    # The fingerprint is of how text becomes ids; a tokenizer's config names the one that begins it.
+    said = [data, suffix, tokenizer.fingerprint, str(tokenizer.bos_id), code_fingerprint()]
     return hashlib.blake2b("\n".join(said).encode(), digest_size=16).hexdigest()
 
 

@@ -1,5 +1,6 @@
 """The cache: the same tokens as without it, whatever interrupts or damages it."""
 
+import dataclasses
 import json
 import os
 import re
@@ -61,14 +62,13 @@ def test_cached_tokens_are_those_of_the_memory(
 def test_other_data_and_another_tokenizer_have_another_place(path, tokenizer, tmp_path, write):
     cache = tmp_path / "cache"
 
-    class Renamed(type(tokenizer)):
-        fingerprint = "other"
-
     tokenise([path], tokenizer, cache=cache, workers=1)
-    tokenise([path], Renamed(fingerprint="other"), cache=cache)
+    tokenise([path], dataclasses.replace(tokenizer, fingerprint="other"), cache=cache, workers=1)
+    begun = dataclasses.replace(tokenizer, bos_id=2)
+    assert same(tokenise([path], begun), tokenise([path], begun, cache=cache, workers=1))
     path.write_text(path.read_text().replace("Q17", "Q00"))
     tokenise([path], tokenizer, cache=cache, workers=1)
-    assert len(list(cache.iterdir())) == 3
+    assert len(list(cache.iterdir())) == 4
 
 
 def test_the_same_bytes_under_another_name_are_not_tokenised_again(path, tokenizer, tmp_path):
