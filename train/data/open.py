@@ -7,7 +7,6 @@ from typing import Literal
 
 from models.tokenizer import Tokenizer
 from train.data.corpus import TINY_SHAKESPEARE
-from train.data.files.source import files_of
 from train.data.loader import Loader, check_shares
 from train.data.pack.packing import pack
 from train.data.pack.pieces import Overlong, cut
@@ -49,7 +48,7 @@ def open_data(
         packing: "fit" puts whole documents into rows (packing.py), "concat" and "xtuner" cut a
             stream of all tokens (stream.py).
         overlong: what becomes of chats longer than a row (pieces.cut), with "fit".
-        hold_out: share of each file's documents that is not trained on.
+        hold_out: share of the documents of each path that is not trained on.
         split: "val" for the batches of what `hold_out` holds out.
         cache: directory that keeps the tokens of `paths` (cache.py); None: the memory does.
         workers: processes that fill the cache; by default one a core. The batches are the same.
@@ -67,20 +66,14 @@ def open_data(
     if paths is not None and not paths:
         raise ValueError("no data files are named; name some, or none at all for built-in text")
     check_shares(batch_size, host_index, host_count)
-    sources = [
-        (file, weight)
-        for path, weight in map(parse_source, paths or [TINY_SHAKESPEARE])
-        for file in files_of(path)
-    ]
-    files = [file for file, _ in sources]
+    sources = list(map(parse_source, paths or [TINY_SHAKESPEARE]))
+    files = [file for source in sources for file in source.files]
     if hold_out:
         _check_once(files)
     dataset = tokenise(
         files, tokenizer, strict=strict, cache=cache if paths else None, workers=workers
     )
-    taken = times(
-        dataset, [weight for _, weight in sources], seed=seed, hold_out=hold_out, split=split
-    )
+    taken = times(dataset, sources, seed=seed, hold_out=hold_out, split=split)
     if packing == "fit":
         pieces = cut(dataset, seq_len, overlong=overlong, times=taken)
         rows = pack(pieces.length, seq_len, seed=seed)

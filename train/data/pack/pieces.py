@@ -123,6 +123,8 @@ def check_any(dataset: Dataset, kept: Bool[np.ndarray, " D"], seq_len: int, how:
     """Raises ValueError if no document is left to train on."""
     if not kept.any():
         longest = int(dataset.lengths.max())
+        if longest <= seq_len:
+            raise ValueError(f"none of the {len(kept):,} documents has a token that is trained on")
         raise ValueError(
             f"none of the {len(kept):,} documents can be trained on at {seq_len=}: the longest has"
             f" {longest:,} tokens and over-long ones are treated with {how!r}; raise seq_len"

@@ -1,39 +1,58 @@
 """How much of each file: weights, and what is held out for validation."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
 
+from train.data.files.source import files_of
 from train.data.pack.order import shuffled
 from train.data.tokens.dataset import Dataset
 
 Split = Literal["train", "val"]
 
+MOST = 1000  # times that an epoch may hold a file: each takes memory for every document
 
-def parse_source(source: str | Path) -> tuple[Path, float]:
+
+class Source(NamedTuple):
+    """What one argument of --data names.
+
+    Attributes:
+        name: as it was typed.
+        files: one, or those of a directory, which are one pool.
+        weight: how often an epoch holds them.
+    """
+
+    name: str
+    files: list[Path]
+    weight: float
+
+
+def parse_source(source: str | Path) -> Source:
     """Splits `file:weight`; the weight is 1 where there is none.
 
     Raises:
-        ValueError: a weight that is not above 0.
+        ValueError: a weight that is out of bounds, or a directory of another kind.
     """
-    path, colon, number = str(source).rpartition(":")
-    if not colon or Path(source).exists():
-        return Path(source), 1.0
-    try:
-        weight = float(number)
-    except ValueError:
-        return Path(source), 1.0
-    if not 0 < weight < float("inf"):
-        raise ValueError(f"{source}: the weight must be above 0: how often an epoch holds the file")
-    return Path(path), weight
+    path, weight = Path(source), 1.0
+    before, colon, number = str(source).rpartition(":")
+    if colon and not path.exists():
+        with contextlib.suppress(ValueError):  # a colon in a name
+            path, weight = Path(before), float(number)
+    if not 0 < weight <= MOST:
+        raise ValueError(
+            f"{source}: the weight must be above 0 and at most {MOST:,}: how often an epoch holds"
+            " the file"
+        )
+    return Source(str(source), files_of(path), weight)
 
 
 def times(
     dataset: Dataset,
-    weights: Sequence[float],
+    sources: Sequence[Source],
     *,
     seed: int,
     hold_out: float = 0.0,
@@ -41,32 +60,39 @@ def times(
 ) -> Int64[np.ndarray, " D"]:
     """How often an epoch holds each document.
 
-    Weight 2 is twice, 0.3 a random 30% of the file's documents, 1.3 both. What is held out is
-    chosen first, at random in each file, and has no weight in "val".
+    Weight 2 is twice, 0.3 a random 30% of the source's documents, 1.3 both. What is held out is
+    chosen first, at random in each source, and has no weight in "val".
 
     Args:
         dataset: the documents.
-        weights: of each file.
+        sources: of its files, in their order.
         seed: of the choices.
         hold_out: share of the documents that "val" has and "train" has not.
         split: which of the two.
 
     Raises:
-        ValueError: there are too few documents to hold some out.
+        ValueError: there are too few documents to hold some out, or for a weight.
     """
     result = np.zeros(len(dataset.file), np.int64)
-    for file, weight in enumerate(weights):
-        documents = np.flatnonzero(dataset.file == file)
+    files = [len(source.files) for source in sources]
+    source_of = np.repeat(np.arange(len(sources)), files)[dataset.file]
+    for number, source in enumerate(sources):
+        documents = np.flatnonzero(source_of == number)
         count = len(documents)
         held = round(hold_out * count)
-        order = documents[shuffled(count, seed, 2, file)]
+        order = documents[shuffled(count, seed, 2, number)]
         if split == "val":
             result[order[:held]] = 1
             continue
         rest = order[held:]
-        whole = int(weight)
+        whole = int(source.weight)
         result[rest] = whole
-        result[rest[: round((weight - whole) * len(rest))]] += 1
+        result[rest[: round((source.weight - whole) * len(rest))]] += 1
+        if len(rest) and not result[rest].any():
+            raise ValueError(
+                f"{source.name} holds none of its {len(rest):,} document(s): the weight must be at"
+                f" least {1 / len(rest):.2g}"
+            )
     if hold_out and not result.any():
         raise ValueError(
             f"a share of {hold_out:g} of {len(result):,} documents leaves none for {split}: name"

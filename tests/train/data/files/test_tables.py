@@ -90,6 +90,20 @@ def test_a_saved_dataset_is_its_files(save, tokenizer):
             assert len(set(batches)) == 1
 
 
+def test_a_weight_and_a_share_are_of_a_whole_directory(save, tokenizer):
+    """Also where each of its files is too small for one document of it."""
+    directory = save("dataset", ROWS)
+    table = pyarrow.table({"text": ["a", "b"]})
+    for file in files_of(directory):
+        with pyarrow.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table)
+    options = dict(seq_len=64, batch_size=1)
+    with open_data([f"{directory}:0.2"], tokenizer, **options) as loader:
+        assert loader.report.documents == 1
+    with open_data([directory], tokenizer, hold_out=0.2, split="val", **options) as loader:
+        assert loader.report.documents == 1
+
+
 def test_a_dataset_with_splits_or_of_another_kind_is_one_clear_error(save, tmp_path):
     both = tmp_path / "both"
     both.mkdir()

@@ -134,6 +134,12 @@ def test_a_chat_whose_answer_is_cut_off_is_dropped(make_dataset):
     assert pieces.truncated == ()
 
 
+def test_nothing_to_learn_is_said(make_dataset):
+    dataset = make_dataset([(10, False), (9, False)], learn_from=99)
+    with pytest.raises(ValueError, match="none of the 2 documents has a token that is trained on"):
+        cut(dataset, SEQ_LEN)
+
+
 def test_packing_depends_on_the_seed_alone():
     lengths = np.random.default_rng(0).integers(1, 100, 500)
 

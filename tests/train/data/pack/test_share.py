@@ -30,14 +30,25 @@ def texts(loader, tokenizer) -> list[str]:
 
 
 def test_sources_as_people_type_them(tmp_path):
-    assert parse_source("a.json") == (Path("a.json"), 1.0)
-    assert parse_source("a.json:0.3")[1] == 0.3
-    assert parse_source("c:a.json")[1] == 1.0
+    assert parse_source("a.json") == ("a.json", [Path("a.json")], 1.0)
+    assert parse_source("a.json:0.3") == ("a.json:0.3", [Path("a.json")], 0.3)
+    assert parse_source("c:a.json")[1:] == ([Path("c:a.json")], 1.0)
     (tmp_path / "a:2").write_text("")
-    assert parse_source(tmp_path / "a:2") == (tmp_path / "a:2", 1.0)
-    for weight in ("0", "-1", "nan", "inf"):
-        with pytest.raises(ValueError, match="the weight must be above 0"):
+    assert parse_source(tmp_path / "a:2")[1:] == ([tmp_path / "a:2"], 1.0)
+    for weight in ("0", "-1", "nan", "inf", "1001", "1e12", "1e300"):
+        with pytest.raises(ValueError, match="the weight must be above 0 and at most 1,000"):
             parse_source(f"a.json:{weight}")
+
+
+@pytest.mark.parametrize("weight", [0.3, 0.01])
+def test_a_weight_that_takes_no_document_is_refused(paths, write, tokenizer, weight):
+    """The file would be left out without a word."""
+    one = write("one.txt", "a text is one document")
+    with pytest.raises(ValueError, match=r"one.txt:0.* holds none of its 1 document\(s\): .* 1$"):
+        open_data([paths[0], f"{one}:{weight}"], tokenizer, **PARTS)
+    open_data([f"{paths[0]}:0.01"], tokenizer, **PARTS).close()
+    with pytest.raises(ValueError, match=r"b.jsonl:0.01 holds none .* must be at least 0.025"):
+        open_data([f"{paths[1]}:0.01"], tokenizer, **PARTS)
 
 
 def test_weights_repeat_and_choose(paths, tokenizer):
