@@ -147,7 +147,7 @@ def _learned(batch: Batch, row: int) -> np.ndarray:
 
 def _open(config: PreviewConfig, tokenizer: Tokenizer) -> Loader:
     return open_data(
-        config.data.files or None,
+        config.data.files,
         tokenizer,
         seq_len=config.seq_len,
         batch_size=1,

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import re
 import sys
 from collections.abc import Sequence
 
@@ -73,7 +74,5 @@ def _message(box: str) -> str:
     if lines and not lines[0].strip("-"):
         del lines[0]
     end = next((i for i, line in enumerate(lines) if not line.strip("─-")), None)
-    message = " ".join(lines[:end])
-    for config in ("Config", "BenchConfig", "PreviewConfig", "ReportConfig"):
-        message = message.removeprefix(f"Error parsing {config}: ")
-    return message
+    # What a dataclass or a section of it refuses names its flag itself.
+    return re.sub(r"^Error parsing \w+: ", "", " ".join(lines[:end]))

@@ -29,8 +29,8 @@ class DataConfig:
     """What to train on."""
 
     files: Annotated[
-        tuple[str, ...], tyro.conf.arg(name="", metavar="FILE...", help_behavior_hint="")
-    ] = ()
+        tuple[str, ...] | None, tyro.conf.arg(name="", metavar="FILE...", help_behavior_hint="")
+    ] = None
     """Files to train on: .txt, .json, .jsonl, the same as .gz or .zst, .parquet, .arrow, and
     directories that the datasets library saved. Their format is recognised by their content.
     Without any: the built-in corpus. FILE:2 is twice in every epoch, FILE:0.3 a random 30% of
@@ -40,7 +40,7 @@ class DataConfig:
     """How rows are filled: with whole documents, best fit first; from one stream of all tokens, cut
     every --seq_len; or as XTuner's Packer does it, for comparisons."""
 
-    val: tuple[str, ...] = ()
+    val: Annotated[tuple[str, ...] | None, chosen("FILE...|SHARE")] = None
     """Validation: files, each a set of its own name, or a share such as 0.01 of the documents of
     every training file, which is then not trained on. Always packed by fit. Their losses go to
     eval.jsonl."""
@@ -62,6 +62,12 @@ class DataConfig:
 
     def __post_init__(self):
         """Checks ranges."""
+        if self.files == ():
+            raise ValueError("--data names no file: name some, or leave it out for built-in text")
+        if self.val == ():
+            raise ValueError(
+                "--data.val names neither files nor a share: name some, or leave it out"
+            )
         _ = self.hold_out
         require(self.stall_minutes > 0, "--data.stall_minutes", self.stall_minutes, "above 0")
 
@@ -73,10 +79,10 @@ class DataConfig:
             ValueError: a number that is no share.
         """
         try:
-            [share] = map(float, self.val)
+            [share] = map(float, self.val or ())
         except ValueError:
             return 0.0
-        require(0 < share < 1, "--data.val", self.val[0], "a share in (0, 1), or files")
+        require(0 < share < 1, "--data.val", f"{share:g}", "a share in (0, 1), or files")
         return share
 
 

@@ -53,14 +53,14 @@ def open_validation(config: Config, settled: Settled) -> Iterator[tuple[str, Loa
     if share := config.data.hold_out:
         yield "held_out", open_whole(config.data.files, hold_out=share, split="val")
         return
-    for file in config.data.val:
+    for file in config.data.val or ():
         yield Path(file).stem, open_whole((file,))
 
 
 def _open(
     config: Config,
     settled: Settled,
-    files: tuple[str, ...],
+    files: tuple[str, ...] | None,
     *,
     packing: Packing,
     hold_out: float = 0.0,
@@ -69,7 +69,7 @@ def _open(
     """Opens files, or the built-in text where there are none, as batches of this run."""
     index, count = share(settled.mesh)
     return open_data(
-        files or None,
+        files,
         settled.tokenizer,
         seq_len=config.seq_len,
         batch_size=settled.rows,

@@ -83,7 +83,7 @@ def test_a_run_evaluates_named_sets(tiny_run, files, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("val", "share"), [((), 0.0), (("0.1",), 0.1), (("a.json",), 0.0), (("0.1", "0.2"), 0.0)]
+    ("val", "share"), [(None, 0.0), (("0.1",), 0.1), (("a.json",), 0.0), (("0.1", "0.2"), 0.0)]
 )
 def test_a_share_or_files(val, share):
     assert DataConfig(val=val).hold_out == share
