@@ -9,6 +9,7 @@ these the error that writing the part's documents raised, or None.
 
 import gc
 import pickle
+import signal
 import sys
 from typing import Any, BinaryIO
 
@@ -21,6 +22,7 @@ def main() -> None:
     # There is nothing to collect, rows and tokens hold no cycles, and looking for it among
     # millions of lists takes a tenth of the time.
     gc.disable()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # nobody to answer: it ends without a word
     given, answers = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr  # what a library prints is no answer
     tokenizer: Tokenizer | None = _next(given)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from train.data.files.part import Part
 from train.data.files.source import read_parts
 from train.data.tokens import cache as cache_module
 from train.data.tokens import pool as pool_module
@@ -189,6 +191,20 @@ def test_killed_while_building_it_goes_on_where_it_was(path, tokenizer, tmp_path
     assert {part: part.stat().st_mtime_ns for part in kept} == kept
     assert len(parts(cache)) > len(kept)
     assert not list(cache.rglob("*.tmp"))
+
+
+def test_a_worker_whose_builder_is_gone_ends_without_a_word(tokenizer, tmp_path):
+    """Its answer has nowhere to go."""
+    with subprocess.Popen(
+        [sys.executable, "-c", pool_module._WORKER],
+        **dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE),
+    ) as worker:
+        worker.stdout.close()
+        job = Part("text", 1, b"text", 4), tmp_path / "a.tokens"
+        worker.stdin.write(pickle.dumps(tokenizer) + pickle.dumps(job))
+        worker.stdin.flush()
+        assert worker.stderr.read() == b""
+    assert worker.returncode == -signal.SIGPIPE and parts(tmp_path)
 
 
 def test_two_builders_make_one_cache(path, tokenizer, tmp_path, small_parts, capsys):
