@@ -5,6 +5,8 @@ first tokens of a row as a table with their ids, and a report. Needs no accelera
 """
 
 import dataclasses
+import io
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +18,7 @@ import tyro
 from models.tokenizer import Tokenizer, load_tokenizer
 from train.data import Batch, Loader, default_cache, open_data
 from train.flags.cli import fail, parse
-from train.flags.sections import DataConfig
+from train.flags.sections import DataConfig, require
 
 LEARNED, MARK, PLAIN = "\033[32m", "\033[1;34m", "\033[0m"
 _BARS = 40  # columns of the longest bar of the histogram
@@ -39,7 +41,7 @@ class PreviewConfig:
     """Of the order."""
 
     rows: int = 1
-    """How many rows to show, the first of the run."""
+    """How many rows to show, the first of the run; all where there are fewer."""
 
     tokens: int = 40
     """How many tokens of each row to show as a table."""
@@ -50,6 +52,11 @@ class PreviewConfig:
     all: bool = False
     """List every dropped, truncated and broken row, and not only the first 20 of each."""
 
+    def __post_init__(self):
+        """Checks ranges."""
+        require(self.rows >= 0, "--rows", self.rows, "at least 0")
+        require(self.tokens >= 0, "--tokens", self.tokens, "at least 0")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the preview and returns the exit status: 0; 1 for bad data; 2 for wrong flags."""
@@ -58,11 +65,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse(PreviewConfig, given, "train.preview")
     except ValueError as error:
         return fail(error, 2)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal cannot show ends nothing
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         tokenizer = load_tokenizer(config.tokenizer)
         with _open(config, tokenizer) as loader:
             for line in _lines(config, tokenizer, loader):
                 print(line)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe, `| head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor is the rest for it
     except (ValueError, OSError) as error:
         return fail(error, 1)
     return 0
@@ -108,7 +120,7 @@ def histogram(lengths: np.ndarray) -> Iterator[str]:
 
 
 def _lines(config: PreviewConfig, tokenizer: Tokenizer, loader: Loader) -> Iterator[str]:
-    for number in range(config.rows):
+    for number in range(min(config.rows, loader.report.rows)):
         batch = next(loader)
         yield f"=== row {number + 1} of {loader.report.rows:,} in the order of training"
         yield show_row(batch, 0, tokenizer, color=config.color)

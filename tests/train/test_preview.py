@@ -1,6 +1,9 @@
 """The preview shows what is learned, and its report adds up."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -60,7 +63,31 @@ def test_the_whole_preview(path, capsys):
     assert "attention work that the document mask saves" in said
 
 
+def preview(path, **how) -> subprocess.Popen:
+    flags = ["--data", str(path), "--seq_len=64", "--rows=1000", "--tokens=1000"]
+    command = [sys.executable, "-m", "train.preview", *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(path):
+    with preview(path) as shown:
+        assert shown.stdout.read(5) == b"=== r"
+        shown.stdout.close()
+        assert shown.stderr.read() == b""
+    assert shown.returncode == 0
+
+
+def test_every_row_is_shown_once_and_text_that_cannot_be_is_escaped(tmp_path):
+    path = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
+    path.write_text('{"text": "na\u00efve"}')
+    with preview(path, env=os.environ | {"PYTHONIOENCODING": "ascii:strict"}) as shown:
+        said, errors = shown.communicate()
+    assert (shown.returncode, errors) == (0, b"")
+    assert said.count(b"=== row") == 1
+    assert rb"na\xefve" in said and rb"caf\udce9.jsonl: 1 rows" in said
+
+
 def test_bad_flags_and_data_are_one_line(capsys, tmp_path):
-    assert main(["--seq_lne=3"]) == 2
+    assert main(["--seq_lne=3"]) == main(["--rows=-1"]) == main(["--tokens=-5"]) == 2
     assert main(["--data", str(tmp_path / "nowhere.txt")]) == 1
-    assert capsys.readouterr().err.count("\n") == 2
+    assert capsys.readouterr().err.count("\n") == 4

@@ -10,6 +10,8 @@ Every host computes the same stream and fills only its own rows of each batch.
 """
 
 import hashlib
+import math
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -76,13 +78,13 @@ class Loader(Iterator[Batch]):
         self._thread = Thread("loader")
 
     def __next__(self) -> Batch:
-        return self.within(None)
+        return self.within(math.inf)
 
-    def within(self, seconds: float | None) -> Batch:
+    def within(self, seconds: float) -> Batch:
         """Returns the next batch.
 
         Args:
-            seconds: to wait for it at most; None: however long it takes.
+            seconds: to wait for it at most.
 
         Raises:
             TimeoutError: it did not come, and which documents it has; `close` then waits for
@@ -93,7 +95,7 @@ class Loader(Iterator[Batch]):
             self._made.append(self._thread.submit(self._make, row))
         begun = time.perf_counter()
         try:
-            batch = self._made[0].result(seconds)
+            batch = self._made[0].result(min(seconds, threading.TIMEOUT_MAX))
         except BaseException as error:
             # A TimeoutError may also be what the reading of a file ended in.
             stalled = isinstance(error, TimeoutError) and not self._made[0].done()

@@ -220,6 +220,11 @@ def test_waiting_is_counted_where_batches_come_too_late(opened, monkeypatch):
     assert loader.wait_seconds >= 10 * 0.02
 
 
+@pytest.mark.parametrize("seconds", [6e13, float("inf")])
+def test_the_wait_for_a_batch_may_be_without_limit(opened, seconds):
+    assert same(opened().within(seconds), next(opened()))
+
+
 def test_closing_ends_the_thread(opened):
     loader = opened()
     next(loader)

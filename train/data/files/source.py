@@ -73,12 +73,14 @@ def check_path(path: Path) -> str:
     """Returns the suffix that tells the kind of file, that of the compression left off.
 
     Raises:
-        ValueError: the file is missing, a directory, or of another kind.
+        ValueError: the file is missing, a directory, a pipe, or of another kind.
     """
     if not path.exists():
         raise ValueError(f"no such data file: {path}")
     if path.is_dir():
         raise ValueError(f"{path} is a directory: name its data files one by one")
+    if not path.is_file():
+        raise ValueError(f"{path} is a pipe or a device, and data are read twice: write a file")
     suffix = path.suffix.lower()
     if suffix in PACKED_SUFFIXES:
         suffix = Path(path.stem).suffix.lower()

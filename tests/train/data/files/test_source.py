@@ -1,5 +1,7 @@
 """Files to raw rows: where rows begin, and that nothing unreadable hides others."""
 
+import os
+
 import pytest
 
 from train.data.files.rows import Broken, Row, read_rows
@@ -140,7 +142,10 @@ def test_files_without_rows_are_one_clear_error(write, name, content, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_file_and_a_directory_are_clear_errors(tmp_path):
+def test_what_is_no_file_is_a_clear_error(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(ValueError, match=r"pipe.json is a pipe or a device"):
+        list(read_rows(tmp_path / "pipe.json"))
     with pytest.raises(ValueError, match=r"no such data file: .*nowhere.txt"):
         list(read_rows(tmp_path / "nowhere.txt"))
     with pytest.raises(ValueError, match="is a directory"):
