@@ -26,9 +26,9 @@ ShareGPT's speakers, and what they are in InternLM2's chat (the published templa
 |                                | `<|action_end|>`; trained on, like an answer                  |
 | gpt, assistant, chatgpt        | `assistant`                                                   |
 
-The first format whose keys are all present is taken, in this order: the original Alpaca rows
-also carry a rendered `text`. A row that fits none, or whose values are of the wrong type or
-empty, raises `RowError`.
+The first format whose keys are all present, and not null if there is one, is taken, in this order:
+the original Alpaca rows also carry a rendered `text`, and rows of a table have all its columns. A
+row that fits none, or whose values are of the wrong type or empty, raises `RowError`.
 """
 
 import functools
@@ -61,7 +61,8 @@ def recognise(row: object) -> tuple[str, Sample]:
     """
     if not isinstance(row, dict):
         raise RowError(f"a row must be an object, this is {type_name(row)}")
-    name = _format_of(tuple(row))
+    given = tuple([key for key, value in row.items() if value is not None])
+    name = _format_of(given) or _format_of(tuple(row))
     if name is None:
         known = "; ".join(f"{name}: {', '.join(keys)}" for name, (keys, _) in FORMATS.items())
         found = ", ".join(map(repr, list(row)[:8])) or "none"
@@ -187,7 +188,8 @@ def _sharegpt(row: dict[str, Any]) -> Chat:
 
 def _json_text(row: dict[str, Any], key: str) -> str:
     value = row[key]
-    return string(row, key) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return string({key: text}, key)
 
 
 def _tokens(row: dict[str, Any]) -> Ids:

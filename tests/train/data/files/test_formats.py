@@ -150,6 +150,15 @@ def test_sharegpt_without_tools(tools):
     assert recognise(row) == ("sharegpt", Chat((Turn("", "x", prompt=(("user", "x"),)),)))
 
 
+def test_a_null_column_decides_nothing():
+    """A table of rows of several formats has the columns of all of them."""
+    null = {"conversation": None, "messages": None, "question": None, "answer": None, "text": None}
+    assert recognise(null | {"text": "raw"}) == ("text", Text("raw"))
+    assert recognise(null | {"question": "Q", "answer": "A"})[0] == "qa"
+    with pytest.raises(RowError, match="'conversation' must be a list, this is null"):
+        recognise(null)
+
+
 def test_negative_ids_are_tokens_without_loss():
     name, ids = recognise({"tokens": [1, -333, 0, 7]})
     assert (name, ids) == ("tokens", Ids((1, 333, 0, 7), (True, False, True, True)))
@@ -169,6 +178,7 @@ def said(*speakers: str) -> dict:
         (said("human"), "no answer of 'gpt' or 'function_call'"),
         (said("human", "bard"), "message 2: unknown speaker 'bard'"),
         ({"conversations": [{"value": "x"}]}, "message 1: 'from' must be a string"),
+        (said("human", "gpt") | {"tools": [{"name": "\ud83d"}]}, "'tools' is not UTF-8: U+D83D"),
         ({"tokens": 7}, "'tokens' must be a list, this is a number"),
         ({"tokens": [1, True]}, "'tokens' 2 must be an id, this is True"),
         ({"tokens": [1, 2**31]}, "'tokens' 2 must be an id"),
