@@ -74,9 +74,12 @@ def _log_sum_exp(
     s_BCKGS = scale * jnp.einsum(
         "BCKGH,BSKH->BCKGS", q_BCKGH, k_BSKH, preferred_element_type=jnp.float32
     )
-    visible_BC11S = visible_BCS[:, :, None, None]
-    lse_BCKG = jax.nn.logsumexp(s_BCKGS, axis=-1, where=visible_BC11S)
-    return lse_BCKG.reshape(B, C, N)
+    # A query that sees nothing sums over all keys first: the derivative of an empty sum is NaN in
+    # forward mode.
+    sees_any_BC1 = visible_BCS.any(axis=-1, keepdims=True)
+    counted_BC11S = (visible_BCS | ~sees_any_BC1)[:, :, None, None]
+    lse_BCN = jax.nn.logsumexp(s_BCKGS, axis=-1, where=counted_BC11S).reshape(B, C, N)
+    return jnp.where(sees_any_BC1, lse_BCN, -jnp.inf)
 
 
 def slices(batch: int, t: int, num_heads: int, s: int) -> tuple[int, int]:

@@ -71,6 +71,21 @@ def test_value_and_gradient(impl, deterministic):
 
 
 @pytest.mark.parametrize("impl", ["eager", "xla"])
+def test_forward_mode(impl):
+    """What sees nothing stays as it is, whatever q and k do; the others' tangents are finite."""
+    problem = _problem(np.float32)
+    q, k, v = (jnp.asarray(x) for x in (problem.q, problem.k, problem.v))
+
+    def lse(q, k):
+        return attention(q, k, v, problem.mask, impl=impl, return_lse=True)[1]
+
+    tangents = np.asarray(jax.jit(lambda q, k: jax.jvp(lse, (q, k), (q, k))[1])(q, k))
+    blind = ~visible_pairs(problem).any(axis=2)
+    np.testing.assert_array_equal(tangents[blind], 0)
+    assert np.isfinite(tangents).all() and (tangents[~blind] != 0).all()
+
+
+@pytest.mark.parametrize("impl", ["eager", "xla"])
 def test_results_over_parts_of_the_keys_join(impl):
     """Weighted by the exponentials of their log-sum-exps they are the result over all keys.
 
