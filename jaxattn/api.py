@@ -220,9 +220,10 @@ class Dispatch:
 def describe(impl: str, q: Shaped, k: Shaped, mask: Mask) -> Dispatch:
     """What `attention` with these arguments runs; for one concrete batch, outside jit.
 
-    `skipped` is the share of the score matrix's tiles that the forward kernel does not visit;
-    for the other implementations it is 0, since they compute hidden pairs too, and for cudnn
-    None: it skips, but does not say how much.
+    Under an explicit mesh the slices, or tiles, are those of one device's part. `skipped` is the
+    share of the score matrix's tiles that the forward kernel does not visit, over all rows; for the
+    other implementations it is 0, since they compute hidden pairs too, and for cudnn None: it
+    skips, but does not say how much.
 
     Raises:
       ValueError, NotImplementedError: as `attention`.
@@ -230,11 +231,13 @@ def describe(impl: str, q: Shaped, k: Shaped, mask: Mask) -> Dispatch:
     _check_shapes(q, k, k, mask)
     name, reason = resolve(impl, q, k, mask)
     device = target_device()
-    batch, t, num_heads = q.shape[:3]
+    parts = [sharded.local(x) for x in (q, k)]
+    batch, t, num_heads = parts[0].shape[:3]
     s = k.shape[1]
     skipped: float | None = 0.0
-    if name == "pallas":
-        tiles, skipped = pallas.describe(mask, q, k)
+    if name == "pallas":  # the heads of one device, but all rows, since the mask is of all
+        q_rows, k_rows = (x.update(shape=(q.shape[0], *x.shape[1:])) for x in parts)
+        tiles, skipped = pallas.describe(mask, q_rows, k_rows)
     elif name == "xla":
         size, count = xla.slices(batch, t, num_heads, s)
         tiles = f"{count} slices of {size} queries x {s} keys"
@@ -255,6 +258,8 @@ def describe(impl: str, q: Shaped, k: Shaped, mask: Mask) -> Dispatch:
 def target_device() -> jax.Device:
     """The device that traced code will run on: jax's default."""
     default = jax.config.jax_default_device
+    if isinstance(default, str):  # the name of a platform
+        return jax.local_devices(backend=default)[0]
     return default if isinstance(default, jax.Device) else jax.devices()[0]
 
 

@@ -9,6 +9,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxattn import ALIASES, IMPLEMENTATIONS, Mask, api, attention, describe, prepare, resolve
+from jaxattn.pallas import op as pallas
+from jaxattn.pallas.tiles import rule_tiles
 from tests.jaxattn.interpret import hopper, interpreted
 from tests.jaxattn.oracle import random_problem
 
@@ -159,6 +161,13 @@ def test_auto_on_another_gpu(monkeypatch):
     assert resolve("auto", q, k)[0] == "xla"
     with pytest.raises(NotImplementedError, match="NVIDIA A100; use impl='xla'"):
         attention(q, k, v, impl="pallas")
+
+
+def test_a_named_platform_counts_on_a_gpu_machine(monkeypatch):
+    """Nothing is compiled for the GPU that jax would else take."""
+    monkeypatch.setattr(jax, "devices", lambda: [hopper()])
+    with jax.default_device("cpu"):
+        assert api.target_device().platform == "cpu"
 
 
 @CPU
@@ -345,6 +354,25 @@ def test_describe_on_a_cpu():
         "1 slices of 16 queries x 16 keys; mask causal + window 5; 0.0% of tiles skipped"
     )
     assert "none, the whole 16 x 16 matrix" in str(describe("eager", q, k, Mask()))
+
+
+def test_describe_under_a_mesh(monkeypatch):
+    """Slices are of one device's rows and heads, tiles of its heads; all rows count as skipped."""
+    q = jax.ShapeDtypeStruct((4, 4096, 16, 128), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((4, 4096, 8, 128), jnp.bfloat16)
+    mask = Mask(segment_ids=jnp.repeat(jnp.arange(1, 5, dtype=jnp.int32)[:, None], 4096, 1))
+    mesh = jax.make_mesh((2, 2), ("d", "m"), axis_types=(AxisType.Explicit,) * 2)
+    bnh = NamedSharding(mesh, PartitionSpec("d", None, "m", None))
+    whole = "8 slices of 512 queries x 4096 keys"
+    assert describe("xla", q, k, mask).tiles == whole
+    monkeypatch.setattr(pallas, "choose_tiles", lambda *heads: heads_seen.append(heads) or rule)
+    heads_seen, rule = [], rule_tiles(16, 8, 128)
+    with jax.set_mesh(mesh):
+        q, k = (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=bnh) for x in (q, k))
+        assert describe("xla", q, k, mask).tiles == "2 slices of 2048 queries x 4096 keys"
+        monkeypatch.setattr(api, "target_device", hopper)
+        assert 0.4 < describe("pallas", q, k, mask).skipped < 0.5
+    assert heads_seen == [(8, 4, 128)]
 
 
 def test_describe_on_hopper(monkeypatch):
