@@ -34,6 +34,9 @@ def plan_rows(plan: Callable[[Mask], Any], q: Shaped, mask: Mask) -> Any:
       plan: the tile metadata of one device's rows.
       q: queries [B, T, N, H].
       mask: of all rows.
+
+    Raises:
+      ValueError: the mask is not split as the rows are.
     """
     if not _is_sharded():
         return plan(mask)
@@ -56,7 +59,8 @@ def run_on_parts(
       return_lse: whether run returns both.
 
     Raises:
-      ValueError: positions or the head dim are sharded, or k and v not as q.
+      ValueError: positions or the head dim are sharded, k and v not as q, or the mask not as its
+        rows.
     """
     if not _is_sharded():
         return run(q, k, v, mask)
@@ -85,8 +89,20 @@ def _spec(x: Shaped) -> PartitionSpec:
 
 
 def _mask_spec(mask: Mask, rows: PartitionSpec) -> Mask:
-    """How a mask is split: by batch rows, but a block pattern for all rows not at all."""
+    """How a mask is split: by batch rows, but a block pattern for all rows not at all.
+
+    Raises:
+      ValueError: ids or blocks are not split so.
+    """
     specs = jax.tree.map(lambda _: rows, mask)
     if mask.blocks is not None and mask.blocks.ndim == 2:
         specs = dataclasses.replace(specs, blocks=PartitionSpec())
+    for name in ("segment_ids", "kv_segment_ids", "blocks"):
+        x = getattr(mask, name)
+        if x is None:
+            continue
+        for_all = name == "blocks" and x.ndim == 2
+        wanted = PartitionSpec(None if for_all else rows[0], *[None] * (x.ndim - 1))
+        if _spec(x) != wanted:
+            raise ValueError(f"{name} is sharded {_spec(x)}, must be {wanted}; see jax.reshard")
     return specs

@@ -59,6 +59,36 @@ def test_sharded_equals_unsharded(impl, spec, blocks):
         np.testing.assert_allclose(np.asarray(g), np.asarray(w), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["segment_ids", "kv_segment_ids", "blocks", "pattern"])
+def test_misplaced_mask_is_named(name, monkeypatch):
+    """Ids and blocks of rows lie with the rows, a pattern for all on every device; `prepare` too.
+
+    The error has what it is, what it must be, and one line.
+    """
+    q, k, v = _qkv(b=4, t=256, s=256, h=64, dtype=jnp.bfloat16)
+    mesh = jax.make_mesh((2, 2), ("d", "m"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        rows, everywhere = (NamedSharding(mesh, PartitionSpec(axis)) for axis in ("d", None))
+        q, k, v = (jax.device_put(x, rows) for x in (q, k, v))
+        ids = jnp.ones((4, 256), jnp.int32)
+        good = {"segment_ids": jax.device_put(ids, rows)}
+        bad = {
+            "segment_ids": {"segment_ids": jax.device_put(ids, everywhere)},
+            "kv_segment_ids": good | {"kv_segment_ids": jax.device_put(ids, everywhere)},
+            "blocks": {"blocks": jax.device_put(jnp.ones((4, 2, 2), bool), everywhere)},
+            "pattern": {"blocks": jax.device_put(jnp.ones((2, 2), bool), rows)},
+        }
+        mask = Mask(**bad[name])
+        what = "blocks" if name == "pattern" else name
+        axis = "None" if name == "pattern" else "'d'"
+        message = rf"^{what} is sharded P.*, must be P.*\({axis}, .*; see jax.reshard$"
+        with pytest.raises(ValueError, match=message):
+            attention(q, k, v, mask, impl="xla")
+        monkeypatch.setattr(api, "target_device", hopper)
+        with pytest.raises(ValueError, match=message):
+            prepare(mask, q, k, impl="pallas")
+
+
 def test_every_device_plans_its_own_rows_and_heads(monkeypatch):
     """A sharded plan is the plans of the devices' parts, end to end."""
     monkeypatch.setattr(api, "target_device", hopper)
