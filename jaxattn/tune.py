@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 from jaxattn import api
 from jaxattn.bench.cell import inputs
+from jaxattn.bench.outputs import output_file
 from jaxattn.bench.shapes import SHAPES, Shape
 from jaxattn.bench.timing import milliseconds
 from jaxattn.mask import Mask
@@ -241,7 +242,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "shapes with the same heads share one choice",
     )
     parser.add_argument(
-        "--out", type=pathlib.Path, metavar="FILE.json", default=TABLE, help="default: %(default)s"
+        "--out", type=output_file, metavar="FILE.json", default=TABLE, help="default: %(default)s"
     )
     parser.add_argument("--dry_run", action="store_true", help="list the candidates; needs no GPU")
     return parser.parse_args(argv)

@@ -10,13 +10,13 @@ import argparse
 import datetime
 import json
 import os
-import pathlib
 import subprocess
 import sys
 from collections.abc import Iterator
 
 from jaxattn import api
 from jaxattn.bench.cell import TORCH
+from jaxattn.bench.outputs import output_file, picture_file
 from jaxattn.bench.shapes import SHAPES, SMOKE
 from jaxattn.bench.table import HEADER, line, plot, table
 
@@ -103,10 +103,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--check", action="store_true", help="errors of o, dq, dk, dv against fp32 as well"
     )
     parser.add_argument(
-        "--out", type=pathlib.Path, metavar="FILE.json", help="written after every cell"
+        "--out", type=output_file, metavar="FILE.json", help="written after every cell"
     )
     parser.add_argument(
-        "--plot", type=pathlib.Path, metavar="FILE.png", help="useful rates as bars"
+        "--plot", type=picture_file, metavar="FILE.png", help="useful rates as bars"
     )
     return parser.parse_args(argv)
 

@@ -8,9 +8,9 @@ Every line of output is one result as JSON, written when it is known: first the 
 versions, then a cell for each shape.
 """
 
+import argparse
 import functools
 import json
-import sys
 from importlib.metadata import version
 
 import jax
@@ -27,22 +27,22 @@ TORCH = ("torch-sdpa", "torch-flex", "torch-fa4")
 CPU_FLOPS = 1e10
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Measures and prints; see the head of the file."""
-    impl, *names = (argument for argument in argv if argument != "--check")
+    args = _parse(argv)
     say_machine, run = machine, measure
-    if impl in TORCH:
+    if args.impl in TORCH:
         try:
             from jaxattn.bench import torch_cell
         except ImportError:
             print(json.dumps({}))
-            for _ in names:
+            for _ in args.shapes:
                 print(json.dumps({"why_not": "PyTorch is not installed (pip install torch)"}))
             return
         say_machine, run = torch_cell.machine, torch_cell.measure
     print(json.dumps(say_machine()), flush=True)
-    for name in names:
-        cell = run((SHAPES | SMOKE)[name], impl, check="--check" in argv)
+    for name in args.shapes:
+        cell = run((SHAPES | SMOKE)[name], args.impl, check=args.check)
         print(json.dumps(cell), flush=True)
 
 
@@ -138,5 +138,18 @@ def errors(results, mask: Mask, q, k, v, do) -> dict:
     return {n: {"max": float(e.max()), "mean": float(e.mean())} for n, e in found.items()}
 
 
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxattn.bench.cell",
+        description="Measure one attention implementation; every line of output is JSON.",
+    )
+    parser.add_argument("impl", metavar="IMPLEMENTATION", choices=(*api.IMPLEMENTATIONS, *TORCH))
+    parser.add_argument("shapes", nargs="+", metavar="SHAPE", choices=SHAPES | SMOKE)
+    parser.add_argument(
+        "--check", action="store_true", help="errors of o, dq, dk, dv against fp32 as well"
+    )
+    return parser.parse_args(argv)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

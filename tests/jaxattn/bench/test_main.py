@@ -78,3 +78,9 @@ def test_results_are_written_after_every_cell(monkeypatch, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         bench.main(["--impls", "xla", "--out", str(out)])
     assert json.loads(out.read_text())["cells"] == {"1.8b_32k_causal/xla": {"why_not": "first"}}
+
+
+def test_a_cell_without_arguments_says_what_it_takes(capsys):
+    with pytest.raises(SystemExit):
+        bench_cell.main([])
+    assert "required: IMPLEMENTATION, SHAPE" in capsys.readouterr().err
