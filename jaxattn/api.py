@@ -159,6 +159,7 @@ def resolve(
     scale: float | None = None,
     deterministic: bool = False,
     return_lse: bool = False,
+    device: Any = None,
 ) -> tuple[str, str]:
     """The implementation that `impl` means here, and why.
 
@@ -170,6 +171,8 @@ def resolve(
       scale: as for `attention`.
       deterministic: as for `attention`.
       return_lse: as for `attention`.
+      device: where it would run, a `jax.Device` or what has its platform, device_kind,
+        compute_capability and memory_stats; None: jax's default.
 
     Returns:
       (name in IMPLEMENTATIONS, reason in words).
@@ -178,7 +181,7 @@ def resolve(
       ValueError: no such implementation.
       NotImplementedError: it cannot run on this device, or not these shapes or masks.
     """
-    device = target_device()
+    device = target_device() if device is None else device
     if impl == "auto":
         name, reason = _choose(device, q, scale)
     else:
@@ -263,8 +266,8 @@ def target_device() -> jax.Device:
     return default if isinstance(default, jax.Device) else jax.devices()[0]
 
 
-def device_memory(device: jax.Device) -> int:
-    """Bytes that jax may use on a device; for a CPU the machine's memory."""
+def device_memory(device: Any) -> int:
+    """Bytes that jax may use on a `jax.Device`, or what stands for one; of a CPU the machine's."""
     stats = device.memory_stats() if device.platform == "gpu" else None
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
@@ -299,7 +302,7 @@ def _number(scale: Any) -> float:
     return float(scale)
 
 
-def _choose(device: jax.Device, q: Shaped, scale: float | None) -> tuple[str, str]:
+def _choose(device: Any, q: Shaped, scale: float | None) -> tuple[str, str]:
     """What "auto" means, and why."""
     if device.platform != "gpu":
         return "xla", f"auto: a {device.platform} device, where the kernels cannot run"
@@ -309,9 +312,7 @@ def _choose(device: jax.Device, q: Shaped, scale: float | None) -> tuple[str, st
     return "pallas", "auto: a Hopper GPU"
 
 
-def _why_not(
-    name: str, device: jax.Device, q: Shaped, k: Shaped, scale: float | None
-) -> str | None:
+def _why_not(name: str, device: Any, q: Shaped, k: Shaped, scale: float | None) -> str | None:
     """The reason why an implementation cannot run, or None."""
     if name == "pallas":
         why = pallas.why_not(device, q, scale)

@@ -62,7 +62,7 @@ def spec(axes: Sequence[str | None], mesh: Mesh | AbstractMesh) -> P:
     return P(*[e[0] if len(e) == 1 else (e or None) for e in entries])
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
+def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """A NamedSharding for every array of a tree that holds parameters.
 
     Args:

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 import jax
 
 from train.devices import device
-from train.devices.hosts import connect
+from train.devices.hosts import check_same, connect
 from train.devices.peers import Peers, leave
 from train.flags.cli import fail, parse
 from train.flags.config import Config
 from train.flags.recipes import check_recipe, find_recipe, recipe_list
 from train.run.dry_run import dry_run
 from train.run.loop import run
+from train.run.resolved import resolved
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         connect(config.dist)
         device.set_up(keep_compiled=True)
         with Peers():
+            check_same(resolved(config))
             (dry_run if config.dry_run else run)(config)
     except (ValueError, NotImplementedError, OSError, FloatingPointError) as error:
         if config.traceback:

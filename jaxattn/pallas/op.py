@@ -6,6 +6,7 @@ B batch, T query pos, S key pos, N query heads, K kv heads, H head dim; R = B * 
 import dataclasses
 import functools
 import typing
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -117,7 +118,7 @@ def describe(mask: Mask, q: Shaped, k: Shaped) -> tuple[str, float]:
     return str(plan.tiles), max(0.0, 1.0 - float(visited.sum()) / total)
 
 
-def why_not(device: jax.Device, q: Shaped, scale: float | None = None) -> str | None:
+def why_not(device: Any, q: Shaped, scale: float | None = None) -> str | None:
     """Why the kernels cannot run this on this device; None if they can.
 
     The scale (None: the default one) must be above 0, because the maximum of scores is taken

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from models import sharding
 from models.config import ModelConfig
@@ -17,7 +17,7 @@ from models.weights.table import resolve, table
 def abstract(
     config: ModelConfig,
     *,
-    mesh: Mesh | None,
+    mesh: Mesh | AbstractMesh | None,
     dtype: Any,
     param_dtype: Any = None,
     attn: str = "auto",

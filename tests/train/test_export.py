@@ -1,5 +1,6 @@
 """A run's checkpoint leaves as HF weights: `python -m models.convert` knows its layout."""
 
+import dataclasses
 import json
 import shutil
 
@@ -54,7 +55,8 @@ def test_exported_weights_train_on(finished, tiny_run, tmp_path):
     convert.convert(finished, tmp_path / "hf")
     config = tiny_run(tmp_path / "more")
     shutil.rmtree(tmp_path / "more", ignore_errors=True)
-    loop.run(type(config)(**{**vars(config), "model": str(tmp_path / "hf"), "steps": 1}))
+    changes = {"model": str(tmp_path / "hf"), "tokenizer": "byte", "steps": 1}
+    loop.run(dataclasses.replace(config, **changes))
     line = (tmp_path / "more" / "metrics.jsonl").read_text().splitlines()[0]
     first = (finished / "metrics.jsonl").read_text().splitlines()[0]
     assert json.loads(line)["loss"] < json.loads(first)["loss"]

@@ -83,7 +83,8 @@ def test_broken_row_is_fatal_when_strict_and_names_its_line(refused, tmp_path):
 def test_hf_directory_without_weights(refused, tmp_path, tiny):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text(json.dumps(tiny.to_hf()))
-    assert "safetensors" in refused(f"--model={tmp_path / 'hf'}")
+    assert "tokenizer.model: name one with --tokenizer" in refused(f"--model={tmp_path / 'hf'}")
+    assert "safetensors" in refused(f"--model={tmp_path / 'hf'}", "--tokenizer=byte")
 
 
 def test_tokenizer_beyond_the_model(refused, tiny, monkeypatch):

@@ -1,6 +1,7 @@
 """Which checkpoints of a run stay: the newest, and beside them the best by validation loss."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,13 +17,14 @@ class Retention(PreservationPolicy):
         Args:
             newest: the last so many.
             best: so many of those with a loss, the lowest.
-            losses: of the steps that were evaluated; read when the question is asked.
+            losses: of the steps that were evaluated; read when the question is asked. What is not
+                finite counts as none.
         """
         self._newest, self._best, self._losses = newest, best, losses
 
     def kept(self, steps: list[int]) -> set[int]:
         """Those of the complete checkpoints, oldest first, that stay; of equal ones the later."""
-        known = [s for s in steps if s in self._losses]
+        known = [s for s in steps if math.isfinite(self._losses.get(s, math.nan))]
         best = sorted(known, key=lambda s: (self._losses[s], -s))[: self._best]
         return {*steps[-self._newest :], *best}
 

@@ -9,15 +9,22 @@ import importlib.util
 import logging
 import os
 import sys
+import threading
+import zlib
+from collections.abc import Iterator, Mapping
 from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
 from train.flags.sections import DistConfig
+
+OWN = ("dist.id", "data.cache", "traceback")
+"""Flags that each process may have for itself."""
 
 
 def connect(config: DistConfig) -> None:
@@ -26,6 +33,9 @@ def connect(config: DistConfig) -> None:
     The launchers are told by what they put into the environment: SLURM (srun), Open MPI (mpirun),
     Kubernetes (an indexed job). An allocation without one, and a launch of a single task, are not
     several processes.
+
+    Where they do not meet in time this process ends, with one line and status 1: jax would end it
+    with a page of C++.
 
     Raises:
         ValueError: the others cannot be reached.
@@ -47,16 +57,36 @@ def connect(config: DistConfig) -> None:
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     logging.getLogger("jax._src.distributed").setLevel(logging.WARNING)
     seconds = max(1, round(60 * config.timeout_minutes))
-    try:
-        jax.distributed.initialize(
-            **given, initialization_timeout=seconds, heartbeat_timeout_seconds=seconds
-        )
-    except (RuntimeError, ValueError) as error:
-        where = config.coordinator or "the address that the launcher gives"
+    where = config.coordinator or "the address that the launcher gives"
+    apart = f"the processes of the run did not meet at {where}"
+    with _ending_after(seconds, f"{apart} within {config.timeout_minutes:g} minutes: {_ASK}"):
+        try:  # jax waits longer than this process lives
+            jax.distributed.initialize(
+                **given, initialization_timeout=2 * seconds, heartbeat_timeout_seconds=seconds
+            )
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{apart}: {str(error).splitlines()[0]}") from error
+
+
+def check_same(flags: Mapping[str, object]) -> None:
+    """Compares the flags of all processes, which otherwise train apart, or wait for ever.
+
+    Args:
+        flags: of this process, by name; those in `OWN` may differ.
+
+    Raises:
+        ValueError: others differ, on all processes; names them.
+    """
+    if jax.process_count() == 1:
+        return
+    names = sorted(name for name in flags if name not in OWN)
+    here = np.array([zlib.crc32(repr(flags[name]).encode()) for name in names], np.uint32)
+    of_all = np.asarray(multihost_utils.process_allgather(here))
+    differ = [f"--{name}" for name, of_one in zip(names, of_all.T, strict=True) if np.ptp(of_one)]
+    if differ:
         raise ValueError(
-            f"the processes of the run did not meet at {where} within {config.timeout_minutes:g} "
-            f"minutes: {str(error).splitlines()[0]}"
-        ) from error
+            f"the processes of the run were given different {', '.join(differ)}: give all the same"
+        )
 
 
 def share(mesh: Mesh) -> tuple[int, int]:
@@ -128,6 +158,26 @@ def leave_at_once(status: int) -> NoReturn:
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(status)
+
+
+_ASK = "is each of them started, once, with the same address and its own number?"
+
+
+@contextlib.contextmanager
+def _ending_after(seconds: int, why: str) -> Iterator[None]:
+    """Ends this process, with one line, if the block takes longer."""
+
+    def end() -> None:
+        print(f"error: {why}", file=sys.stderr)
+        leave_at_once(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _launched() -> bool:

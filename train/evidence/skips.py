@@ -46,13 +46,7 @@ class Skips:
         """
         if not line["in_a_row"]:
             return
-        reason = f"loss {line['loss']:.4g}, gradient norm {line['grad_norm']:.4g}"
-        documents = self._loader.documents(position)
-        if self._records is not None:
-            wrong = {"step": line["step"], "reason": reason, "documents": documents}
-            self._records.write(wrong)
-        more = f" and {len(documents) - NAMED:,} more" if len(documents) > NAMED else ""
-        what = f"{reason}; documents {', '.join(documents[:NAMED])}{more}"
+        what = self.write(line, position)
         if line["in_a_row"] < self._patience:
             note(f"step {line['step']} skipped: {what}")
             return
@@ -62,3 +56,13 @@ class Skips:
             f"{self._path}. The weights before them are saved: look at these documents, or go on "
             "with a smaller --optim.lr"
         )
+
+    def write(self, line: dict[str, Any], position: dict[str, Any]) -> str:
+        """Writes down a step that was skipped; returns why, and some of its documents."""
+        reason = f"loss {line['loss']:.4g}, gradient norm {line['grad_norm']:.4g}"
+        documents = self._loader.documents(position)
+        if self._records is not None:
+            wrong = {"step": line["step"], "reason": reason, "documents": documents}
+            self._records.write(wrong)
+        more = f" and {len(documents) - NAMED:,} more" if len(documents) > NAMED else ""
+        return f"{reason}; documents {', '.join(documents[:NAMED])}{more}"

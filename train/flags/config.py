@@ -5,8 +5,10 @@ model (`train.run.defaults`), and the choice is said in the log.
 """
 
 import dataclasses
+import math
 from typing import Annotated, Literal
 
+from models.remat import REMAT
 from train.flags.sections import (
     DataConfig,
     DistConfig,
@@ -17,6 +19,9 @@ from train.flags.sections import (
     require,
 )
 from train.flags.window import parse_window
+
+MOST_STEPS = 2**31 - 1
+"""The state counts them in int32."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,22 +173,43 @@ class Config:
         ):
             value = getattr(self, name)
             require(value is None or value >= least, f"--{name}", value, f"at least {least}")
-        require(self.z_loss >= 0, "--z_loss", self.z_loss, "at least 0")
+        bound = f"at most {MOST_STEPS:,}"
+        require(self.steps <= MOST_STEPS, "--steps", self.steps, bound)
+        require(0 <= self.z_loss < math.inf, "--z_loss", self.z_loss, "at least 0 and finite")
         require(
-            self.rope_factor is None or self.rope_factor >= 1,
+            self.rope_factor is None or 1 <= self.rope_factor < math.inf,
             "--rope_factor",
             self.rope_factor,
-            "at least 1",
+            "at least 1 and finite",
         )
         require(self.save_minutes > 0, "--save_minutes", self.save_minutes, "above 0")
-        require(self.epochs is None or self.epochs > 0, "--epochs", self.epochs, "above 0")
+        require(
+            self.epochs is None or 0 < self.epochs < math.inf,
+            "--epochs",
+            self.epochs,
+            "above 0 and finite",
+        )
+        if self.remat is not None and self.remat not in REMAT:
+            raise ValueError(f"--remat={self.remat} must be one of {', '.join(REMAT)}")
         if self.sample_every and not self.prompts:
             raise ValueError(f"--sample_every={self.sample_every} needs --prompts")
-        if self.profile is not None and parse_window(self.profile)[1] > self.steps:
-            raise ValueError(f"--profile={self.profile} ends after --steps={self.steps}")
+        if self.epochs is None:
+            self.check_profile()
         if self.device is not None and not self.dry_run:
             raise ValueError(f"--device={self.device} describes a GPU for --dry_run: add it")
         if self.batch_size is not None and self.batch_size % self.accum:
             raise ValueError(
                 f"--batch_size={self.batch_size} must be a multiple of --accum={self.accum}"
+            )
+
+    def check_profile(self) -> None:
+        """Checks that the run reaches the end of --profile, once its steps are known.
+
+        Raises:
+            ValueError: it is no window, or ends after the last step.
+        """
+        if self.profile is not None and parse_window(self.profile)[1] > self.steps:
+            given = f" of --epochs={self.epochs:g}" if self.epochs is not None else ""
+            raise ValueError(
+                f"--profile={self.profile} ends after the last step, {self.steps}{given}"
             )

@@ -14,6 +14,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
+from models.config import PRESETS
 from train.flags.config import Config
 from train.flags.sections import OptimConfig
 
@@ -79,13 +80,20 @@ def find_recipe(argv: Sequence[str]) -> Config:
 
 
 def check_recipe(config: Config) -> None:
-    """Checks that a recipe got the data that it is for.
+    """Checks that a recipe got the data that it is for, and weights that know a tokenizer.
 
     Raises:
-        ValueError: none was given.
+        ValueError: one is missing.
     """
-    if config.recipe is not None and not config.data.files and not config.dry_run:
+    if config.recipe is None or config.dry_run:
+        return
+    if not config.data.files:
         raise ValueError(f"--recipe={config.recipe} needs --data: files to train on")
+    if config.model in PRESETS and config.tokenizer is None:
+        raise ValueError(
+            f"--recipe={config.recipe} needs --model DIR, trained weights: --model={config.model} "
+            "begins with random ones, for which --tokenizer must say what they learn to read"
+        )
 
 
 def recipe_list() -> str:

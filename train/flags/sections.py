@@ -4,6 +4,7 @@ A field that is None is chosen by the device and the model (`train.run.defaults`
 """
 
 import dataclasses
+import math
 from typing import Annotated, Literal
 
 import tyro
@@ -126,9 +127,16 @@ class OptimConfig:
 
     def __post_init__(self):
         """Checks ranges."""
-        require(self.lr is None or self.lr > 0, "--optim.lr", self.lr, "above 0")
+        require(
+            self.lr is None or 0 < self.lr < math.inf, "--optim.lr", self.lr, "above 0 and finite"
+        )
         require(all(0 <= b < 1 for b in self.rates), "--optim.betas", self.betas, "in [0, 1)")
-        require(self.weight_decay >= 0, "--optim.weight_decay", self.weight_decay, "at least 0")
+        require(
+            0 <= self.weight_decay < math.inf,
+            "--optim.weight_decay",
+            self.weight_decay,
+            "at least 0 and finite",
+        )
         require(0 <= self.warmup <= 1, "--optim.warmup", self.warmup, "a share in [0, 1]")
         require(0 <= self.last_ratio <= 1, "--optim.min_lr_ratio", self.min_lr_ratio, "in [0, 1]")
         require(0 < self.last_decay <= 1, "--optim.decay", self.decay, "a share in (0, 1]")
@@ -223,8 +231,10 @@ class DistConfig:
         if any(given) and not all(given) and not alone:
             raise ValueError("--dist.coordinator, --dist.processes and --dist.id go together")
         if self.coordinator is not None:
-            port = self.coordinator.rpartition(":")[2]
-            require(port.isdigit(), "--dist.coordinator", self.coordinator, "HOST:PORT")
+            host, _, port = self.coordinator.rpartition(":")
+            right = host and port.isdecimal() and 1 <= int(port) <= 65535
+            bound = "HOST:PORT, a port from 1 to 65535"
+            require(bool(right), "--dist.coordinator", self.coordinator, bound)
         if self.processes is not None:
             require(self.processes >= 1, "--dist.processes", self.processes, "at least 1")
         if self.id is not None and self.processes is not None:

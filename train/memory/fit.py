@@ -1,11 +1,12 @@
 """When a run does not fit its device: the cheapest change that makes it fit.
 
-Changes are tried in the order of their cost: first what only reorders the work, then what computes
-something twice, then what rounds more, then what waits for the host. What one of them cannot do
-alone, they do together.
+Changes have an order of cost: first what only reorders the work, then what computes something
+twice, then what rounds more, then what waits for the host. What one of them cannot do alone, the
+fewest do together, and of these the ones whose dearest is cheapest.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 
 from models.remat import REMAT
@@ -13,6 +14,7 @@ from train.flags.config import Config
 from train.memory.plan import GiB, Plan
 
 Planner = Callable[[Config], Plan]
+Change = tuple[str, Callable[[Config], Config]]  # a flag with its value, and what that changes
 
 
 def remedy(needed: Planner, config: Config, have: int, *, most_accum: int) -> str:
@@ -24,27 +26,37 @@ def remedy(needed: Planner, config: Config, have: int, *, most_accum: int) -> st
         have: bytes of the device.
         most_accum: parts that a step's rows can be worked through in.
     """
-    single = list(_changes(config, most_accum))
-    together = [single[: n + 1] for n in range(1, len(single))]
-    for changes in [[change] for change in single] + together:
+    least = needed(config).total
+    for changes in _together(list(_changes(config, most_accum))):
         changed = config
         for _, change in changes:
             changed = change(changed)
         total = needed(changed).total
         if total <= have:
-            flags = {flag.split("=")[0]: flag for flag, _ in changes}  # a later one wins
-            return f"take {' '.join(flags.values())}, which needs {total / GiB:.2f} GiB"
-    least = needed(changed).total / GiB if single else needed(config).total / GiB
+            flags = " ".join(flag for flag, _ in changes)
+            return f"take {flags}, which needs {total / GiB:.2f} GiB"
+        least = min(least, total)
     return (
-        f"no flag makes it fit ({least:.2f} GiB at the least): take more devices (--mesh.fsdp), "
-        "a shorter --seq_len or a smaller --model"
+        f"no flag makes it fit ({least / GiB:.2f} GiB at the least): take more devices "
+        "(--mesh.fsdp), a shorter --seq_len or a smaller --model"
     )
 
 
-def _changes(config: Config, most_accum: int) -> Iterator[tuple[str, Callable[[Config], Config]]]:
-    """(flags to add, what they change), the cheapest first."""
+def _together(single: list[Change]) -> list[list[Change]]:
+    """All ways to make changes, with one value for a flag: the fewest first, then the cheapest."""
+    rank = {flag: cost for cost, (flag, _) in enumerate(single)}
+    of_flag: dict[str, list[Change | None]] = {}
+    for change in single:
+        of_flag.setdefault(change[0].partition("=")[0], [None]).append(change)
+    ways = [[c for c in way if c is not None] for way in itertools.product(*of_flag.values())]
+    ways.sort(key=lambda way: (len(way), sorted((rank[flag] for flag, _ in way), reverse=True)))
+    return ways[1:]  # but for none at all
 
-    def setting(flag: str, **fields) -> tuple[str, Callable[[Config], Config]]:
+
+def _changes(config: Config, most_accum: int) -> Iterator[Change]:
+    """The cheapest first."""
+
+    def setting(flag: str, **fields) -> Change:
         return flag, lambda c: dataclasses.replace(c, **fields)
 
     if config.attn == "eager":
@@ -61,7 +73,7 @@ def _changes(config: Config, most_accum: int) -> Iterator[tuple[str, Callable[[C
     if config.optim.name == "adamw" and config.optim.state != "int8":
         int8 = dataclasses.replace(config.optim, state="int8")
         yield setting("--optim.state=int8", optim=int8)
-    if config.remat != "offload":
+    if config.remat != "offload" and config.scan_layers is not False:  # which contradict
         yield setting("--remat=offload", remat="offload")
     if config.param_dtype != "bf16":
         yield setting("--param_dtype=bf16", param_dtype="bf16")

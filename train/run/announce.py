@@ -16,7 +16,8 @@ def introduce(config: Config, settled: Settled) -> None:
     for line in settled.notes:
         say(line)
     say(
-        f"{settled.name}: {settled.model.num_params():,} parameters on {jax.device_count()} "
+        f"{settled.name}{' from random weights' * (settled.weights is None)}: "
+        f"{settled.model.num_params():,} parameters on {jax.device_count()} "
         f"{settled.mesh.devices.flat[0].device_kind} ({mesh}), {settled.dtype} compute; "
         f"{settled.rows} rows x {config.seq_len} tokens a step in {config.accum} parts; "
         f"peak learning rate {settled.lr:g}; tokenizer {settled.tokenizer.name}"

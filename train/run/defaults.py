@@ -12,7 +12,6 @@ from jax.sharding import AbstractMesh, Mesh
 
 from jaxattn import device_memory
 from models.config import PRESETS, ModelConfig, RopeScaling
-from models.remat import REMAT
 from models.tokenizer import Tokenizer, load_tokenizer
 from train.attention import resolve_attention
 from train.devices.mesh import check_rows, make_mesh, row_shards
@@ -90,8 +89,6 @@ def settle(config: Config) -> Settled:
         NotImplementedError: an attention implementation that cannot run here.
         OSError: a model or tokenizer that cannot be read.
     """
-    if config.remat is not None and config.remat not in REMAT:
-        raise ValueError(f"--remat={config.remat} must be one of {', '.join(REMAT)}")
     mesh = make_mesh(config.mesh)
     device = mesh.devices.flat[0]
     on_gpu = device.platform == "gpu"
@@ -114,7 +111,7 @@ def settle(config: Config) -> Settled:
         name, why = choose_model(need, have, device.device_kind)
         notes.append(f"model {name}: {why}")
     model, weights = read_model(name)
-    model = _extended(model, config.rope_factor, config.seq_len)
+    model = extended(model, config.rope_factor, config.seq_len)
     attn = resolve_attention(
         config.attn,
         model,
@@ -135,12 +132,7 @@ def settle(config: Config) -> Settled:
     if config.remat is None:
         size = f"{plan.total / GiB:.1f} GiB"
         notes.append(f"remat {full.remat}: the fastest that fits, with {size}")
-    tokenizer = _read_tokenizer(config.tokenizer, weights)
-    if tokenizer.vocab_size > model.vocab_size:
-        raise ValueError(
-            f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, more than the "
-            f"{model.vocab_size} that {name} has room for: choose another --tokenizer or --model"
-        )
+    tokenizer = read_tokenizer(config.tokenizer, weights, model, name)
     short = weights.name if weights else name
     return Settled(
         name=name,
@@ -208,7 +200,7 @@ def read_model(name: str) -> tuple[ModelConfig, Path | None]:
         raise ValueError(f"{file} is not JSON: {error}") from error
 
 
-def _extended(model: ModelConfig, factor: float | None, seq_len: int) -> ModelConfig:
+def extended(model: ModelConfig, factor: float | None, seq_len: int) -> ModelConfig:
     """The model with --rope_factor, after checking that its positions reach."""
     scaling = model.rope_scaling
     if factor is not None:
@@ -229,10 +221,35 @@ def _memories(device: jax.Device) -> set[str]:
     return {memory.kind for memory in device.addressable_memories()}
 
 
-def _read_tokenizer(spec: str | None, weights: Path | None) -> Tokenizer:
-    if spec is None and weights is not None and (weights / "tokenizer.model").exists():
-        spec = str(weights)
-    return load_tokenizer(spec or "byte")
+def read_tokenizer(
+    spec: str | None, weights: Path | None, model: ModelConfig, name: str
+) -> Tokenizer:
+    """The tokenizer that is named, or that of the trained weights; bytes for random ones.
+
+    Args:
+        spec: --tokenizer.
+        weights: directory of the model's weights, if it has any.
+        model: has room for so many tokens.
+        name: of the model.
+
+    Raises:
+        ValueError: it is larger than the model's vocabulary, or trained weights have none.
+        OSError: it cannot be read.
+    """
+    try:
+        tokenizer = load_tokenizer(spec or weights or "byte")
+    except FileNotFoundError as error:
+        if spec is not None:
+            raise
+        raise ValueError(
+            f"{error}: name one with --tokenizer ('byte' for a model that was trained on bytes)"
+        ) from error
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, more than the "
+            f"{model.vocab_size} that {name} has room for: choose another --tokenizer or --model"
+        )
+    return tokenizer
 
 
 def _lr(name: str, weights: Path | None) -> float:

@@ -1,15 +1,17 @@
 """`--dry_run`: what would run, what it needs, and what the compiler says it needs."""
 
 import dataclasses
+import math
 import time
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from jaxattn import ALIASES, IMPLEMENTATIONS
+from jaxattn import Mask, device_memory, resolve
+from models.weights.abstract import abstract
 from train.devices import device
-from train.devices.mesh import check_rows
+from train.devices.mesh import check_rows, row_shards
 from train.flags.config import Config
 from train.memory.plan import GiB, Plan
 from train.memory.sizing import Sizing
@@ -18,7 +20,9 @@ from train.run.defaults import (
     GPU_MODEL,
     Settled,
     default_rows,
+    extended,
     read_model,
+    read_tokenizer,
     settle,
 )
 from train.run.parts import compile_training, model_maker
@@ -27,12 +31,26 @@ from train.say import say
 from train.step.optim import optimizer
 from train.step.state import abstract_state
 
+
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """What is asked of a GPU that is not here, as `jax.Device` would answer."""
+
+    device_kind: str
+    gib: float
+    compute_capability: str = "9.0"
+    platform: str = "gpu"
+
+    def memory_stats(self) -> dict[str, int]:
+        """The share of its memory that a run takes."""
+        return {"bytes_limit": int(self.gib * device.SHARE * GiB)}
+
+
 DEVICES = {
-    "h200": ("NVIDIA H200", 143_771 / 1024),
-    "h100": ("NVIDIA H100 80GB", 81_559 / 1024),
-    "a100": ("NVIDIA A100 80GB", 81_920 / 1024),
+    "h200": Described("NVIDIA H200", 143_771 / 1024),
+    "h100": Described("NVIDIA H100 80GB", 81_559 / 1024),
+    "a100": Described("NVIDIA A100 80GB", 81_920 / 1024, "8.0"),
 }
-"""Names of GPUs, and their GiB."""
 
 
 def dry_run(config: Config) -> None:
@@ -44,7 +62,7 @@ def dry_run(config: Config) -> None:
     for flag, value in resolved(config).items():
         say(f"--{flag}={'(chosen)' if value is None else value}")
     if config.device is not None:
-        _of_described(config, config.device)
+        _of_described(config, _described(config.device))
         return
     settled = settle(config)
     introduce(config, settled)
@@ -81,24 +99,32 @@ def _compare(config: Config, settled: Settled) -> None:
         say("a CPU's compiler fuses less than a GPU's: its temporary memory is larger")
 
 
-def _of_described(config: Config, name: str) -> None:
-    """The plan for a GPU that is not here; nothing is compiled."""
-    kind, gib = _described(name)
+def _of_described(config: Config, gpu: Described) -> None:
+    """The plan for a GPU that is not here, after the checks of a run; nothing is compiled."""
     sizes = (config.mesh.data, config.mesh.fsdp or 1, config.mesh.tensor)
     mesh = AbstractMesh(sizes, ("data", "fsdp", "tensor"))
     rows = default_rows(config, mesh, on_gpu=True)
     check_rows(mesh, rows=rows, accum=config.accum)
-    attn = ALIASES.get(config.attn, config.attn)
-    if attn == "auto":
-        attn = "pallas" if "H200" in kind or "H100" in kind else "xla"
-    if attn not in IMPLEMENTATIONS:
-        raise ValueError(f"--attn={attn} must be auto or one of {', '.join(IMPLEMENTATIONS)}")
-    model, _ = read_model(config.model or GPU_MODEL)
-    dtype, have = jnp.dtype(config.dtype or "bfloat16"), int(gib * device.SHARE * GiB)
+    name = config.model or GPU_MODEL
+    model, weights = read_model(name)
+    model = extended(model, config.rope_factor, config.seq_len)
+    dtype, have = jnp.dtype(config.dtype or "bfloat16"), device_memory(gpu)
+    abstract(model, mesh=mesh, dtype=dtype)  # raises where the mesh does not divide it
+    q, k = (
+        jax.ShapeDtypeStruct(
+            (rows // config.accum // row_shards(mesh), config.seq_len, heads, model.head_dim), dtype
+        )
+        for heads in (model.num_heads // sizes[2], model.num_kv_heads // sizes[2])
+    )
+    mask = Mask(segment_ids=jnp.ones((1, 1), jnp.int32))  # rows are packed
+    asked = {"deterministic": config.deterministic, "device": gpu}
+    attn, _ = resolve(config.attn, q, k, mask, **asked)
+    read_tokenizer(config.tokenizer, weights, model, name)
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     say(
-        f"{config.model or GPU_MODEL}: {model.num_params():,} parameters on {mesh.size} {kind} "
-        f"({' x '.join(f'{n} {s}' for n, s in mesh.shape.items())}), {dtype} compute; {rows} rows "
-        f"x {config.seq_len} tokens a step in {config.accum} parts; attention {attn}"
+        f"{name}: {model.num_params():,} parameters on {mesh.size} "
+        f"{gpu.device_kind} ({axes}), {dtype} compute; {rows} rows x {config.seq_len} tokens a "
+        f"step in {config.accum} parts; attention {attn}"
     )
     sizing = Sizing(model=model, mesh=mesh, rows=rows, dtype=dtype, attn=attn)
     config = sizing.with_remat(config, have)
@@ -107,13 +133,13 @@ def _of_described(config: Config, name: str) -> None:
     say(f"not compiled: this machine has {jax.devices()[0].device_kind}")
 
 
-def _described(name: str) -> tuple[str, float]:
+def _described(name: str) -> Described:
     if name.lower() in DEVICES:
         return DEVICES[name.lower()]
     try:
         gib = float(name)
     except ValueError:
         gib = 0.0
-    if gib <= 0:
+    if not 0 < gib < math.inf:
         raise ValueError(f"--device={name} must be one of {', '.join(DEVICES)}, or a number of GiB")
-    return f"GPU of {gib:g} GiB", gib
+    return Described(f"Hopper GPU of {gib:g} GiB", gib)

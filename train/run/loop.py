@@ -20,7 +20,7 @@ from train.run.parts import (
     with_steps,
 )
 from train.run.resolved import save_config
-from train.run.resume import check_not_beyond, identity_of, starting_step
+from train.run.resume import check_not_beyond, check_out, identity_of, starting_step
 from train.run.sample import write_sample
 from train.run.sole import SoleRun
 from train.run.stepping import train
@@ -41,19 +41,22 @@ def run(config: Config) -> None:
     check_sinks(config.log)
     introduce(config, settled)
     identity = identity_of(config, settled)
-    with Checkpoints(settled.out, keep=config.keep, keep_best=config.keep_best) as checkpoints:
+    with (
+        SoleRun(settled.out) as sole,
+        Checkpoints(settled.out, keep=config.keep, keep_best=config.keep_best) as checkpoints,
+    ):
+        check_out(settled.out)
+        sole.claim()
         start = starting_step(config, settled, checkpoints, identity)
         with (
             open_training(config, settled) as loader,
             OpenSets(open_validation(config, settled)) as val,
-            SoleRun(settled.out) as sole,
         ):
             say_data(loader, val.sets)
             config = with_steps(config, loader.report.rows, settled.rows)
             check_not_beyond(config, settled, checkpoints)
             tx = optimizer(config.optim, settled.lr, config.steps, param_dtype=settled.param_dtype)
             graphdef, like = abstract_state(model_maker(config, settled), tx, settled.mesh)
-            sole.claim()
             checkpoints.remove_half_written()
             if start:
                 state, position = checkpoints.restore(like)

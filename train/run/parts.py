@@ -15,7 +15,7 @@ from models.internlm2 import InternLM2, init
 from train.data import Loader, Packing, default_cache, open_data
 from train.devices.device import compiler_options
 from train.devices.hosts import share
-from train.flags.config import Config
+from train.flags.config import MOST_STEPS, Config
 from train.run.defaults import Settled
 from train.say import say
 from train.step.schedule import schedule
@@ -30,12 +30,22 @@ def with_steps(config: Config, rows: int, in_step: int) -> Config:
         config: with steps, or epochs.
         rows: of the data.
         in_step: rows of a step.
+
+    Raises:
+        ValueError: these are too many, or fewer than --profile wants.
     """
     if config.epochs is None:
         return config
-    steps = max(1, math.ceil(config.epochs * rows / in_step))
-    say(f"{config.epochs:g} epochs of {rows:,} rows are {steps:,} steps")
-    return dataclasses.replace(config, steps=steps)
+    steps = config.epochs * rows / in_step
+    if steps > MOST_STEPS:
+        raise ValueError(
+            f"--epochs={config.epochs:g} of {rows:,} rows are {steps:.3g} steps, must be at most "
+            f"{MOST_STEPS:,}"
+        )
+    config = dataclasses.replace(config, steps=max(1, math.ceil(steps)))
+    say(f"{config.epochs:g} epochs of {rows:,} rows are {config.steps:,} steps")
+    config.check_profile()
+    return config
 
 
 def open_training(config: Config, settled: Settled) -> Loader:

@@ -32,9 +32,11 @@ def identity_of(config: Config, settled: Settled) -> dict[str, Any]:
 def starting_step(
     config: Config, settled: Settled, checkpoints: Checkpoints, identity: dict[str, Any]
 ) -> int:
-    """The step to go on from, after checking that going on, or beginning, is possible."""
-    _check_writable(settled.out)
-    _check_ours(settled.out)
+    """The step to go on from, after checking that going on, or beginning, is possible.
+
+    Raises:
+        ValueError: it is not.
+    """
     if checkpoints.latest is None:
         return 0
     if not config.resume:
@@ -61,6 +63,17 @@ def check_not_beyond(config: Config, settled: Settled, checkpoints: Checkpoints)
             f"{settled.out} is at step {done}, beyond --steps={config.steps}: choose another --out "
             "or more --steps"
         )
+
+
+def check_out(out: Path) -> None:
+    """Checks that a run may write there.
+
+    Raises:
+        OSError: it cannot.
+        ValueError: the directory is one of something else.
+    """
+    _check_writable(out)
+    _check_ours(out)
 
 
 def _check_writable(out: Path) -> None:

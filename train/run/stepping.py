@@ -88,8 +88,11 @@ def train(
                     saved_at = time.monotonic()
                     agreed.forget()
         except FloatingPointError:  # on all processes at the same step
-            if waiting is not None:
-                evidence.record(*waiting[1:])
+            if waiting is not None:  # the step after the last one, skipped as those before
+                position, *shown = waiting
+                line = evidence.record(*shown)
+                if line["in_a_row"]:
+                    skips.write(line, position)
             keep()
             raise
         except TimeoutError:  # on one of several processes, which cannot save alone

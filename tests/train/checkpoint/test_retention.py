@@ -22,6 +22,11 @@ def test_the_newest_and_the_best(newest, best, kept):
     assert Retention(newest=newest, best=best, losses=LOSSES).kept(steps) == kept
 
 
+def test_a_loss_that_is_no_number_is_none():
+    losses = {1: float("nan"), 2: 1.0, 3: 2.0, 4: float("inf")}
+    assert Retention(newest=1, best=1, losses=losses).kept([1, 2, 3, 4]) == {2, 4}
+
+
 def test_a_loss_that_comes_later_counts():
     losses = {}
     policy = Retention(newest=1, best=1, losses=losses)

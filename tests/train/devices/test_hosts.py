@@ -2,6 +2,8 @@
 
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -25,14 +27,19 @@ Metrics.record = record_or_die
 """
 
 
-def launch(tiny, out: Path, processes: int, *, which: int = 0, first: str = "") -> list[int]:
-    """Runs the same 8 steps as `tiny_run` on 8 devices; returns the exit statuses.
-
-    `first` is run in process `which` alone. What they say is in <out>.<process>.log.
-    """
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def launch(tiny, out: Path, processes: int, *, which=0, first="", own=()) -> list[int]:
+    """Runs the same 8 steps as `tiny_run` on 8 devices; returns the exit statuses.
+
+    `first` is run in process `which` alone, and the last one has flags of its `own`. What they say
+    is in <out>.<process>.log.
+    """
+    port = free_port()
     running = []
     for process in range(processes):
         flags = [
@@ -49,6 +56,7 @@ def launch(tiny, out: Path, processes: int, *, which: int = 0, first: str = "") 
             f"--dist.id={process}",
         ]
         log = out.with_name(f"{out.name}.{process}.log")
+        flags += own if process == processes - 1 else ()
         code = first if process == which else ""
         running.append(start(tiny, flags, devices=8 // processes, log=log, first=code))
     try:
@@ -149,7 +157,7 @@ def test_a_launch_of_several_is_left_to_jax(env, monkeypatch):
     calls = []
     monkeypatch.setattr("jax.distributed.initialize", lambda **given: calls.append(given))
     connect(DistConfig())
-    assert calls == [{"initialization_timeout": 120, "heartbeat_timeout_seconds": 120}]
+    assert calls == [{"initialization_timeout": 240, "heartbeat_timeout_seconds": 120}]
     connect(DistConfig(processes=1))
     assert len(calls) == 1
 
@@ -161,14 +169,33 @@ def test_kubernetes_without_its_package_says_what_to_do(monkeypatch):
         connect(DistConfig())
 
 
-def test_processes_that_do_not_meet_are_one_line(monkeypatch):
-    def late(**_):
-        raise RuntimeError("DEADLINE_EXCEEDED: waited\nand so on")
+@pytest.mark.parametrize("process", [0, 1])
+def test_processes_that_do_not_meet_are_one_line(process):
+    """Process 1 never comes; or process 0, and 1 finds nobody at its address."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "train.main", "--model=nano", "--dist.processes=2"),
+            *(f"--dist.coordinator=localhost:{free_port()}", f"--dist.id={process}"),
+            "--dist.timeout_minutes=0.03",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    [said] = [line for line in done.stderr.splitlines() if line]
+    assert "error: the processes of the run did not meet at localhost:" in said
+    assert "within 0.03 minutes: is each of them started" in said
+    assert (done.returncode, done.stdout) == (1, "")
 
-    monkeypatch.setattr("jax.distributed.initialize", late)
-    with pytest.raises(ValueError, match="did not meet at a:1 within 2 minutes: DEADLINE") as error:
-        connect(DistConfig(coordinator="a:1", processes=2, id=0))
-    assert "\n" not in str(error.value)
+
+def test_processes_with_different_flags_are_refused(tiny, tmp_path):
+    """They would train apart, each its own part of the weights, or wait for each other."""
+    out = tmp_path / "out"
+    assert launch(tiny, out, 2, own=["--seed=7", "--steps=9"]) == [1, 1]
+    for process in range(2):
+        [error] = [line for line in said(out, process).splitlines() if "error: " in line]
+        assert "were given different --seed, --steps: give all the same" in error
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(
@@ -177,6 +204,8 @@ def test_processes_that_do_not_meet_are_one_line(monkeypatch):
         ({"coordinator": "a:1"}, "go together"),
         ({"processes": 2}, "go together"),
         ({"coordinator": "a", "processes": 2, "id": 0}, "must be HOST:PORT"),
+        ({"coordinator": ":77", "processes": 2, "id": 0}, "must be HOST:PORT"),
+        ({"coordinator": "a:99999", "processes": 2, "id": 0}, "a port from 1 to 65535"),
         ({"coordinator": "a:1", "processes": 2, "id": 2}, "--dist.id=2 must be from 0 to 1"),
     ],
 )

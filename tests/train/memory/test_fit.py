@@ -36,7 +36,8 @@ def sizing(rows, attn):
         (32, 1, LONG, "--remat=full"),
         (36, 1, dataclasses.replace(LONG, remat="none"), "--remat=attention"),
         (28, 1, LONG, "--optim.state=int8"),
-        (18, 1, LONG, "--remat=offload --optim.state=int8 --param_dtype=bf16"),
+        (18, 1, LONG, "--remat=full --optim.state=int8 --param_dtype=bf16"),
+        (20, 1, dataclasses.replace(LONG, accum=1), "--optim.state=int8 --param_dtype=bf16"),
     ],
 )
 def test_cheapest_that_fits(gib, rows, config, flags):
@@ -57,6 +58,20 @@ def test_what_fits_needs_nothing():
 def test_nothing_helps():
     assert "no flag makes it fit (13" in advise(5)
     assert "more devices (--mesh.fsdp)" in advise(5)
+
+
+def test_fewest_changes_and_none_that_is_not_needed():
+    """Parts of a step and copies to the host are for what smaller states do not cure."""
+    config = dataclasses.replace(LONG, seq_len=4096, remat="full")
+    most = need(dataclasses.replace(config, param_dtype="bf16"), rows=8)
+    said = advise(most - 3, config, 8)
+    assert said.startswith("take --optim.state=int8, which") or "--param_dtype=bf16" in said
+    assert "--remat=offload" not in said and "--accum" not in said
+
+
+def test_no_change_contradicts_a_flag():
+    """Offloading needs the loop over layers, which --scan_layers=False has refused."""
+    assert "no flag makes it fit" in advise(5, dataclasses.replace(LONG, scan_layers=False))
 
 
 def test_lion_is_not_told_to_take_int8():

@@ -1,5 +1,9 @@
 """What is chosen where nothing is said, and what is refused before any work."""
 
+import json
+import shutil
+from pathlib import Path
+
 import jax.numpy as jnp
 import pytest
 from flax import nnx
@@ -13,6 +17,8 @@ from train.flags.config import Config
 from train.flags.sections import MeshConfig, OptimConfig
 from train.run.defaults import choose_model, settle
 from train.run.parts import model_maker
+
+DATA = Path(__file__).parents[2] / "data"
 
 
 def test_cpu_defaults():
@@ -102,6 +108,17 @@ def test_offload_needs_pinned_memory(tiny, monkeypatch):
     monkeypatch.setattr("train.run.defaults._memories", lambda _: {"device"})
     with pytest.raises(NotImplementedError, match="needs pinned host memory.*take --remat=full"):
         settle(Config(model="tiny", remat="offload"))
+
+
+@pytest.mark.parametrize("kind", ["tokenizer_tiny", "tokenizer_tiny_spm"])
+def test_trained_weights_bring_their_tokenizer(kind, tiny, tmp_path):
+    """Of either kind; where they have none, nobody guesses."""
+    (tmp_path / "config.json").write_text(json.dumps(tiny.to_hf() | {"vocab_size": 2000}))
+    with pytest.raises(ValueError, match="nor tokenizer.model: name one with --tokenizer"):
+        settle(Config(model=str(tmp_path)))
+    assert settle(Config(model=str(tmp_path), tokenizer="byte")).tokenizer.name == "byte"
+    shutil.copytree(DATA / kind, tmp_path, dirs_exist_ok=True)
+    assert settle(Config(model=str(tmp_path))).tokenizer.name == tmp_path.name
 
 
 def test_the_gpus_model_where_it_fits():

@@ -42,7 +42,25 @@ def test_a_gpu_that_is_not_here(capsys):
     [
         (["--dry_run", "--device=b9"], 1, "--device=b9 must be one of h200, h100, a100, or a num"),
         (["--device=h200"], 2, "--device=h200 describes a GPU for --dry_run"),
-        (["--dry_run", "--device=80", "--attn=palas"], 1, "--attn=palas must be auto or one of"),
+        (
+            ["--dry_run", "--device=80", "--attn=palas"],
+            1,
+            "unknown attention implementation 'palas'; choose",
+        ),
+        *(
+            (["--dry_run", "--device=h200", "--model=internlm2-1.8b", *flags], 1, message)
+            for flags, message in {
+                ("--seq_len=131072",): "beyond the 65,536 positions of the model",
+                ("--mesh.tensor=3",): "must be a multiple of 3 = mesh axes tensor",
+                ("--attn=cudnn",): "no document mask",
+                ("--attn=pallas", "--dtype=float32"): "bfloat16 and float16, not float32",
+                ("--tokenizer=nowhere",): "tokenizer nowhere does not exist",
+            }.items()
+        ),
+        (["--dry_run", "--device=a100", "--attn=pallas"], 1, "for Hopper GPUs"),
+        (["--dry_run", "--device=inf"], 1, "--device=inf must be one of"),
+        (["--dry_run", "--device=nan"], 1, "--device=nan must be one of"),
+        (["--dry_run", "--remat=bogus"], 2, "--remat=bogus must be one of none, dots"),
     ],
 )
 def test_wrong_flags(flags, status, message, capsys):

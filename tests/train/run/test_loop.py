@@ -163,6 +163,17 @@ def test_a_nan_in_every_batch_stops_the_run(tiny_run, tmp_path, nan_in, capsys):
     assert np.isfinite(losses(out)[7])
 
 
+def test_the_step_after_the_last_straw_is_written_down_too(tiny_run, tmp_path, nan_in):
+    """The devices had begun it: it is skipped, saved as such, and its documents are named."""
+    nan_in(range(1, 100))
+    out = tmp_path / "out"
+    with pytest.raises(FloatingPointError, match="the last one step 5: "):
+        run(tiny_run(out))
+    lines = map(json.loads, (out / "skipped.jsonl").read_text().splitlines())
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert Checkpoints(out, keep=2).latest == 6
+
+
 def test_data_that_stalls_saves_and_stops_the_run(tiny_run, tmp_path, monkeypatch):
     """One line, in bounded time, and what was trained is not lost."""
     make, release = Loader._make, threading.Event()
