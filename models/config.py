@@ -5,6 +5,7 @@ released sizes and one that trains on a laptop.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,6 +33,11 @@ HF_DEFAULTS: Mapping[str, Any] = {
 }
 
 
+NO_ID = -1
+"""In place of a token that a model does not have."""
+NAMES = {int: "a whole number", float: "a finite number", bool: "true or false"}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The shape of an InternLM2 model. Defaults are those of all releases.
@@ -49,9 +55,9 @@ class ModelConfig:
       max_position_embeddings: tokens; beyond it dynamic scaling changes the base.
       bias: biases in wqkv and wo (the feed-forward layer and the output never have any).
       tie_word_embeddings: the output matrix is the embedding.
-      pad_token_id: row of the embedding that gets no gradient, see `models.internlm2`.
-      bos_token_id: begins a text.
-      eos_token_id: ends a document.
+      pad_token_id: row of the embedding that gets no gradient, see `models.internlm2`; or NO_ID.
+      bos_token_id: begins a text; or NO_ID.
+      eos_token_id: ends a document; or NO_ID.
       initializer_range: standard deviation of random weights.
 
     Raises:
@@ -129,8 +135,8 @@ class ModelConfig:
           hf: parsed JSON.
 
         Returns:
-          The configuration. Of a list of eos ids it keeps the first; the list stops generation
-          through generation_config.json.
+          The configuration. Of a list of eos ids it keeps the first; the list stops generation,
+          see `models.generate.stop_ids_of`.
 
         Raises:
           ValueError: another model_type or activation, or a value the original refuses too.
@@ -141,27 +147,31 @@ class ModelConfig:
         if value["hidden_act"] != "silu":
             raise ValueError(f"hidden_act={value['hidden_act']!r} must be 'silu'")
         eos = value["eos_token_id"]
+        eos = next(iter(eos), None) if isinstance(eos, list) else eos
         theta, scaling = rope_from_hf(hf)
         heads = value["num_attention_heads"]
         kv_heads = value["num_key_value_heads"]
-        return cls(
+        fields = dict(
             vocab_size=value["vocab_size"],
             hidden_size=value["hidden_size"],
             num_layers=value["num_hidden_layers"],
             num_heads=heads,
             num_kv_heads=heads if kv_heads is None else kv_heads,
             intermediate_size=value["intermediate_size"],
-            rms_norm_eps=float(value["rms_norm_eps"]),
+            rms_norm_eps=value["rms_norm_eps"],
             rope_theta=theta,
             rope_scaling=scaling,
             max_position_embeddings=value["max_position_embeddings"],
             bias=value["bias"],
             tie_word_embeddings=value["tie_word_embeddings"],
-            pad_token_id=value["pad_token_id"],
-            bos_token_id=value["bos_token_id"],
-            eos_token_id=eos[0] if isinstance(eos, list) else eos,
-            initializer_range=float(value["initializer_range"]),
+            pad_token_id=_id(value["pad_token_id"]),
+            bos_token_id=_id(value["bos_token_id"]),
+            eos_token_id=_id(eos),
+            initializer_range=value["initializer_range"],
         )
+        for field in dataclasses.fields(cls):
+            fields[field.name] = _checked(field.name, fields[field.name], field.type)
+        return cls(**fields)
 
     def to_hf(self, *, dtype: str = "bfloat16") -> dict[str, Any]:
         """Contents of a config.json as the released checkpoints have it (transformers 4 keys).
@@ -182,8 +192,8 @@ class ModelConfig:
                 "AutoModel": "modeling_internlm2.InternLM2ForCausalLM",
             },
             "bias": self.bias,
-            "bos_token_id": self.bos_token_id,
-            "eos_token_id": self.eos_token_id,
+            "bos_token_id": _null(self.bos_token_id),
+            "eos_token_id": _null(self.eos_token_id),
             "hidden_act": "silu",
             "hidden_size": self.hidden_size,
             "initializer_range": self.initializer_range,
@@ -193,7 +203,7 @@ class ModelConfig:
             "num_attention_heads": self.num_heads,
             "num_hidden_layers": self.num_layers,
             "num_key_value_heads": self.num_kv_heads,
-            "pad_token_id": self.pad_token_id,
+            "pad_token_id": _null(self.pad_token_id),
             "rms_norm_eps": self.rms_norm_eps,
             # The original accepts a float factor only, never an int.
             "rope_scaling": scaling and {"type": scaling.type, "factor": float(scaling.factor)},
@@ -203,6 +213,29 @@ class ModelConfig:
             "use_cache": True,
             "vocab_size": self.vocab_size,
         }
+
+
+def _checked(name: str, value: Any, kind: Any) -> Any:
+    """A field's value from JSON; raises ValueError where it is of another type."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    right = {
+        int: number and isinstance(value, int),
+        float: number and math.isfinite(value),
+        bool: isinstance(value, bool),
+    }
+    if not right.get(kind, True):
+        raise ValueError(f"{name}={value!r} in config.json must be {NAMES[kind]}")
+    return float(value) if kind is float else value
+
+
+def _id(value: Any) -> Any:
+    """HF's null as NO_ID."""
+    return NO_ID if value is None else value
+
+
+def _null(token_id: int) -> int | None:
+    """The inverse of `_id`."""
+    return None if token_id == NO_ID else token_id
 
 
 def _dynamic(factor: float) -> RopeScaling:

@@ -6,6 +6,7 @@ an orbax one, or the checkpoint of a training run, becomes HF.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -56,6 +57,8 @@ def convert(
     if destination.exists():  # before minutes of reading
         raise FileExistsError(f"{destination} exists: choose another name or remove it")
     checkpoint = find_checkpoint(source)
+    if beside is not None and (str(beside) == "" or not Path(beside).is_dir()):
+        raise FileNotFoundError(f"beside={str(beside)!r} is not a directory")
     beside = Path(beside) if beside is not None else None if checkpoint else source
     # The host's memory is the larger one, and a conversion computes nothing.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
@@ -114,10 +117,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--max_shard_gb",
-        type=float,
-        default=MAX_SHARD_BYTES / 1e9,
+        type=_gigabytes,
+        default=MAX_SHARD_BYTES,
         metavar="GB",
-        help="largest HF file (default: %(default)g)",
+        help=f"largest HF file (default: {MAX_SHARD_BYTES / 1e9:g})",
     )
     args = parser.parse_args(argv)
     try:
@@ -127,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             layout=args.layout,
             beside=args.beside,
             dtype=args.dtype,
-            max_shard_bytes=int(args.max_shard_gb * 1e9),
+            max_shard_bytes=args.max_shard_gb,
             progress=True,
         )
     except (ValueError, OSError, MemoryError) as error:
@@ -135,6 +138,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     print(f"wrote {args.dst}")
     return 0
+
+
+def _gigabytes(text: str) -> int:
+    """Bytes."""
+    size = float(text) * 1e9
+    if not 1 <= size < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be above 0 and finite")
+    return int(size)
 
 
 def _write_orbax(

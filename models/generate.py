@@ -18,11 +18,12 @@ from jaxtyping import Array
 from models import sharding
 from models.cache import SLOTS, capacity_for, decode, prefill
 from models.chat import encode_chat
+from models.config import NO_ID
 from models.internlm2 import InternLM2
 from models.sampling import Sampling, sample
 from models.stacked import taken_apart
 from models.tokenizer import Tokenizer, load_tokenizer
-from models.weights.hf_files import read_json
+from models.weights.hf_files import eos_ids
 from models.weights.load import load
 
 
@@ -90,6 +91,7 @@ def stream(
     capacity = capacity_for(tokens_BT.shape[1] + max_new_tokens)
     key = jax.random.key(seed)
     tokens_B, state = _first(model, tokens_BT, filled_BT, key, capacity, sampling)
+    jax.block_until_ready(tokens_B)  # a cache that does not fit is an error here, below it hangs
     # Flattened once: for every token it would take the host longer than the device.
     leaves, tree = jax.tree.flatten(taken_apart(model, consume=consume))
     running = [True] * len(prompts)
@@ -114,9 +116,9 @@ def _fetch(a: Array) -> np.ndarray:
 
 def stop_ids_of(directory: Path, model: InternLM2, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Ids that end a text: the eos ids of both configs in the directory, and <|im_end|>."""
-    path = directory / "generation_config.json"
-    named = read_json(path).get("eos_token_id", []) if path.exists() else []
-    ids = {model.config.eos_token_id, *(named if isinstance(named, list) else [named])}
+    ids = {model.config.eos_token_id} - {NO_ID}
+    for name in ("config.json", "generation_config.json"):
+        ids |= set(eos_ids(directory / name))
     return tuple(sorted(ids | {i for i in (tokenizer.im_end_id,) if i is not None}))
 
 
@@ -127,6 +129,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run(args)
     except (ValueError, NotImplementedError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(
+            "error: out of memory for weights and the cache of keys and values; a smaller "
+            f"--max_new_tokens ({args.max_new_tokens}) needs less: {str(error).splitlines()[0]}",
+            file=sys.stderr,
+        )
         return 1
     return 0
 

@@ -44,7 +44,7 @@ def rope_from_hf(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     }
     thetas = {theta for theta, _ in spellings.values() if theta is not None}
     if hf.get("rope_theta") is not None:
-        thetas.add(float(hf["rope_theta"]))
+        thetas.add(_theta(hf["rope_theta"]))
     if len(thetas) > 1 or len({scaling for _, scaling in spellings.values()}) > 1:
         raise ValueError(
             f"config.json contradicts itself about rope: rope_theta={hf.get('rope_theta')}, "
@@ -61,7 +61,7 @@ def _parse_rope(name: str, rope: Any) -> tuple[float | None, RopeScaling | None]
     if unknown := rope.keys() - {"type", "rope_type", "factor", "rope_theta"}:
         raise ValueError(f"{name} in config.json has unknown keys {sorted(unknown)}")
     theta = rope.get("rope_theta")
-    theta = None if theta is None else float(theta)
+    theta = None if theta is None else _theta(theta)
     kind = rope.get("type", rope.get("rope_type"))
     if rope.get("rope_type", kind) != kind:
         raise ValueError(f"{name}={dict(rope)} in config.json: type and rope_type differ")
@@ -71,3 +71,9 @@ def _parse_rope(name: str, rope: Any) -> tuple[float | None, RopeScaling | None]
     if isinstance(factor, bool) or not isinstance(factor, int | float):
         raise ValueError(f"{name} factor={factor!r} in config.json must be a number, at least 1")
     return theta, RopeScaling(type=str(kind), factor=float(factor))
+
+
+def _theta(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"rope_theta={value!r} in config.json must be a number")
+    return float(value)

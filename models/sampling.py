@@ -30,6 +30,8 @@ class Sampling:
     def __post_init__(self):
         if not self.temperature >= 0:
             raise ValueError(f"temperature={self.temperature} must be at least 0 (0: greedy)")
+        if 0 < self.temperature < 1e-6:  # logits divided by it overflow
+            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or at least 1e-6")
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k} must be at least 0 (0: all tokens)")
         if not 0 < self.top_p <= 1:

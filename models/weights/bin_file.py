@@ -163,5 +163,11 @@ def _is_tensor(value: Any) -> bool:
     """Whether it is a tensor that lies inside of a storage: numpy trusts strides."""
     if not isinstance(value, _Tensor) or not isinstance(value.storage, _Storage):
         return False
+    # A pickle can set what the stand-ins hold, too (BUILD). A dtype of its own would make numpy
+    # take the file's bytes for pointers.
+    if value.storage.dtype not in _STORAGES.values() or type(value.storage.key) is not str:
+        return False
+    if type(value.shape) is not tuple or type(value.stride) is not tuple:
+        return False
     numbers = (value.offset, *value.shape, *value.stride)
     return len(value.shape) == len(value.stride) and all(type(n) is int and n >= 0 for n in numbers)

@@ -11,7 +11,7 @@ from typing import Any
 
 from models.config import ModelConfig
 from models.tokenizer import load_tokenizer, save_fast
-from models.weights.hf_files import read_json
+from models.weights.hf_files import eos_ids, read_json
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -99,11 +99,13 @@ def write_generation_config(source: Path | None, destination: Path, config: Mode
       ValueError: a tokenizer in the source that has a chat template cannot be read.
     """
     found = read_json(source / GENERATION) if source and (source / GENERATION).exists() else {}
-    named = found.get("eos_token_id", config.eos_token_id)
-    eos = list(named) if isinstance(named, list) else [named]
+    # As in HF, what generation_config.json names counts before what config.json does.
+    named = [eos_ids(source / name) for name in (GENERATION, CONFIG)] if source else []
+    eos = next(filter(None, named), [config.eos_token_id])
     if source and _is_chat(source) and (end := load_tokenizer(source).im_end_id) is not None:
         eos += [end] if end not in eos else []
-    ids = {"bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id}
+    said = config.to_hf()
+    ids = {name: said[name] for name in ("bos_token_id", "pad_token_id")}
     value = ids | found | {"eos_token_id": eos if len(eos) > 1 else eos[0]}
     write_json(destination / GENERATION, value)
 

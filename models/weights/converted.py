@@ -86,4 +86,12 @@ def _read(directory: Path, model: InternLM2) -> Iterator[tuple[str, jax.Array]]:
             where = (directory / PARAMS / path).resolve()
             if not where.is_dir():
                 raise FileNotFoundError(f"{where} is missing")
-            yield path, checkpointer.restore(where, {path: like}).pop(path)
+            try:
+                value = checkpointer.restore(where, {path: like}).pop(path)
+            except Exception as error:  # orbax and tensorstore raise many kinds
+                first = (str(error).splitlines() or [type(error).__name__])[0]
+                raise ValueError(
+                    f"cannot read {where}, or it is not {like.dtype} {list(like.shape)} as "
+                    f"config.json has it: convert the HF weights again ({first:.200})"
+                ) from error
+            yield path, value

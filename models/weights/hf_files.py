@@ -16,6 +16,19 @@ BIN_SINGLE = "pytorch_model.bin"
 BIN_INDEX = "pytorch_model.bin.index.json"
 
 
+def eos_ids(path: Path) -> list[int]:
+    """The eos ids that a config.json or generation_config.json names; none without the file.
+
+    Raises:
+      ValueError: it names something else.
+    """
+    named = read_json(path).get("eos_token_id") if path.exists() else None
+    ids = [] if named is None else named if isinstance(named, list) else [named]
+    if not all(type(i) is int for i in ids):
+        raise ValueError(f"{path}: eos_token_id={named!r} must be an id, a list of ids, or null")
+    return ids
+
+
 class HFDirectory:
     """The config and tensors of a local HF checkpoint: safetensors, or PyTorch's .bin files.
 

@@ -18,11 +18,21 @@ from models.weights.abstract import abstract, default_device, fill
 from models.weights.converted import is_converted, load_orbax
 from models.weights.hf_files import HFDirectory
 from models.weights.table import Weight, hf_tensors, is_known_extra, resolve, table
+from models.weights.trained import find_checkpoint
 
 
 def load(directory: str | Path, **kwargs: Any) -> InternLM2:
-    """The model of a HF directory (`load_hf`) or of a converted one (`load_orbax`)."""
+    """The model of a HF directory (`load_hf`) or of a converted one (`load_orbax`).
+
+    Raises:
+      ValueError: it is a training run; or as those.
+    """
     directory = Path(directory)
+    if not is_converted(directory) and find_checkpoint(directory) is not None:
+        raise ValueError(
+            f"{directory} is a training run: python -m models.convert {directory} DIR "
+            "--beside HF_DIR makes weights of it"
+        )
     return (load_orbax if is_converted(directory) else load_hf)(directory, **kwargs)
 
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from models.config import PRESETS, ModelConfig, RopeScaling
+from models.config import NO_ID, PRESETS, ModelConfig, RopeScaling
 
 
 @pytest.mark.parametrize(
@@ -106,6 +106,13 @@ def test_eos_may_be_a_list():
     assert config.eos_token_id == 2
 
 
+@pytest.mark.parametrize("key", ["pad_token_id", "bos_token_id", "eos_token_id"])
+def test_null_is_no_token(key):
+    config = ModelConfig.from_hf({"model_type": "internlm2", key: None})
+    assert getattr(config, key) == NO_ID and config.to_hf()[key] is None
+    assert ModelConfig.from_hf(config.to_hf()) == config
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -123,6 +130,14 @@ def test_eos_may_be_a_list():
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta": 1}}, "'beta'"),
         ({"rope_scaling": {"type": "linear", "rope_type": "dynamic", "factor": 2.0}}, "differ"),
         ({"rope_theta": 1e6, "rope_parameters": {"rope_theta": 1e4}}, "contradicts"),
+        ({"rope_theta": "abc"}, "rope_theta='abc' in config.json must be a number"),
+        ({"rope_theta": float("inf")}, "rope_theta=inf in config.json must be a finite number"),
+        ({"vocab_size": "320"}, "vocab_size='320' in config.json must be a whole number"),
+        ({"hidden_size": 64.0}, "hidden_size=64.0 in config.json must be a whole number"),
+        ({"hidden_size": None}, "hidden_size=None in config.json must be a whole number"),
+        ({"rms_norm_eps": None}, "rms_norm_eps=None in config.json must be a finite number"),
+        ({"bias": "false"}, "bias='false' in config.json must be true or false"),
+        ({"pad_token_id": True}, "pad_token_id=True in config.json must be a whole number"),
     ],
 )
 def test_from_hf_refuses(keys, message):

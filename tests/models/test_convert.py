@@ -1,6 +1,7 @@
 """python -m models.convert: there and back, and what fails leaves nothing behind."""
 
 import json
+import os
 import shutil
 
 import jax
@@ -141,6 +142,44 @@ def test_params_in_one_checkpoint_are_refused(source, tmp_path, capsys):
     assert convert.main([str(orbax), str(tmp_path / "hf")]) == 1
     assert "convert the HF weights again" in capsys.readouterr().err
     assert not (tmp_path / "hf").exists()
+
+
+def test_a_damaged_orbax_file_is_one_line(source, tmp_path, capsys):
+    """It names the parameter; orbax raises a bare Exception, or gives advice about itself."""
+    orbax = tmp_path / "orbax"
+    assert convert.main([str(source), str(orbax)]) == 0
+    for file in (orbax / "params" / "embed_VD").rglob("d/*"):
+        os.truncate(file, file.stat().st_size // 2)
+    capsys.readouterr()
+    assert convert.main([str(orbax), str(tmp_path / "hf")]) == 1
+    err = capsys.readouterr().err
+    assert "cannot read " in err and "params/embed_VD, or it is not " in err
+    assert err.count("\n") == 1 and not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize("beside", ["", "nowhere"])
+def test_beside_is_a_directory(source, tmp_path, capsys, beside):
+    """Of an unset variable nothing is made: Path("") would be the current directory."""
+    argv = [str(source), str(tmp_path / "dst"), "--beside", beside, "--layout=internlm2"]
+    assert convert.main(argv) == 1
+    assert f"beside={beside!r} is not a directory" in capsys.readouterr().err
+
+
+def test_eos_ids_of_a_list_go_along(source, tmp_path):
+    """HF takes generation_config.json's: it must not say less than config.json did."""
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"eos_token_id": [2, 5]}))
+    (source / "generation_config.json").unlink(missing_ok=True)
+    convert.convert(source, tmp_path / "hf", layout="internlm2")
+    written = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert {2, 5} <= set(written["eos_token_id"])
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "inf", "nan"])
+def test_shards_have_a_size(capsys, size):
+    with pytest.raises(SystemExit):
+        convert.main(["a", "b", f"--max_shard_gb={size}"])
+    assert f"{size} must be above 0 and finite" in capsys.readouterr().err
 
 
 def test_usage_errors_exit_2(capsys):

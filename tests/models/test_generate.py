@@ -104,6 +104,26 @@ def test_stop_ids_come_from_both_configs(model, tmp_path):
     assert stop_ids_of(tmp_path, model, ByteTokenizer()) == (2, 263)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 77]}))
     assert stop_ids_of(tmp_path, model, ByteTokenizer()) == (2, 77, 263)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [2, 5]}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": None}))
+    assert stop_ids_of(tmp_path, model, ByteTokenizer()) == (2, 5, 263)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [[2]]}))
+    with pytest.raises(ValueError, match=r"eos_token_id=\[\[2\]\] must be an id, a list of ids"):
+        stop_ids_of(tmp_path, model, ByteTokenizer())
+
+
+def test_a_cache_that_does_not_fit_is_one_line(directory, capsys):
+    argv = [str(directory), "--prompt=a", "--dtype=float32", f"--max_new_tokens={10**12}"]
+    assert command.main(argv) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: out of memory") and err.count("\n") == 1
+
+
+def test_a_training_run_has_to_be_converted(directory, tmp_path, capsys):
+    (tmp_path / "run" / "checkpoints" / "8").mkdir(parents=True)
+    argv = [str(tmp_path / "run"), "--prompt=a", "--tokenizer=byte"]
+    assert command.main(argv) == 1
+    assert "run is a training run: python -m models.convert" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -38,7 +38,8 @@ def test_sampling_distribution(sampling, want):
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}]
+    "kwargs",
+    [{"temperature": -1.0}, {"temperature": 1e-40}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}],
 )
 def test_sampling_refuses(kwargs):
     (name,) = kwargs

@@ -66,6 +66,19 @@ class Pickler(pickle._Pickler):
             super().save(obj, save_persistent_id)
 
 
+class Forger(Pickler):
+    """Sets the dtype of every storage, which a pickle may do to what it has made (BUILD)."""
+
+    dtype = "O"
+
+    def save_pers(self, pid):
+        super().save_pers(pid)
+        self.write(pickle.EMPTY_DICT)
+        self.save("dtype")
+        self.save(self.dtype)
+        self.write(pickle.SETITEM + pickle.BUILD)
+
+
 # save_reduce of a Call must find its function callable.
 Named.__call__ = lambda self: None
 
@@ -78,10 +91,10 @@ def rebuilt(x, key, *, offset=0, stride=None):
     return Call("torch._utils", "_rebuild_tensor_v2", *args)
 
 
-def write(path, state, storages=None):
+def write(path, state, storages=None, pickler=Pickler):
     """A zip as torch.save makes it; storages are bytes by key."""
     out = io.BytesIO()
-    Pickler(out, protocol=2).dump(state)
+    pickler(out, protocol=2).dump(state)
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("archive/data.pkl", out.getvalue())
         file.writestr("archive/byteorder", "little")
@@ -165,6 +178,16 @@ def test_code_is_refused_not_run(tmp_path, monkeypatch, call):
     with pytest.raises(ValueError, match=f"holds more than tensors: it names {where}, which"):
         BinFile(path)
     assert not os.path.exists("ran")
+
+
+@pytest.mark.parametrize("dtype", ["O", "complex64", "int32", "xx", 7])
+def test_a_forged_type_is_refused(tmp_path, dtype):
+    """As objects, numpy would take the file's bytes for pointers."""
+    forger = type("", (Forger,), {"dtype": dtype})
+    x = np.ones(4, np.float32)
+    path = write(tmp_path / "a.bin", {"x": rebuilt(x, "0")}, {"0": x.tobytes()}, forger)
+    with pytest.raises(ValueError, match="holds what is not a tensor of float32, .*: x$"):
+        BinFile(path)
 
 
 X = np.arange(4, dtype=np.float32)
