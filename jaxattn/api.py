@@ -105,7 +105,8 @@ def attention(
       NotImplementedError: the chosen implementation cannot run them, on this device or at all.
 
     Memory beyond inputs and output: pallas O(T) forward and backward, cudnn the same; xla
-    `jaxattn.xla.SLICE_BYTES`; eager O(N T S), refused where it cannot fit.
+    3 to 5 times `jaxattn.xla.SLICE_BYTES`, and copies of q; eager O(B N T S), refused where it
+    cannot fit.
     """
     mask = Mask() if mask is None else mask
     _check_shapes(q_BTNH, k_BSKH, v_BSKH, mask)

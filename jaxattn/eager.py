@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from jaxattn.mask import Mask
 
 # Finite, not -inf: the softmax of a row that sees nothing must not be NaN before it is zeroed.
+# Scaled scores must lie above it: a row that has only lower ones would attend to what is hidden.
 MASKED = -1e30
 
 
@@ -63,6 +64,6 @@ def score_bytes(batch: int, t: int, s: int, num_heads: int) -> int:
     """Bytes that one differentiated call needs for scores.
 
     Three fp32 arrays [B, N, T, S] are alive at the peak of the backward pass: the probabilities,
-    their gradient and the gradient of the scores.
+    their gradient and the gradient of the scores. On a CPU XLA keeps up to half as much again.
     """
     return 3 * 4 * batch * num_heads * t * s

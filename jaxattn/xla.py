@@ -27,8 +27,9 @@ def attention(
 ) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """`jax.nn.dot_product_attention` over slices of queries, with the mask of each slice.
 
-    Memory: one slice's scores, at most about `SLICE_BYTES`, also in the backward pass, which
-    recomputes a slice's scores instead of keeping them. Work: every key for every query; hidden
+    Memory: some arrays of a slice's scores, each at most about `SLICE_BYTES`: 2 forward, 3 to 5
+    while the backward pass runs, which recomputes a slice's scores instead of keeping them, and up
+    to 6 with the log-sum-exp; see `score_bytes`. Work: every key for every query; hidden
     pairs are computed and thrown away. The log-sum-exp costs a product more: jax.nn returns its
     own rounded to the dtype of the keys and without a gradient.
 
@@ -80,6 +81,15 @@ def _log_sum_exp(
     counted_BC11S = (visible_BCS | ~sees_any_BC1)[:, :, None, None]
     lse_BCN = jax.nn.logsumexp(s_BCKGS, axis=-1, where=counted_BC11S).reshape(B, C, N)
     return jnp.where(sees_any_BC1, lse_BCN, -jnp.inf)
+
+
+def score_bytes(batch: int, t: int, s: int, num_heads: int) -> int:
+    """Bytes that one differentiated call needs for scores, at least.
+
+    Three fp32 arrays of a slice's, as `eager.score_bytes` has of all.
+    """
+    size, _ = slices(batch, t, num_heads, s)
+    return 3 * 4 * batch * num_heads * size * s
 
 
 def slices(batch: int, t: int, num_heads: int, s: int) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import dataclasses
 
 from jax.sharding import AbstractMesh, Mesh
 
-from jaxattn import eager
+from jaxattn import eager, xla
 from models.config import ModelConfig
 from train.devices.mesh import row_shards
 from train.flags.sections import OptimConfig
@@ -52,7 +52,7 @@ class Plan:
     """Everything of one block: a value's gradient takes its place."""
 
     scores: int
-    """The score matrices of one layer where attention holds them whole (eager)."""
+    """The score matrices of one layer: whole ones (eager), or those of a slice (xla)."""
 
     host: int
     """What remat keeps in the host's memory; not part of the total."""
@@ -122,6 +122,7 @@ def plan(
     kept, on_host, everything = _per_token(model, tensor, remat, itemsize, attn)
     chunk = min(tokens, CHUNK_TOKENS) * model.vocab_size // tensor
     local = tokens // seq_len, seq_len, seq_len, model.num_heads // tensor
+    scores = {"eager": eager, "xla": xla}
     moments = _moment_bytes(optim or OptimConfig(), in_blocks)
     copied = 1.0 if itemsize != param_itemsize else 0.0 if scan else in_blocks
     activations = tokens * model.num_layers * kept
@@ -134,7 +135,7 @@ def plan(
         logits=chunk * (8 + itemsize) + table // tensor * (4 + itemsize),
         gradients=max(0, parameters * itemsize - (0 if scan else activations)),
         block=tokens * everything,
-        scores=eager.score_bytes(*local) if attn == "eager" else 0,
+        scores=scores[attn].score_bytes(*local) if attn in scores else 0,
         host=tokens * model.num_layers * on_host,
     )
 

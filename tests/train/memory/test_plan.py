@@ -6,6 +6,7 @@ import pytest
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxattn import xla
 from models import internlm2
 from models.config import PRESETS
 from models.internlm2 import InternLM2
@@ -159,8 +160,10 @@ def test_devices_share():
     assert plan(devices=8, sizes=MeshConfig(fsdp=1, tensor=8)).logits < one.logits
 
 
-def test_eager_scores_are_counted():
+def test_scores_are_counted():
     assert plan(attn="eager").scores >= 16 * 32768**2 * 4
+    assert plan(attn="xla").scores == 3 * xla.SLICE_BYTES
+    assert plan(attn="xla", seq_len=512).scores == plan(attn="eager", seq_len=512).scores
     assert (
         plan(attn="eager", rows=8, seq_len=512).scores == plan(attn="eager", seq_len=512).scores * 8
     )
