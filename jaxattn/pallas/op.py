@@ -128,6 +128,8 @@ def why_not(device: Any, q: Shaped, scale: float | None = None) -> str | None:
     if device.platform != "gpu" or capability != "9.0":
         name = getattr(device, "device_kind", device.platform)
         return f"its kernels are for Hopper GPUs (H100, H200; sm_90), this device is: {name}"
+    if jax.config.jax_enable_x64:
+        return "its kernels count in 32 bits, and jax_enable_x64 is on: turn that off"
     if q.dtype not in DTYPES:
         return f"it takes bfloat16 and float16, not {q.dtype}"
     if q.shape[-1] not in HEAD_DIMS:

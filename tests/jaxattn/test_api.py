@@ -182,6 +182,17 @@ def test_auto_on_hopper(monkeypatch):
     assert name == "xla" and "head_dim 64 or 128, not 96" in why
 
 
+def test_pallas_is_refused_under_x64(monkeypatch):
+    """Its kernels mix their 32-bit counters with what jax then makes 64 bits wide."""
+    monkeypatch.setattr(api, "target_device", hopper)
+    q, k, v = _qkv(h=128, dtype=jnp.bfloat16)
+    with jax.enable_x64(True):
+        with pytest.raises(NotImplementedError, match="jax_enable_x64 is on.*use impl='xla'"):
+            attention(q, k, v, impl="pallas")
+        assert resolve("auto", q, k)[0] == "xla"
+    assert resolve("auto", q, k)[0] == "pallas"
+
+
 def test_auto_on_another_gpu(monkeypatch):
     """An A100 gets XLA, and pallas asked for by name names the device."""
     ampere = hopper()
