@@ -174,7 +174,8 @@ def _block_map(
 def _check_tiles(rows: int, cols: int) -> None:
     if BLOCK % rows or BLOCK % cols:
         raise NotImplementedError(
-            f"blocks need tiles that divide {BLOCK}, these are {rows} x {cols}; choose others"
+            f"blocks need tiles that divide {BLOCK}, these heads have {rows} x {cols} (see "
+            "jaxattn/tuned.json); use impl='xla'"
         )
 
 

@@ -28,7 +28,8 @@ class Mask:
     * window: i - j < window and, without `causal`, also j - i < window. A token sees itself
       and the window - 1 tokens before it.
     * segment ids: equal and not 0. Id 0 is padding: it sees nothing and nothing sees it, its
-      output is exactly 0 and so are the gradients that leave it.
+      output is exactly 0 and so are the gradients that leave it. What lies there must be finite:
+      hidden values count 0 times, and 0 * NaN is NaN.
     * blocks: blocks[i // 128, j // 128], or blocks[b, i // 128, j // 128]. Any pattern, holes and
       empty rows included; the last block of a ragged row is cut.
 

@@ -17,7 +17,7 @@ Layout = tuple[int, int, int]  # query heads, kv heads, head dim
 
 
 def forward_candidates(layout: Layout) -> list[ForwardTiles]:
-    """Heads that divide the group, 64 to 192 keys, two to four stages."""
+    """Heads that divide the group, 64 to 192 keys (block patterns: not 192), two to four stages."""
     group = layout[0] // layout[1]
     return [
         ForwardTiles(heads=heads, block_kv=block_kv, stages=stages)

@@ -17,9 +17,10 @@ dQ += dS K.
 | do_free   | each consumer after its dV     | producer  | the stage of dO may be overwritten |
 | ds_full   | each consumer, its half stored | consumers | the slot holds dS^T of all keys    |
 
-All have two arrivals, so one Barrier object serves them: one register of phases instead of six.
-dS needs no "free" barrier, because it has two slots: a warpgroup can only store into a slot again
-after the ds_full in between, which the other reaches after its dQ has read the slot.
+All have two arrivals, so one Barrier object serves them: one register of phases instead of seven.
+dS needs no "free" barrier, because it has `stages` slots, at least two: a warpgroup can only store
+into a slot again after a ds_full in between, which the other reaches after its dQ has read the
+slot.
 
 Without dQ (`with_dq=False`, for the deterministic backward, whose dQ `backward_dq` computes) it
 is a kernel of four products: nothing of dS goes through shared memory, ds_full is not used.
