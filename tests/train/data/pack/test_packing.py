@@ -134,6 +134,15 @@ def test_a_chat_whose_answer_is_cut_off_is_dropped(make_dataset):
     assert pieces.truncated == ()
 
 
+def test_what_is_not_taken_is_not_named(make_dataset):
+    """A document that a weight leaves out is neither dropped nor truncated."""
+    dataset = make_dataset([(30, False), (9, False), (10, True), (8, True)], learn_from=40)
+    times = np.array([0, 0, 1, 1])
+    for overlong in ("drop", "head"):
+        pieces = cut(dataset, SEQ_LEN, overlong=overlong, times=times)
+        assert pieces.dropped == pieces.truncated == ()
+
+
 def test_nothing_to_learn_is_said(make_dataset):
     dataset = make_dataset([(10, False), (9, False)], learn_from=99)
     with pytest.raises(ValueError, match="none of the 2 documents has a token that is trained on"):

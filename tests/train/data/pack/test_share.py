@@ -74,6 +74,17 @@ def test_validation_and_training_share_no_document(paths, tokenizer):
     assert sum(text.startswith("first") for text in held) == 10
 
 
+def test_what_is_held_out_has_no_weight_and_is_chosen_in_each_file_anew(write, tokenizer):
+    same = [{"text": f"text {i:02}"} for i in range(40)]
+    a, b = write("a.jsonl", same), write("b.jsonl", same)
+    held = []
+    for sources in ([a], [f"{a}:3"], [a, b]):
+        with open_data(sources, tokenizer, hold_out=0.5, split="val", **PARTS) as val:
+            held.append(texts(val, tokenizer))
+    assert held[0] == held[1] and len(held[2]) == 40
+    assert held[2] != sorted(held[0] * 2)
+
+
 def test_a_share_of_a_file_that_is_named_twice_is_refused(paths, tokenizer):
     """What the one holds out the other would train on."""
     a, b = paths

@@ -88,6 +88,22 @@ def test_concat_holds_every_token_once(make_dataset, lengths, seq_len):
     assert (held[:-1] == seq_len).all() and 0 < held[-1] <= seq_len
 
 
+def test_only_concat_goes_on_after_a_row(make_dataset):
+    """The last token of an XTuner row has no target, also where its document goes on."""
+    dataset = make_dataset([(40, True), (30, True)])
+    for how in ("concat", "xtuner"):
+        pieces, _ = stream(dataset, 12, how=how, seed=0)
+        assert pieces.continues.any() == (how == "concat")
+
+
+def test_a_head_with_nothing_to_learn_is_left_out(make_dataset):
+    """XTuner keeps the head of a document; this one's answer comes after it."""
+    dataset = make_dataset([(30, False), (10, False), (10, False)], learn_from=28)
+    pieces, _ = stream(dataset, 12, how="xtuner", seed=0)
+    assert 0 not in pieces.document
+    assert [str(p) for p in pieces.dropped][-1] == "f:1: 30 tokens, none is trained on"
+
+
 def test_less_than_a_row_is_a_short_row(make_dataset):
     dataset = make_dataset([(10, True)])
     _, rows = stream(dataset, 24, how="xtuner", seed=0)

@@ -87,19 +87,23 @@ def digests(log: Path) -> list[str]:
 
 
 def while_building(path: Path, root: Path, workers: int, kills: int) -> dict:
-    """Kills builds of new caches, and lets each be finished by another process."""
+    """Kills builds of new caches, three in four after their first part; lets others finish."""
     chance = random.Random(workers)
-    begun = time.perf_counter()
+    start = time.perf_counter()
     said = root / "said"
     assert ended(forked(lambda: build(path, root / "whole", workers), said)) == 0
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - start
     load(path, None, root / "expected")
     same, unfinished = [], []
     for number in range(kills):
         directory, log = root / f"cache{number}", root / f"log{number}"
-        hit = killed(
-            lambda at=directory: build(path, at, workers), said, chance.uniform(0, seconds)
-        )
+
+        def parts(directory: Path = directory) -> bool:
+            return next(directory.rglob("*.tokens"), None) is not None
+
+        begun = None if number % 4 == 3 else parts
+        moment = chance.uniform(0, seconds / 4)
+        hit = killed(lambda at=directory: build(path, at, workers), said, moment, begun)
         made = len(list(directory.rglob("*.tokens")))
         unfinished.append(hit and made > 0 and not list(directory.rglob("whole.json")))
         pid = forked(lambda at=directory, log=log: load(path, at, log), said)

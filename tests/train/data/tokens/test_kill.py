@@ -33,12 +33,12 @@ def killer(write, tmp_path):
     return run
 
 
-@pytest.mark.parametrize(("what", "least"), [("building", 5), ("building with workers", 0)])
+@pytest.mark.parametrize(("what", "least"), [("building", 10), ("building with workers", 3)])
 def test_killed_while_building(killer, what, least):
     """20 times in one process, 5 with workers: what is built after it is whole and the same."""
     said = killer(what)
     assert all(said["same"])
-    assert sum(said["unfinished"]) >= least  # the moments were not all before or after
+    assert sum(said["unfinished"]) >= least  # most moments were between the first part and the last
 
 
 def test_killed_while_loading(killer):
