@@ -12,6 +12,8 @@ from jaxattn.eager import MASKED
 # all of a GPU at reading.
 BLOCK = 512
 
+Shape = tuple[int, ...]
+
 
 def attend_cached(
     q_BNH: Float[Array, "B N H"],
@@ -37,9 +39,13 @@ def attend_cached(
     Returns:
       [B, N, H] in the type of q.
 
+    Raises:
+      ValueError: the shapes contradict each other.
+
     References:
       Dao et al. 2023, "Flash-Decoding for long-context inference" (blocks of keys).
     """
+    _check_shapes(q_BNH.shape, k_BKSH.shape, v_BKSH.shape, filled_BS.shape)
     B, K, S, H = k_BKSH.shape
     factor = float(H) ** -0.5 if scale is None else scale
     q_BKGH = q_BNH.reshape(B, K, -1, H)
@@ -62,3 +68,20 @@ def attend_cached(
     l_BKG = (weight_BKGC * p_BKGCs.sum(axis=-1)).sum(axis=-1)
     o_BKGH = (weight_BKGC.swapaxes(2, 3)[..., None] * o_BKCGH).sum(axis=2) / l_BKG[..., None]
     return o_BKGH.reshape(q_BNH.shape).astype(q_BNH.dtype)
+
+
+def _check_shapes(q: Shape, k: Shape, v: Shape, filled: Shape) -> None:
+    if len(q) != 3 or len(k) != 4:
+        raise ValueError(
+            f"q {q} must have 3 axes: batch, head, dim; k {k} 4: batch, head, slot, dim"
+        )
+    if 0 in (*q, *k):
+        raise ValueError(f"q {q} and k {k} must have no empty axis")
+    if v != k:
+        raise ValueError(f"v has shape {v}, must be k's {k}")
+    if (q[0], q[2]) != (k[0], k[3]):
+        raise ValueError(f"q {q} and k {k} must agree in batch and head dim")
+    if q[1] % k[1]:
+        raise ValueError(f"{q[1]} query heads must be a multiple of {k[1]} kv heads")
+    if filled != (k[0], k[2]):
+        raise ValueError(f"filled has shape {filled}, must be {(k[0], k[2])}")

@@ -73,3 +73,22 @@ def test_the_scale_is_the_callers():
     cache = (k.swapaxes(1, 2), v.swapaxes(1, 2), filled)
     got = attend_cached(q[:, 0], *cache, scale=0.5)
     np.testing.assert_allclose(got, attend_cached(q[:, 0] * 0.5 * 32**0.5, *cache), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((2, 4), (2, 2, 64, 8), (2, 2, 64, 8), (2, 64)), "must have 3 axes"),
+        (((2, 4, 8), (2, 2, 0, 8), (2, 2, 0, 8), (2, 0)), "no empty axis"),
+        (((2, 4, 8), (2, 2, 64, 8), (2, 2, 63, 8), (2, 64)), r"v has shape \(2, 2, 63, 8\)"),
+        (((1, 4, 8), (2, 2, 64, 8), (2, 2, 64, 8), (2, 64)), "agree in batch and head dim"),
+        (((2, 4, 8), (2, 3, 64, 8), (2, 3, 64, 8), (2, 64)), "4 query heads .* 3 kv heads"),
+        (((2, 4, 8), (2, 2, 64, 8), (2, 2, 64, 8), (2, 1)), r"filled .*, must be \(2, 64\)"),
+    ],
+    ids=["axes", "empty", "v", "batch", "heads", "filled"],
+)
+def test_contradicting_shapes(shapes, message):
+    """One line, before anything is computed."""
+    with pytest.raises(ValueError, match=message) as error:
+        cached._check_shapes(*shapes)
+    assert "\n" not in str(error.value)
