@@ -8,7 +8,10 @@ import tempfile
 
 # Before jax is imported: without a GPU the tests see 8 devices, so that sharding is real.
 # (On a GPU machine `pytest -m gpu` wants the GPU: leave the platform to jax there.)
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# The user's own flags stay, and come last: the last counts.
+os.environ["XLA_FLAGS"] = (
+    f"--xla_force_host_platform_device_count=8 {os.environ.get('XLA_FLAGS', '')}"
+)
 
 import jax
 import pytest
