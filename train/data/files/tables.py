@@ -12,6 +12,7 @@ from train.data.files.part import LONGEST_ROW, PART, Part
 PARQUET, ARROW = ".parquet", ".arrow"
 EXTRA = "parquet"
 _LIST, _SPLITS = "state.json", "dataset_dict.json"  # of `save_to_disk`
+_MAGIC = b"ARROW1"  # begins Arrow's file format, and not its stream
 _ROWS = 1000  # read at once, where they are small
 
 
@@ -102,12 +103,22 @@ def _batches(path: Path, suffix: str, part: int) -> Generator[Any]:
         return
     ipc = library("pyarrow.ipc", EXTRA, path)
     with library("pyarrow", EXTRA, path).memory_map(str(path)) as file:
-        # Two passes: the stream does not say at its head how many rows it has.
-        yield sum(batch.num_rows for batch in ipc.open_stream(file))
-        file.seek(0)
-        for batch in ipc.open_stream(file):
+        # Two passes: a stream does not say at its head how many rows it has.
+        yield sum(batch.num_rows for batch in _record_batches(ipc, file))
+        for batch in _record_batches(ipc, file):
             step = _rows_at_once(part, batch.nbytes / max(1, batch.num_rows))
             yield from (batch.slice(at, step) for at in range(0, batch.num_rows, step))
+
+
+def _record_batches(ipc: Any, file: Any) -> Iterator[Any]:
+    """Those of a stream, as `datasets` writes it, or of a file of batches (Feather)."""
+    file.seek(0)
+    if file.read(len(_MAGIC)) == _MAGIC:
+        reader = ipc.open_file(file)
+        yield from map(reader.get_batch, range(reader.num_record_batches))
+        return
+    file.seek(0)
+    yield from ipc.open_stream(file)
 
 
 def _rows_at_once(part: int, size: float) -> int:

@@ -56,6 +56,14 @@ def test_a_table_holds_its_rows_and_their_numbers(save, kind, part):
     assert 0.7 < sum(each.size for each in parts) / path.stat().st_size <= 1
 
 
+def test_both_formats_of_arrow_are_read(tmp_path):
+    """The stream, which `datasets` writes, and the file, which is also called Feather."""
+    table = pyarrow.Table.from_pylist(ROWS)
+    with pyarrow.ipc.new_file(tmp_path / "a.arrow", table.schema) as file:
+        file.write_table(table, max_chunksize=300)
+    assert [row.value for row in read_rows(tmp_path / "a.arrow")] == ROWS
+
+
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
 def test_a_damaged_table_is_one_clear_error(save, write, kind):
     whole = save(kind, ROWS).read_bytes()
