@@ -29,8 +29,10 @@ from train.data.files.rows import Row, read_rows
 from train.data.files.samples import Ids
 from train.data.files.template import render
 from train.data.open import open_data
+from train.data.pack.share import parse_source
 from train.data.tokens.dataset import tokenise
 from train.flags.cli import fail, parse
+from train.flags.sections import require
 
 _TEXTS = 5_000  # that the raw tokenizer is given at once: about what encode.py gives it
 
@@ -54,6 +56,12 @@ class BenchConfig:
     repeat: int = 3
     """How often each is measured."""
 
+    def __post_init__(self):
+        """Checks ranges."""
+        require(len(self.data) > 0, "--data", "nothing", "at least one file")
+        require(self.workers > 0, "--workers", self.workers, "above 0")
+        require(self.repeat > 0, "--repeat", self.repeat, "above 0")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints a line for each measurement; 0, or 1 for bad data, 2 for wrong flags."""
@@ -72,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(config: BenchConfig) -> Iterator[str]:
     """Yields the lines of the table."""
     tokenizer = load_tokenizer(config.tokenizer)
-    files = [Path(file) for file in config.data]
+    files = [file for source in map(parse_source, config.data) for file in source.files]
     texts = list(_texts(files))
     shares = [texts[i :: 8 * config.workers] for i in range(8 * config.workers)]
     yield f"{len(texts):,} texts, {config.workers} processes"

@@ -10,7 +10,7 @@ def test_the_raw_tokenizer_has_the_texts_of_the_build(tmp_path, capsys):
     path = tmp_path / "a.jsonl"
     rows = [{"question": f"Q{i}", "answer": "A"} for i in range(50)] + [{"question": 1}]
     path.write_text("\n".join(map(json.dumps, rows)))
-    assert main(["--data", str(path), "--workers=1", "--repeat=1", "--seq_len=256"]) == 0
+    assert main(["--data", f"{path}:1", "--workers=1", "--repeat=1", "--seq_len=256"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "150 texts, 1 processes"
     raw, build, load = (line.split() for line in lines[2:])
@@ -20,5 +20,8 @@ def test_the_raw_tokenizer_has_the_texts_of_the_build(tmp_path, capsys):
 
 def test_bad_flags_and_data_are_one_line(capsys, tmp_path):
     assert main(["--dta=x"]) == 2
+    for flags in (["--data"], ["--data=a", "--workers=0"], ["--data=a", "--repeat=0"]):
+        assert main(flags) == 2
     assert main(["--data", str(tmp_path / "nowhere.txt")]) == 1
-    assert capsys.readouterr().err.count("\n") == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 5)

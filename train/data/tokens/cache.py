@@ -60,6 +60,8 @@ def open_documents(
     directory = cache.expanduser() / _key(path, tokenizer)
     try:
         found = _open_whole(directory, workers)
+    except PermissionError as error:
+        raise _unusable(directory, "read", error) from error
     except (FileNotFoundError, NotADirectoryError, Damaged) as error:
         if isinstance(error, Damaged):
             tqdm.write(f"damaged token cache: {error}; tokenising its part again")
@@ -159,10 +161,7 @@ def _lock(directory: Path, path: Path) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
         file = (directory / "lock").open("w")
     except OSError as error:
-        raise ValueError(
-            f"the token cache {directory} cannot be written ({error.strerror}): choose another with"
-            " --data.cache"
-        ) from error
+        raise _unusable(directory, "written", error) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -170,3 +169,10 @@ def _lock(directory: Path, path: Path) -> Iterator[None]:
             tqdm.write(f"{path} is being tokenised by another run: waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _unusable(directory: Path, done: str, error: OSError) -> ValueError:
+    return ValueError(
+        f"the token cache {directory} cannot be {done} ({error.strerror}): choose another with"
+        " --data.cache"
+    )

@@ -96,7 +96,11 @@ def _file_report(path: Path, parts: list[Documents], broken: list[Problem]) -> F
     if rows == 0:
         raise ValueError(f"{path} holds no rows")
     if rows == len(broken):
-        raise ValueError(f"{path}: none of its {rows:,} rows can be used; the first: {broken[0]}")
+        hint = " (a .json file is an array of rows, or has one object a line)"
+        hint = hint if "not JSON" in broken[0].reason else ""
+        raise ValueError(
+            f"{path}: none of its {rows:,} rows can be used; the first: {broken[0]}{hint}"
+        )
     formats = sum((Counter(part.formats) for part in parts), Counter())
     return FileReport(str(path), dict(formats), rows, rows - len(broken))
 

@@ -238,6 +238,17 @@ def test_a_cache_that_cannot_be_written_names_the_flag(path, tokenizer, tmp_path
         tokenise([path], tokenizer, cache=tmp_path / "file" / "cache")
 
 
+def test_a_cache_that_cannot_be_read_names_the_flag(path, tokenizer, tmp_path, monkeypatch):
+    """One that is shared, and another user's."""
+
+    def forbidden(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(cache_module, "_open_whole", forbidden)
+    with pytest.raises(ValueError, match=r"be read \(Permission denied\): .* with --data.cache"):
+        tokenise([path], tokenizer, cache=tmp_path / "cache")
+
+
 def test_strict_is_fatal_from_the_cache_too(path, tokenizer, tmp_path):
     for _ in range(2):
         with pytest.raises(ValueError, match=":8: 'answer' is empty"):

@@ -102,3 +102,9 @@ def test_rows_beyond_one_chunk_are_all_there(write, tokenizer, monkeypatch):
     assert whole.digest == chunked.digest
     assert whole.files == chunked.files
     assert np.array_equal(whole.line, chunked.line)
+
+
+def test_json_of_another_shape_is_told_what_is_wanted(write, tokenizer):
+    path = write("a.json", {"data": [{"text": "a"}]})
+    with pytest.raises(ValueError, match="a .json file is an array of rows, or has one object a"):
+        tokenise([path], tokenizer)
