@@ -18,12 +18,12 @@ Shaped = Array | jax.ShapeDtypeStruct
 
 
 def local(x: Shaped) -> jax.ShapeDtypeStruct:
-    """The part of x that one device of the explicit mesh works on."""
+    """The part of x that one device of the explicit mesh works on; the largest, if they differ."""
     mesh = jax.sharding.get_abstract_mesh()
     shape = list(x.shape)
     for i, axes in enumerate(_spec(x) if not mesh.empty else ()):
         for axis in (axes,) if isinstance(axes, str) else axes or ():
-            shape[i] //= mesh.shape[axis]
+            shape[i] = -(-shape[i] // mesh.shape[axis])
     return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
 
 

@@ -10,6 +10,7 @@ import secrets
 import socket
 import sys
 import threading
+import time
 from typing import NoReturn
 
 import jax
@@ -20,6 +21,8 @@ from train.devices.hosts import leave_at_once
 
 _HELLO = 16  # bytes that prove to be of this run
 _BYE = b"bye"
+MOMENT = 2.0
+"""Seconds that a process has to say why it ends, before it says that another one has ended."""
 _one_says_why = threading.Lock()
 
 
@@ -60,6 +63,8 @@ class Peers:
                 heard = link.recv(len(_BYE))
             except OSError:
                 heard = b""
+            if heard != _BYE:
+                time.sleep(MOMENT)  # where all fail alike, each has a reason of its own to say
             if heard == _BYE or self._over:
                 self._said_all.wait()  # the link closes after this process's own goodbye
                 return
@@ -75,6 +80,9 @@ def leave(why: str) -> NoReturn:
     """Says why on one line of stderr, and ends this process at once; only the first call speaks."""
     _one_says_why.acquire()
     print(f"error: process {jax.process_index()}: {' '.join(why.split())}", file=sys.stderr)
+    if jax.process_index() == 0:
+        sys.stderr.flush()
+        time.sleep(MOMENT / 2)  # jax ends the others, with a page of C++, when this one is gone
     leave_at_once(1)
 
 

@@ -121,7 +121,7 @@ def plan(
     in_blocks = 1 - 2 * table / model.num_params()
     kept, on_host, everything = _per_token(model, tensor, remat, itemsize, attn)
     chunk = min(tokens, CHUNK_TOKENS) * model.vocab_size // tensor
-    local = tokens // seq_len, seq_len, seq_len, model.num_heads // tensor
+    local = tokens // seq_len, seq_len, seq_len, -(-model.num_heads // tensor)
     scores = {"eager": eager, "xla": xla}
     moments = _moment_bytes(optim or OptimConfig(), in_blocks)
     copied = 1.0 if itemsize != param_itemsize else 0.0 if scan else in_blocks
