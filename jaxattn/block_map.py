@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from jaxattn.block_pattern import live_tiles
 from jaxattn.mask import BLOCK, Mask
-from jaxattn.pattern import live_tiles
 from jaxattn.ranges import NEVER, visible_ranges
 
 # Tiles start at multiples of this: the copy engine wants 16-byte aligned, 8-row aligned boxes.

@@ -2,7 +2,6 @@
 
 import jax.numpy as jnp
 
-from jaxattn.pallas import backward, forward
 from jaxattn.pallas.tiles import (
     CONSUMERS,
     SMEM_BYTES,
@@ -11,6 +10,8 @@ from jaxattn.pallas.tiles import (
     ForwardTiles,
     scratch_bytes,
 )
+from jaxattn.pallas.wgmma.backward import kernel as backward
+from jaxattn.pallas.wgmma.forward import kernel as forward
 
 Part = ForwardTiles | BackwardTiles
 Layout = tuple[int, int, int]  # query heads, kv heads, head dim

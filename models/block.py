@@ -14,8 +14,8 @@ from jaxtyping import Array, Float
 
 from models import sharding
 from models.config import ModelConfig
-from models.heads import rotated_heads
 from models.layers import SwiGLU, constant, normal, rms_norm
+from models.qkv import rotated_heads
 
 # (q_BTNH, k_BTKH, v_BTKH, carried) -> (o_BTNH, result): how a block attends. `carried` is what the
 # caller hands to this layer (its part of a cache), or None.

@@ -15,13 +15,13 @@ from typing import Any
 import jax
 
 from models.config import ModelConfig
-from models.weights import companions
-from models.weights.converted import converted_parameters, is_converted, save_orbax
+from models.weights import sidecar_files
 from models.weights.load import hf_parameters
 from models.weights.memory import check_memory
+from models.weights.orbax_checkpoint import converted_parameters, is_converted, save_orbax
 from models.weights.safetensors_file import DTYPES
 from models.weights.save import LAYOUTS, MAX_SHARD_BYTES, write_hf
-from models.weights.trained import find_checkpoint, trained_parameters
+from models.weights.train_checkpoint import find_checkpoint, trained_parameters
 
 
 def convert(
@@ -29,7 +29,7 @@ def convert(
     destination: str | Path,
     *,
     layout: str | None = None,
-    beside: str | Path | None = None,
+    assets_from: str | Path | None = None,
     progress: bool = False,
     **kwargs: Any,
 ) -> None:
@@ -41,7 +41,7 @@ def convert(
       destination: must not exist; its parent is created.
       layout: of a HF destination, see `save_hf`; given one, a HF source becomes HF again. None:
         orbax of a HF source, else "internlm2".
-      beside: directory whose tokenizer, code and other files go along; None: source.
+      assets_from: directory whose tokenizer, code and other files go along; None: source.
       progress: show progress bars.
       **kwargs: dtype and max_shard_bytes of `save_hf`, for a HF destination.
 
@@ -57,9 +57,9 @@ def convert(
     if destination.exists():  # before minutes of reading
         raise FileExistsError(f"{destination} exists: choose another name or remove it")
     checkpoint = find_checkpoint(source)
-    if beside is not None and (str(beside) == "" or not Path(beside).is_dir()):
-        raise FileNotFoundError(f"beside={str(beside)!r} is not a directory")
-    beside = Path(beside) if beside is not None else None if checkpoint else source
+    if assets_from is not None and (str(assets_from) == "" or not Path(assets_from).is_dir()):
+        raise FileNotFoundError(f"assets_from={str(assets_from)!r} is not a directory")
+    assets_from = Path(assets_from) if assets_from is not None else None if checkpoint else source
     # The host's memory is the larger one, and a conversion computes nothing.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         if checkpoint is not None:
@@ -76,15 +76,15 @@ def convert(
             config, stored, parameters = hf_parameters(source, progress=progress and not layout)
         check_memory(config, stored)
         if layout is None and checkpoint is None and not is_converted(source):
-            assert beside is not None  # source, if nothing else
-            return _write_orbax(config, stored, parameters, beside, destination)
+            assert assets_from is not None  # source, if nothing else
+            return _write_orbax(config, stored, parameters, assets_from, destination)
         kwargs["dtype"] = kwargs.get("dtype") or stored
         layout = layout or "internlm2"
         write_hf(
             config,
             parameters,
             destination,
-            beside=beside,
+            assets_from=assets_from,
             layout=layout,
             progress=progress,
             **kwargs,
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="write HF weights, with these names; llama: un-fused, for LlamaForCausalLM",
     )
     parser.add_argument(
-        "--beside",
+        "--assets_from",
         metavar="DIR",
         help="HF directory whose tokenizer and code go along (default: SRC; a training run has "
         "neither)",
@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.src,
             args.dst,
             layout=args.layout,
-            beside=args.beside,
+            assets_from=args.assets_from,
             dtype=args.dtype,
             max_shard_bytes=args.max_shard_gb,
             progress=True,
@@ -152,14 +152,14 @@ def _write_orbax(
     config: ModelConfig,
     dtype: str,
     parameters: Iterable[tuple[str, jax.Array]],
-    beside: Path,
+    assets_from: Path,
     destination: Path,
 ) -> None:
-    with companions.new_directory(destination) as partial:
+    with sidecar_files.new_directory(destination) as partial:
         save_orbax(parameters, partial)
-        companions.copy_beside(beside, partial)
-        hf = companions.config_beside(beside, config, dtype=dtype)
-        companions.write_json(partial / companions.CONFIG, hf)
+        sidecar_files.copy_sidecar_files(assets_from, partial)
+        hf = sidecar_files.sidecar_config(assets_from, config, dtype=dtype)
+        sidecar_files.write_json(partial / sidecar_files.CONFIG, hf)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from models.chat import encode_chat
 from models.config import NO_ID
 from models.internlm2 import InternLM2
 from models.sampling import Sampling, sample
-from models.stacked import taken_apart
 from models.tokenizer import Tokenizer, load_tokenizer
+from models.unstack import taken_apart
 from models.weights.hf_files import eos_ids
 from models.weights.load import load
 

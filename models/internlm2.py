@@ -25,7 +25,7 @@ from models.block import Attend, Block, Rope
 from models.config import ModelConfig
 from models.layers import constant, document_positions, normal, rms_norm, rope_table
 from models.remat import REMAT
-from models.stacked import gradients_together, unstacked
+from models.unstack import gradients_together, unstacked
 
 Ids = Int[Array, "B T"] | Int[np.ndarray, "B T"]
 

@@ -5,15 +5,15 @@ from collections.abc import Sequence
 
 import jax
 
-from train.devices import device
-from train.devices.hosts import check_same, connect
-from train.devices.peers import Peers, leave
-from train.flags.cli import fail, parse
-from train.flags.config import Config
-from train.flags.recipes import check_recipe, find_recipe, recipe_list
+from train.config.cli import fail, parse
+from train.config.config import Config
+from train.config.recipes import check_recipe, find_recipe, recipe_list
+from train.distributed import device
+from train.distributed.hosts import check_same, connect
+from train.distributed.peers import Peers, leave
 from train.run.dry_run import dry_run
+from train.run.flatten import resolved
 from train.run.loop import run
-from train.run.resolved import resolved
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if "RESOURCE_EXHAUSTED" in str(error):
             return _failed(
-                f"out of memory; a larger --accum or a shorter --seq_len needs less: {error}"
+                f"out of memory; a larger --grad_accum or a shorter --seq_len needs less: {error}"
             )
         if jax.process_count() == 1:
             raise

@@ -16,9 +16,9 @@ import numpy as np
 import tyro
 
 from models.tokenizer import Tokenizer, load_tokenizer
+from train.config.cli import fail, parse
+from train.config.sections import DataConfig, require
 from train.data import Batch, Loader, default_cache, open_data
-from train.flags.cli import fail, parse
-from train.flags.sections import DataConfig, require
 
 LEARNED, MARK, PLAIN = "\033[32m", "\033[1;34m", "\033[0m"
 _BARS = 40  # columns of the longest bar of the histogram
@@ -166,7 +166,7 @@ def _open(config: PreviewConfig, tokenizer: Tokenizer) -> Loader:
         seed=config.seed,
         strict=config.data.strict,
         packing=config.data.packing,
-        overlong=config.data.overlong,
+        too_long=config.data.too_long,
         hold_out=config.data.hold_out,
         cache=Path(config.data.cache) if config.data.cache else default_cache(),
     )

@@ -13,9 +13,9 @@ from typing import Annotated
 
 import tyro
 
-from train.evidence.curves import Run, figures
-from train.evidence.records import read_records
-from train.flags.cli import fail, parse
+from train.config.cli import fail, parse
+from train.metrics.curves import Run, figures
+from train.metrics.records import read_records
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

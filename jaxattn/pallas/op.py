@@ -17,12 +17,12 @@ from jaxtyping import Array, Float
 from jaxattn import block_map
 from jaxattn.block_map import BlockMap
 from jaxattn.mask import Mask
-from jaxattn.pallas.backward import backward
-from jaxattn.pallas.backward_dq import query_gradient
-from jaxattn.pallas.forward import forward
-from jaxattn.pallas.forward_job import SHORT
 from jaxattn.pallas.softmax import LOG2E
 from jaxattn.pallas.tiles import CONSUMERS, ForwardTiles, Tiles, choose_tiles
+from jaxattn.pallas.wgmma.backward.dq_kernel import query_gradient
+from jaxattn.pallas.wgmma.backward.kernel import backward
+from jaxattn.pallas.wgmma.forward.context import SHORT
+from jaxattn.pallas.wgmma.forward.kernel import forward
 
 HEAD_DIMS = (64, 128)
 DTYPES = (jnp.bfloat16, jnp.float16)

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from models.weights.bin_file import BinFile
 from models.weights.safetensors_file import SafetensorsFile
+from models.weights.torch_pickle import BinFile
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -15,10 +15,10 @@ from models import sharding
 from models.config import ModelConfig
 from models.internlm2 import InternLM2
 from models.weights.abstract import abstract, default_device, fill
-from models.weights.converted import is_converted, load_orbax
 from models.weights.hf_files import HFDirectory
+from models.weights.orbax_checkpoint import is_converted, load_orbax
 from models.weights.table import Weight, hf_tensors, is_known_extra, resolve, table
-from models.weights.trained import find_checkpoint
+from models.weights.train_checkpoint import find_checkpoint
 
 
 def load(directory: str | Path, **kwargs: Any) -> InternLM2:
@@ -31,7 +31,7 @@ def load(directory: str | Path, **kwargs: Any) -> InternLM2:
     if not is_converted(directory) and find_checkpoint(directory) is not None:
         raise ValueError(
             f"{directory} is a training run: python -m models.convert {directory} DIR "
-            "--beside HF_DIR makes weights of it"
+            "--assets_from HF_DIR makes weights of it"
         )
     return (load_orbax if is_converted(directory) else load_hf)(directory, **kwargs)
 

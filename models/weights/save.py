@@ -15,7 +15,7 @@ from tqdm import tqdm
 from models import sharding
 from models.config import ModelConfig
 from models.internlm2 import InternLM2
-from models.weights import companions, llama
+from models.weights import llama, sidecar_files
 from models.weights.abstract import named_params
 from models.weights.hf_files import INDEX, SINGLE
 from models.weights.safetensors_file import DTYPES, SafetensorsWriter, size
@@ -31,7 +31,7 @@ def save_hf(
     model: InternLM2,
     directory: str | Path,
     *,
-    beside: str | Path | None = None,
+    assets_from: str | Path | None = None,
     layout: str = "internlm2",
     dtype: Any = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -45,7 +45,7 @@ def save_hf(
     Args:
       model: on any devices.
       directory: must not exist; it appears when it is complete.
-      beside: directory whose tokenizer, code and other files go along: the checkpoint that the
+      assets_from: directory whose tokenizer, code and other files go along: the checkpoint that the
         model comes from. These tools know InternLM2 only by the code that lies beside its weights.
       layout: "internlm2", or "llama": wqkv un-fused and named for LlamaForCausalLM, no code.
       dtype: type to store: "float32", "bfloat16" or "float16"; None: as the model stores it.
@@ -54,7 +54,7 @@ def save_hf(
 
     Raises:
       FileExistsError: the destination exists.
-      FileNotFoundError: beside does not exist.
+      FileNotFoundError: assets_from does not exist.
       ValueError: an unknown layout or dtype, or a tokenizer beside it that cannot be read.
       OSError: the disk is full, or refuses.
 
@@ -65,7 +65,7 @@ def save_hf(
         named_params(model).items(),
         directory,
         dtype=str(jnp.dtype(model.embed_VD.dtype if dtype is None else dtype)),
-        beside=beside,
+        assets_from=assets_from,
         layout=layout,
         max_shard_bytes=max_shard_bytes,
         progress=progress,
@@ -78,7 +78,7 @@ def write_hf(
     directory: str | Path,
     *,
     dtype: str,
-    beside: str | Path | None = None,
+    assets_from: str | Path | None = None,
     layout: str = "internlm2",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: bool = False,
@@ -91,7 +91,7 @@ def write_hf(
         for, and is not held on to.
       directory: as for `save_hf`, like the other arguments and what is raised.
       dtype: type to store.
-      beside: as for `save_hf`.
+      assets_from: as for `save_hf`.
       layout: as for `save_hf`.
       max_shard_bytes: as for `save_hf`.
       progress: show a progress bar.
@@ -102,15 +102,15 @@ def write_hf(
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES.values())}")
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes={max_shard_bytes} must be at least 1")
-    beside = None if beside is None else Path(beside)
-    if beside is not None and not beside.is_dir():
-        raise FileNotFoundError(f"{beside} is not a directory")
+    assets_from = None if assets_from is None else Path(assets_from)
+    if assets_from is not None and not assets_from.is_dir():
+        raise FileNotFoundError(f"{assets_from} is not a directory")
     shapes: Shapes = {}
     for name, weight, _ in _by_layer(config):
         shape = weight.hf_shape(config)
         shapes |= llama.shapes(name, shape, config) if layout == "llama" else {name: shape}
-    with companions.new_directory(Path(directory)) as partial, contextlib.ExitStack() as files:
-        _write_beside(beside, partial, config, layout, dtype)
+    with sidecar_files.new_directory(Path(directory)) as partial, contextlib.ExitStack() as files:
+        _write_sidecar_files(assets_from, partial, config, layout, dtype)
         file_of: dict[str, SafetensorsWriter] = {}
         for name, shard in _shards(partial, shapes, dtype, max_shard_bytes).items():
             file = files.enter_context(SafetensorsWriter(partial / name, shard, dtype))
@@ -140,7 +140,7 @@ def _shards(directory: Path, shapes: Shapes, dtype: str, limit: int) -> dict[str
     total = sum(size(shape, dtype) for shape in shapes.values())
     weight_map = {name: file for file, shard in files.items() for name in shard}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    companions.write_json(directory / INDEX, index)
+    sidecar_files.write_json(directory / INDEX, index)
     return files
 
 
@@ -184,17 +184,17 @@ def _by_layer(config: ModelConfig) -> list[tuple[str, Weight, int | None]]:
     return sorted(hf_tensors(config), key=key)
 
 
-def _write_beside(
+def _write_sidecar_files(
     source: Path | None, directory: Path, config: ModelConfig, layout: str, dtype: str
 ) -> None:
     """Everything but the weights."""
     if layout == "llama":
         hf = llama.hf_config(config, dtype=dtype)
-        copy = companions.copy_for_llama
+        copy = sidecar_files.copy_for_llama
     else:
-        hf = companions.config_beside(source, config, dtype=dtype)
-        copy = companions.copy_beside
+        hf = sidecar_files.sidecar_config(source, config, dtype=dtype)
+        copy = sidecar_files.copy_sidecar_files
     if source is not None:
         copy(source, directory)
-    companions.write_json(directory / companions.CONFIG, hf)
-    companions.write_generation_config(source, directory, config)
+    sidecar_files.write_json(directory / sidecar_files.CONFIG, hf)
+    sidecar_files.write_generation_config(source, directory, config)

@@ -6,7 +6,7 @@ programs and speed are not. What the kernels use and jax (0.11, 0.12) does not i
 
 * `pl.run_state` over accumulators, wgmma with its left factor in registers, reduce-add copies;
 * code for single threads (`plgpu.inline_mgpu`): `softmax.rescale`, `softmax.flag` and
-  `lanes.store_transposed` are replaced by their formulas;
+  `stmatrix.store_transposed` are replaced by their formulas;
 * in 0.11, barriers whose last phases nobody waits for (0.12 allows them).
 
 And one change for speed: all threads of all programs share one compiled function, where jax
@@ -26,7 +26,8 @@ import jax.numpy as jnp
 import pytest
 
 from jaxattn import api
-from jaxattn.pallas import forward, lanes, softmax
+from jaxattn.pallas import softmax, stmatrix
+from jaxattn.pallas.wgmma.forward import kernel as forward
 
 VERSION = ".".join(jax.__version__.split(".")[:2])
 CHECKED_WITH = ("0.11", "0.12")
@@ -61,7 +62,7 @@ def interpreted(*, detect_races: bool = False) -> Iterator[None]:
         stack.enter_context(mock.patch.object(forward, "PROGRAMS", PROGRAMS))
         stack.enter_context(mock.patch.object(softmax, "rescale", rescale))
         stack.enter_context(mock.patch.object(softmax, "flag", flag))
-        stack.enter_context(mock.patch.object(lanes, "store_transposed", store_transposed))
+        stack.enter_context(mock.patch.object(stmatrix, "store_transposed", store_transposed))
         for owner, name, replacement in interpreter_patches.patches(VERSION):
             stack.enter_context(mock.patch.object(owner, name, replacement))
         stack.callback(interpreter_patches.reset)
@@ -83,7 +84,7 @@ def flag(flags, places, l: jax.Array) -> None:
 
 
 def store_transposed(ref, value: jax.Array) -> None:
-    """Stands for `lanes.store_transposed`."""
+    """Stands for `stmatrix.store_transposed`."""
     ref[...] = value.T
 
 

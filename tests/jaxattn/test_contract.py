@@ -15,7 +15,7 @@ import pytest
 
 from jaxattn import block_map
 from jaxattn.pallas import op
-from jaxattn.pallas.forward_job import SHORT
+from jaxattn.pallas.wgmma.forward.context import SHORT
 from tests.jaxattn.interpret import interpreted
 from tests.jaxattn.oracle import (
     NAMES,

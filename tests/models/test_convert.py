@@ -12,9 +12,9 @@ from safetensors.numpy import load_file, save_file
 
 from models import convert
 from models.weights import memory
-from models.weights.converted import load_orbax
 from models.weights.hf_files import HFDirectory
 from models.weights.load import load, load_hf
+from models.weights.orbax_checkpoint import load_orbax
 
 
 @pytest.fixture
@@ -96,7 +96,8 @@ def test_an_existing_destination_is_refused(source, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "stage", ["convert.hf_parameters", "convert.save_orbax", "weights.companions.copy_beside"]
+    "stage",
+    ["convert.hf_parameters", "convert.save_orbax", "weights.sidecar_files.copy_sidecar_files"],
 )
 def test_a_failure_leaves_nothing_behind(source, tmp_path, monkeypatch, capsys, stage):
     def fail(*args, **kwargs):
@@ -160,9 +161,9 @@ def test_a_damaged_orbax_file_is_one_line(source, tmp_path, capsys):
 @pytest.mark.parametrize("beside", ["", "nowhere"])
 def test_beside_is_a_directory(source, tmp_path, capsys, beside):
     """Of an unset variable nothing is made: Path("") would be the current directory."""
-    argv = [str(source), str(tmp_path / "dst"), "--beside", beside, "--layout=internlm2"]
+    argv = [str(source), str(tmp_path / "dst"), "--assets_from", beside, "--layout=internlm2"]
     assert convert.main(argv) == 1
-    assert f"beside={beside!r} is not a directory" in capsys.readouterr().err
+    assert f"assets_from={beside!r} is not a directory" in capsys.readouterr().err
 
 
 def test_eos_ids_of_a_list_go_along(source, tmp_path):

@@ -11,9 +11,9 @@ import pytest
 
 from models.config import PRESETS, ModelConfig
 from models.internlm2 import InternLM2, init
+from train.config.config import Config
+from train.config.sections import DataConfig, OptimConfig
 from train.data import Batch
-from train.flags.config import Config
-from train.flags.sections import DataConfig, OptimConfig
 from train.run import loop
 
 TINY = ModelConfig(

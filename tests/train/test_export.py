@@ -12,7 +12,7 @@ from models import convert
 from models.weights.hf_files import HFDirectory
 from models.weights.load import load_hf
 from models.weights.table import hf_tensors
-from models.weights.trained import find_checkpoint
+from models.weights.train_checkpoint import find_checkpoint
 from train.checkpoint.checkpoints import Checkpoints
 from train.run import loop
 
@@ -79,6 +79,6 @@ def raw_params(step):
 
 
 def test_the_layout_is_the_one_that_training_writes(finished):
-    """What train.checkpoint.checkpoints finds is what models.weights.trained finds."""
+    """What train.checkpoint.checkpoints finds is what models.weights.train_checkpoint finds."""
     found = find_checkpoint(finished)
-    assert found is not None and int(found.name) == Checkpoints(finished, keep=2).latest
+    assert found is not None and int(found.name) == Checkpoints(finished, keep_last=2).latest

@@ -24,7 +24,7 @@ from models.remat import REMAT
 from train.bench.run import compiled_ahead, has_torch, run_cell
 from train.bench.shapes import TORCH, Cell, RowKind
 from train.bench.table import HEADER, line, merged, read, write
-from train.flags.cli import fail, parse
+from train.config.cli import fail, parse
 
 ON_GPU = {
     "model": ("internlm2-1.8b",),
@@ -43,7 +43,7 @@ class BenchOptim:
     name: Literal["adamw", "adafactor", "lion", "muon"] = "adamw"
     """Optimizer."""
 
-    state: Literal["fp32", "bf16", "int8"] = "fp32"
+    moment_dtype: Literal["fp32", "bf16", "int8"] = "fp32"
     """What adamw stores its two moments in."""
 
 
@@ -186,7 +186,7 @@ def cells_of(config: BenchConfig, *, on_gpu: bool) -> Iterator[Cell]:
             dtype=config.dtype or ("bfloat16" if on_gpu else "float32"),
             param_dtype=config.param_dtype,
             optim=config.optim.name,
-            state=config.optim.state,
+            state=config.optim.moment_dtype,
             repeats=config.repeats,
             data=config.data if rows == "data" else (),
             tokenizer=config.tokenizer,

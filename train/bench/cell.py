@@ -21,14 +21,14 @@ from models.config import PRESETS
 from models.internlm2 import InternLM2, init
 from train.attention import resolve_attention
 from train.bench.shapes import Cell, batches, outcome, time_steps
-from train.devices import device
-from train.devices.mesh import make_mesh, row_shards
-from train.evidence.metrics import peak_memory
-from train.flags.sections import MeshConfig, OptimConfig
+from train.config.sections import MeshConfig, OptimConfig
+from train.distributed import device
+from train.distributed.mesh import make_mesh, row_shards
 from train.memory.plan import GiB, Plan, plan
 from train.memory.sizing import PARAM_DTYPES, REMAT_BY_SPEED, choose_remat
+from train.metrics.metrics import peak_memory
+from train.step.lr_schedule import schedule
 from train.step.optim import optimizer
-from train.step.schedule import schedule
 from train.step.state import abstract_state, new_state, params_of
 from train.step.step import batch_struct, compile_step, make_step, put_batch
 
@@ -52,7 +52,7 @@ class Program:
         """
         self._model, self._mesh = PRESETS[cell.model], make_mesh(MeshConfig())
         self.rows = cell.batch_size * row_shards(self._mesh)
-        self._optim = OptimConfig(name=cell.optim, state=cell.state, lr=RATE)  # pyright: ignore[reportArgumentType]
+        self._optim = OptimConfig(name=cell.optim, moment_dtype=cell.state, lr=RATE)  # pyright: ignore[reportArgumentType]
         self.cell = self._with_remat(cell)
         self.plan = self._planned(self.cell)
 
@@ -86,7 +86,7 @@ class Program:
                 scan=cell.scan_layers,
             )
 
-        batch = batch_struct(rows=self.rows, seq_len=cell.seq_len, accum=1, mesh=self._mesh)
+        batch = batch_struct(rows=self.rows, seq_len=cell.seq_len, grad_accum=1, mesh=self._mesh)
         if cell.rows == "dense":
             batch = batch._replace(segment_ids=None)
         hits = _count("/jax/compilation_cache/cache_hits")
@@ -115,7 +115,7 @@ class Program:
         work = batches(self.cell, self.rows)
         compiled, compiling = self.compile()
         state, values = self.first_state(), {}
-        on_device = [put_batch(batch, accum=1, mesh=self._mesh) for batch in work]
+        on_device = [put_batch(batch, grad_accum=1, mesh=self._mesh) for batch in work]
 
         def step(i: int):
             nonlocal state, values
@@ -148,7 +148,7 @@ class Program:
             self._mesh,
             rows=self.rows,
             seq_len=cell.seq_len,
-            accum=1,
+            grad_accum=1,
             remat=cell.remat or REMAT_BY_SPEED[-1],
             itemsize=jnp.dtype(cell.dtype).itemsize,
             attn=ALIASES.get(cell.attn, cell.attn),

@@ -13,7 +13,7 @@ from jaxattn.bench.shapes import document_lengths
 from models.config import PRESETS
 from models.tokenizer import load_tokenizer
 from train.data import Batch, default_cache, open_data
-from train.evidence.flops import PEAK_FLOPS, causal_pairs, training_flops
+from train.metrics.flops import PEAK_FLOPS, causal_pairs, training_flops
 
 RowKind = Literal["dense", "packed", "data"]
 

@@ -222,7 +222,11 @@ def _stored(cell: Found) -> str:
 
 
 def _remat(cell: Found) -> str:
-    return f"{cell['remat']} x {cell['accum']}" if cell.get("accum", 1) > 1 else cell["remat"]
+    return (
+        f"{cell['remat']} x {cell['grad_accum']}"
+        if cell.get("grad_accum", 1) > 1
+        else cell["remat"]
+    )
 
 
 def _mfu(cell: Found) -> str:

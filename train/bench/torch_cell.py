@@ -25,7 +25,7 @@ from models.config import PRESETS
 from models.weights import llama
 from train.bench.shapes import TORCH, Cell, batches, outcome, time_steps
 from train.data import Batch
-from train.evidence.metrics import resident_peak
+from train.metrics.metrics import resident_peak
 
 RATE = 1e-4
 
@@ -38,7 +38,7 @@ def measure(cell: Cell) -> dict[str, Any]:
             the first of: none; full; full, with the rows in 2, 4, ... parts (accumulation).
 
     Returns:
-        `shapes.outcome` with the remat and: accum, the parts; peak_memory_bytes, that
+        `shapes.outcome` with the remat and: grad_accum, the parts; peak_memory_bytes, that
         PyTorch held in tensors; loss. Or "why" it cannot run.
     """
     if why := why_not(cell):
@@ -46,11 +46,11 @@ def measure(cell: Cell) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     work = batches(cell, cell.batch_size)
     tried = []
-    for remat, accum in ways(cell):
+    for remat, grad_accum in ways(cell):
         try:
-            return _measure(dataclasses.replace(cell, remat=remat), work, accum, device)
+            return _measure(dataclasses.replace(cell, remat=remat), work, grad_accum, device)
         except torch.OutOfMemoryError:
-            tried.append(f"{remat} x {accum}")
+            tried.append(f"{remat} x {grad_accum}")
         gc.collect()  # the error's traceback held the model
         torch.cuda.empty_cache()
     why = f"out of memory, with remat x parts of {', '.join(tried)}"
@@ -72,10 +72,12 @@ def ways(cell: Cell) -> Iterator[tuple[str, int]]:
     """(remat, parts of the rows), the fastest first."""
     for remat in ("none", "full") if cell.remat is None else (cell.remat,):
         yield remat, 1
-    accum = 2
-    while cell.remat is None and accum <= cell.batch_size and cell.batch_size % accum == 0:
-        yield "full", accum
-        accum *= 2
+    grad_accum = 2
+    while (
+        cell.remat is None and grad_accum <= cell.batch_size and cell.batch_size % grad_accum == 0
+    ):
+        yield "full", grad_accum
+        grad_accum *= 2
 
 
 def make_model(cell: Cell, device: str) -> Any:
@@ -113,7 +115,7 @@ def inputs(batch: Batch, device: str, dtype: Any) -> dict[str, Any]:
     return arguments
 
 
-def _measure(cell: Cell, work: list[Batch], accum: int, device: str) -> dict[str, Any]:
+def _measure(cell: Cell, work: list[Batch], grad_accum: int, device: str) -> dict[str, Any]:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     compute = torch.bfloat16 if cell.dtype == "bfloat16" else torch.float32
@@ -122,13 +124,13 @@ def _measure(cell: Cell, work: list[Batch], accum: int, device: str) -> dict[str
         model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.01, fused=True
     )
     autocast = torch.autocast(device, dtype=compute, enabled=compute != model.dtype)
-    on_device = [[inputs(p, device, compute) for p in _parts(b, accum)] for b in work]
+    on_device = [[inputs(p, device, compute) for p in _parts(b, grad_accum)] for b in work]
 
     def step(i: int) -> Any:
         for part in on_device[i % len(work)]:
             with autocast:
                 loss = model(**part).loss
-            (loss / accum).backward()
+            (loss / grad_accum).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
         rule.step()
         rule.zero_grad(set_to_none=True)
@@ -144,7 +146,7 @@ def _measure(cell: Cell, work: list[Batch], accum: int, device: str) -> dict[str
     on_gpu = device == "cuda"
     name = torch.cuda.get_device_name() if on_gpu else device
     return outcome(cell, work, seconds=seconds, device=name, devices=1) | {
-        "accum": accum,
+        "grad_accum": grad_accum,
         "first_step_seconds": first,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else resident_peak(),
         "loss": loss,
@@ -152,9 +154,9 @@ def _measure(cell: Cell, work: list[Batch], accum: int, device: str) -> dict[str
     }
 
 
-def _parts(batch: Batch, accum: int) -> Iterator[Batch]:
-    for part in range(accum):
-        yield Batch(*(None if x is None else x[part::accum] for x in batch))  # pyright: ignore[reportArgumentType]
+def _parts(batch: Batch, grad_accum: int) -> Iterator[Batch]:
+    for part in range(grad_accum):
+        yield Batch(*(None if x is None else x[part::grad_accum] for x in batch))  # pyright: ignore[reportArgumentType]
 
 
 def main() -> None:

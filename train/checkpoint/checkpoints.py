@@ -22,10 +22,10 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from train.checkpoint.checksum import checksum
-from train.checkpoint.half_written import remove_half_written
 from train.checkpoint.orbax_errors import cause, quiet_orbax
+from train.checkpoint.partial import remove_half_written
 from train.checkpoint.retention import Retention, loss_of
-from train.say import say
+from train.log import say
 from train.step.state import TrainState
 from train.version import code_version
 
@@ -36,12 +36,12 @@ Identity = Mapping[str, Any]
 class Checkpoints:
     """The checkpoints of one run's directory."""
 
-    def __init__(self, out: Path, *, keep: int, keep_best: int = 0):
+    def __init__(self, out: Path, *, keep_last: int, keep_best: int = 0):
         """Looks at the directory, without changing or creating anything.
 
         Args:
             out: the run's directory.
-            keep: checkpoints to keep; older ones are removed after a newer is complete.
+            keep_last: checkpoints to keep; older ones are removed after a newer is complete.
             keep_best: of those saved right after an evaluation, how many to keep beside them: the
                 ones with the lowest validation loss.
 
@@ -49,7 +49,7 @@ class Checkpoints:
             OSError: if out is there but cannot be read.
         """
         self._dir = (out / "checkpoints").absolute()
-        self._keep, self._keep_best = keep, keep_best
+        self._keep_last, self._keep_best = keep_last, keep_best
         self._manager: ocp.CheckpointManager | None = None
         found = self._dir.iterdir() if self._dir.is_dir() else ()
         self._steps = sorted(int(p.name) for p in found if p.name.isdigit())
@@ -205,7 +205,7 @@ class Checkpoints:
         if self._manager is None:
             self._dir.mkdir(parents=True, exist_ok=True)
             quiet_orbax()
-            stay = Retention(newest=self._keep, best=self._keep_best, losses=self._losses)
+            stay = Retention(newest=self._keep_last, best=self._keep_best, losses=self._losses)
             options = ocp.CheckpointManagerOptions(preservation_policy=stay)
             self._manager = ocp.CheckpointManager(self._dir, options=options)
         return self._manager

@@ -13,14 +13,14 @@ Above them loader (rows to batches) and open (all of it); report counts what bec
 from train.data.loader import Loader
 from train.data.open import Packing, open_data
 from train.data.pack.packing import Batch
-from train.data.pack.pieces import Overlong
+from train.data.pack.spans import TooLong
 from train.data.report import Problem, Report
 from train.data.tokens.cache import default_cache
 
 __all__ = [
     "Batch",
     "Loader",
-    "Overlong",
+    "TooLong",
     "Packing",
     "Problem",
     "Report",

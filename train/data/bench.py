@@ -23,16 +23,16 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from models.tokenizer import Tokenizer, load_tokenizer
+from train.config.cli import fail, parse
+from train.config.sections import require
+from train.data.files.examples import Ids
 from train.data.files.fields import RowError
 from train.data.files.formats import recognise
-from train.data.files.rows import Row, read_rows
-from train.data.files.samples import Ids
+from train.data.files.records import Row, read_rows
 from train.data.files.template import render
 from train.data.open import open_data
-from train.data.pack.share import parse_source
+from train.data.pack.mixture import parse_source
 from train.data.tokens.dataset import tokenise
-from train.flags.cli import fail, parse
-from train.flags.sections import require
 
 _TEXTS = 5_000  # that the raw tokenizer is given at once: about what encode.py gives it
 

@@ -23,7 +23,7 @@ from jaxtyping import Int64
 
 from train.data.pack.order import shuffled
 from train.data.pack.packing import Batch, Rows, fill
-from train.data.pack.pieces import Pieces
+from train.data.pack.spans import Pieces
 from train.data.pack.summary import summarise
 from train.data.thread import Thread
 from train.data.tokens.dataset import Dataset

@@ -8,9 +8,9 @@ from typing import Literal
 from models.tokenizer import Tokenizer
 from train.data.corpus import TINY_SHAKESPEARE
 from train.data.loader import Loader, check_shares
+from train.data.pack.mixture import Split, parse_source, times
 from train.data.pack.packing import pack
-from train.data.pack.pieces import Overlong, cut
-from train.data.pack.share import Split, parse_source, times
+from train.data.pack.spans import TooLong, cut
 from train.data.pack.stream import Stream, stream
 from train.data.tokens.dataset import tokenise
 
@@ -26,7 +26,7 @@ def open_data(
     seed: int = 0,
     strict: bool = False,
     packing: Packing = "fit",
-    overlong: Overlong = "drop",
+    too_long: TooLong = "drop",
     hold_out: float = 0.0,
     split: Split = "train",
     cache: Path | None = None,
@@ -47,7 +47,7 @@ def open_data(
         strict: the first broken row is fatal instead of skipped and counted.
         packing: "fit" puts whole documents into rows (packing.py), "concat" and "xtuner" cut a
             stream of all tokens (stream.py).
-        overlong: what becomes of chats longer than a row (pieces.cut), with "fit".
+        too_long: what becomes of chats longer than a row (pieces.cut), with "fit".
         hold_out: share of the documents of each path that is not trained on.
         split: "val" for the batches of what `hold_out` holds out.
         cache: directory that keeps the tokens of `paths` (cache.py); None: the memory does.
@@ -75,7 +75,7 @@ def open_data(
     )
     taken = times(dataset, sources, seed=seed, hold_out=hold_out, split=split)
     if packing == "fit":
-        pieces = cut(dataset, seq_len, overlong=overlong, times=taken)
+        pieces = cut(dataset, seq_len, too_long=too_long, times=taken)
         rows = pack(pieces.length, seq_len, seed=seed)
     else:
         pieces, rows = stream(dataset, seq_len, how=packing, seed=seed, times=taken)

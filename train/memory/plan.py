@@ -14,9 +14,9 @@ from jax.sharding import AbstractMesh, Mesh
 
 from jaxattn import eager, xla
 from models.config import ModelConfig
-from train.devices.mesh import row_shards
-from train.flags.sections import OptimConfig
-from train.step.compact_adam import BLOCK
+from train.config.sections import OptimConfig
+from train.distributed.mesh import row_shards
+from train.step.adam8bit import BLOCK
 from train.step.loss import CHUNK_TOKENS
 
 GiB = 2**30
@@ -90,7 +90,7 @@ def plan(
     *,
     rows: int,
     seq_len: int,
-    accum: int,
+    grad_accum: int,
     remat: str,
     itemsize: int,
     attn: str,
@@ -105,7 +105,7 @@ def plan(
         mesh: the devices.
         rows: of one microbatch, over all devices.
         seq_len: tokens of a row.
-        accum: microbatches of a step.
+        grad_accum: microbatches of a step.
         remat: key of `models.remat.REMAT`.
         itemsize: bytes of the compute dtype.
         attn: implementation in `jaxattn.IMPLEMENTATIONS`.
@@ -129,7 +129,7 @@ def plan(
     return Plan(
         weights=int(parameters * (param_itemsize + copied * itemsize)),
         optimizer=int(parameters * moments),
-        sums=parameters * 4 if accum > 1 else 0,
+        sums=parameters * 4 if grad_accum > 1 else 0,
         gathered=(2 * of_block * itemsize + 4 * table // tensor) if fsdp > 1 else 0,
         activations=activations,
         logits=chunk * (8 + itemsize) + table // tensor * (4 + itemsize),
@@ -142,7 +142,7 @@ def plan(
 
 def _moment_bytes(optim: OptimConfig, in_blocks: float) -> float:
     """Bytes of optimizer state per parameter; `in_blocks` is the share of the blocks in them."""
-    of_adam = {"fp32": 8.0, "bf16": 4.0, "int8": 2 * (1 + 4 / BLOCK)}[optim.state]
+    of_adam = {"fp32": 8.0, "bf16": 4.0, "int8": 2 * (1 + 4 / BLOCK)}[optim.moment_dtype]
     of_muon = 4 * in_blocks + 8 * (1 - in_blocks)
     # Adafactor has a row and a column for each matrix.
     return {"adamw": of_adam, "lion": 4.0, "adafactor": 0.0, "muon": of_muon}[optim.name]

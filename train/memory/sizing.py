@@ -7,9 +7,9 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from models.config import ModelConfig
-from train.devices.mesh import row_shards
-from train.flags.config import Config
-from train.memory import fit
+from train.config.config import Config
+from train.distributed.mesh import row_shards
+from train.memory import advice
 from train.memory.plan import Plan, plan
 
 PARAM_DTYPES = {"fp32": jnp.dtype("float32"), "bf16": jnp.dtype("bfloat16")}
@@ -41,9 +41,9 @@ class Sizing:
         return plan(
             self.model,
             self.mesh,
-            rows=self.rows // config.accum,
+            rows=self.rows // config.grad_accum,
             seq_len=config.seq_len,
-            accum=config.accum,
+            grad_accum=config.grad_accum,
             remat=config.remat or REMAT_BY_SPEED[-1],
             itemsize=self.dtype.itemsize,
             attn=attn or self.attn,
@@ -67,7 +67,9 @@ class Sizing:
 
         if needed(config).total <= have:
             return None
-        return fit.remedy(needed, config, have, most_accum=self.rows // row_shards(self.mesh))
+        return advice.suggest_flags(
+            needed, config, have, most_grad_accum=self.rows // row_shards(self.mesh)
+        )
 
 
 def in_scan(config: Config, mesh: Mesh | AbstractMesh) -> bool:

@@ -3,11 +3,11 @@
 import jax
 
 from train.attention import dispatch_line
+from train.config.config import Config
 from train.data import Batch, Loader
-from train.evidence.evaluate import Sets
-from train.flags.config import Config
-from train.run.defaults import Settled
-from train.say import note, say
+from train.log import note, say
+from train.metrics.evaluate import Sets
+from train.run.resolve import Settled
 
 
 def introduce(config: Config, settled: Settled) -> None:
@@ -19,7 +19,7 @@ def introduce(config: Config, settled: Settled) -> None:
         f"{settled.name}{' from random weights' * (settled.weights is None)}: "
         f"{settled.model.num_params():,} parameters on {jax.device_count()} "
         f"{settled.mesh.devices.flat[0].device_kind} ({mesh}), {settled.dtype} compute; "
-        f"{settled.rows} rows x {config.seq_len} tokens a step in {config.accum} parts; "
+        f"{settled.rows} rows x {config.seq_len} tokens a step in {config.grad_accum} parts; "
         f"peak learning rate {settled.lr:g}; tokenizer {settled.tokenizer.name}"
     )
     say(f"memory plan: {settled.plan}")
@@ -38,5 +38,5 @@ def say_data(loader: Loader, val: Sets) -> None:
 
 def say_dispatch(config: Config, settled: Settled, batch: Batch) -> None:
     """Says which attention runs on a batch, and why; the progress bar stays below."""
-    micro = batch.segment_ids[: settled.rows // config.accum]
+    micro = batch.segment_ids[: settled.rows // config.grad_accum]
     note(dispatch_line(config.attn, settled.model, settled.mesh, micro, dtype=settled.dtype))

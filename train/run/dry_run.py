@@ -10,13 +10,16 @@ from jax.sharding import AbstractMesh
 
 from jaxattn import Mask, device_memory, resolve
 from models.weights.abstract import abstract
-from train.devices import device
-from train.devices.mesh import check_rows, row_shards
-from train.flags.config import Config
+from train.config.config import Config
+from train.distributed import device
+from train.distributed.mesh import check_rows, row_shards
+from train.log import say
 from train.memory.plan import GiB, Plan
 from train.memory.sizing import Sizing
 from train.run.announce import introduce
-from train.run.defaults import (
+from train.run.flatten import resolved
+from train.run.parts import compile_training, model_maker
+from train.run.resolve import (
     GPU_MODEL,
     Settled,
     default_rows,
@@ -25,9 +28,6 @@ from train.run.defaults import (
     read_tokenizer,
     settle,
 )
-from train.run.parts import compile_training, model_maker
-from train.run.resolved import resolved
-from train.say import say
 from train.step.optim import optimizer
 from train.step.state import abstract_state
 
@@ -61,8 +61,8 @@ def dry_run(config: Config) -> None:
     """
     for flag, value in resolved(config).items():
         say(f"--{flag}={'(chosen)' if value is None else value}")
-    if config.device is not None:
-        _of_described(config, _described(config.device))
+    if config.dry_run_device is not None:
+        _of_described(config, _described(config.dry_run_device))
         return
     settled = settle(config)
     introduce(config, settled)
@@ -104,7 +104,7 @@ def _of_described(config: Config, gpu: Described) -> None:
     sizes = (config.mesh.data, config.mesh.fsdp or 1, config.mesh.tensor)
     mesh = AbstractMesh(sizes, ("data", "fsdp", "tensor"))
     rows = default_rows(config, mesh, on_gpu=True)
-    check_rows(mesh, rows=rows, accum=config.accum)
+    check_rows(mesh, rows=rows, grad_accum=config.grad_accum)
     name = config.model or GPU_MODEL
     model, weights = read_model(name)
     model = extended(model, config.rope_factor, config.seq_len)
@@ -112,7 +112,8 @@ def _of_described(config: Config, gpu: Described) -> None:
     abstract(model, mesh=mesh, dtype=dtype)  # raises where the mesh does not divide it
     q, k = (
         jax.ShapeDtypeStruct(
-            (rows // config.accum // row_shards(mesh), config.seq_len, heads, model.head_dim), dtype
+            (rows // config.grad_accum // row_shards(mesh), config.seq_len, heads, model.head_dim),
+            dtype,
         )
         for heads in (model.num_heads // sizes[2], model.num_kv_heads // sizes[2])
     )
@@ -124,7 +125,7 @@ def _of_described(config: Config, gpu: Described) -> None:
     say(
         f"{name}: {model.num_params():,} parameters on {mesh.size} "
         f"{gpu.device_kind} ({axes}), {dtype} compute; {rows} rows x {config.seq_len} tokens a "
-        f"step in {config.accum} parts; attention {attn}"
+        f"step in {config.grad_accum} parts; attention {attn}"
     )
     sizing = Sizing(model=model, mesh=mesh, rows=rows, dtype=dtype, attn=attn)
     config = sizing.with_remat(config, have)
@@ -141,5 +142,7 @@ def _described(name: str) -> Described:
     except ValueError:
         gib = 0.0
     if not 0 < gib < math.inf:
-        raise ValueError(f"--device={name} must be one of {', '.join(DEVICES)}, or a number of GiB")
+        raise ValueError(
+            f"--dry_run_device={name} must be one of {', '.join(DEVICES)}, or a number of GiB"
+        )
     return Described(f"Hopper GPU of {gib:g} GiB", gib)

@@ -4,13 +4,13 @@ import dataclasses
 import functools
 
 from train.checkpoint.checkpoints import Checkpoints
-from train.devices.device import compiler_options
-from train.evidence.evaluate import Evaluation, OpenSets
-from train.evidence.sinks import check_sinks
-from train.flags.config import Config
+from train.config.config import Config
+from train.distributed.device import compiler_options
+from train.log import say
+from train.metrics.evaluate import Evaluation, OpenSets
+from train.metrics.sinks import check_sinks
 from train.run.announce import introduce, say_data
-from train.run.defaults import settle
-from train.run.evidence import Evidence
+from train.run.flatten import save_config
 from train.run.parts import (
     compile_training,
     first_params,
@@ -19,12 +19,12 @@ from train.run.parts import (
     open_validation,
     with_steps,
 )
-from train.run.resolved import save_config
+from train.run.records import Evidence
+from train.run.resolve import settle
 from train.run.resume import check_not_beyond, check_out, identity_of, starting_step
+from train.run.run_lock import RunLock
 from train.run.sample import write_sample
-from train.run.sole import SoleRun
 from train.run.stepping import train
-from train.say import say
 from train.step.optim import optimizer
 from train.step.state import abstract_state, new_state
 
@@ -42,11 +42,13 @@ def run(config: Config) -> None:
     introduce(config, settled)
     identity = identity_of(config, settled)
     with (
-        SoleRun(settled.out) as sole,
-        Checkpoints(settled.out, keep=config.keep, keep_best=config.keep_best) as checkpoints,
+        RunLock(settled.out) as run_lock,
+        Checkpoints(
+            settled.out, keep_last=config.keep_last, keep_best=config.keep_best
+        ) as checkpoints,
     ):
         check_out(settled.out)
-        sole.claim()
+        run_lock.claim()
         start = starting_step(config, settled, checkpoints, identity)
         with (
             open_training(config, settled) as loader,
@@ -73,11 +75,11 @@ def run(config: Config) -> None:
                     checkpoints.save, identity=identity, config=dataclasses.asdict(config)
                 )
                 settled.out.mkdir(parents=True, exist_ok=True)
-                sole.claim()
+                run_lock.claim()
                 evaluate = Evaluation(
                     val.sets,
                     graphdef,
-                    accum=config.accum,
+                    grad_accum=config.grad_accum,
                     mesh=settled.mesh,
                     path=settled.out / "eval.jsonl",
                     start=start,

@@ -12,13 +12,13 @@ from flax import nnx
 
 from models import load
 from models.internlm2 import InternLM2, init
+from train.config.config import MOST_STEPS, Config
 from train.data import Loader, Packing, default_cache, open_data
-from train.devices.device import compiler_options
-from train.devices.hosts import share
-from train.flags.config import MOST_STEPS, Config
-from train.run.defaults import Settled
-from train.say import say
-from train.step.schedule import schedule
+from train.distributed.device import compiler_options
+from train.distributed.hosts import share
+from train.log import say
+from train.run.resolve import Settled
+from train.step.lr_schedule import schedule
 from train.step.state import Params, TrainState, params_of
 from train.step.step import Step, batch_struct, compile_step, make_step
 
@@ -86,7 +86,7 @@ def _open(
         seed=config.seed,
         strict=config.data.strict,
         packing=packing,
-        overlong=config.data.overlong,
+        too_long=config.data.too_long,
         hold_out=hold_out,
         split=split,
         cache=Path(config.data.cache) if config.data.cache else default_cache(),
@@ -124,7 +124,7 @@ def compile_training(
 ) -> Step:
     """Compiles the training step for the run's shapes, and says how long it took."""
     batch = batch_struct(
-        rows=settled.rows, seq_len=config.seq_len, accum=config.accum, mesh=settled.mesh
+        rows=settled.rows, seq_len=config.seq_len, grad_accum=config.grad_accum, mesh=settled.mesh
     )
     begun = time.perf_counter()
     rate = schedule(config.optim, settled.lr, config.steps)

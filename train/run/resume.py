@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from train.checkpoint.checkpoints import Checkpoints
-from train.flags.config import Config
-from train.run.defaults import Settled
-from train.say import say
+from train.config.config import Config
+from train.log import say
+from train.run.resolve import Settled
 
 OURS = {"checkpoints", "metrics.jsonl", "eval.jsonl"}
 """A directory that has one of these is a run's."""
@@ -24,7 +24,7 @@ def identity_of(config: Config, settled: Settled) -> dict[str, Any]:
         "seq_len": config.seq_len,
         "seed": config.seed,
         "optim.name": config.optim.name,
-        "optim.state": config.optim.state,
+        "optim.moment_dtype": config.optim.moment_dtype,
         "param_dtype": config.param_dtype,
     }
 

@@ -5,12 +5,12 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from models.generate import generate
+from train.atomic import replace_text
+from train.config.config import Config
 from train.data import Batch
-from train.flags.config import Config
-from train.run.defaults import Settled
-from train.say import say
+from train.log import say
+from train.run.resolve import Settled
 from train.step.state import Params
-from train.whole_file import replace_text
 
 PROMPT_TOKENS, SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 32, 200, 0.8
 

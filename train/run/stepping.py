@@ -6,17 +6,17 @@ from collections.abc import Callable
 
 import jax
 
+from train.config.config import Config
 from train.data import Loader
-from train.devices.hosts import Agreement, share
-from train.evidence.evaluate import Evaluation
-from train.evidence.flops import causal_pairs
-from train.evidence.skips import Skips
-from train.flags.config import Config
+from train.distributed.hosts import Agreement, share
+from train.log import say
+from train.metrics.evaluate import Evaluation
+from train.metrics.flops import causal_pairs
+from train.metrics.skips import Skips
 from train.run.announce import say_dispatch
-from train.run.defaults import Settled
-from train.run.evidence import Evidence
+from train.run.records import Evidence
+from train.run.resolve import Settled
 from train.run.signals import stop_on_signals
-from train.say import say
 from train.step.state import TrainState
 from train.step.step import Step, put_batch
 
@@ -71,7 +71,9 @@ def train(
                 if number == start + 1:
                     say_dispatch(config, settled, batch)
                 evidence.before(number, state)
-                state, values = step(state, put_batch(batch, accum=config.accum, mesh=settled.mesh))
+                state, values = step(
+                    state, put_batch(batch, grad_accum=config.grad_accum, mesh=settled.mesh)
+                )
                 # Other processes' documents are taken to be like these.
                 show((position, number, values, causal_pairs(batch.segment_ids) * parts))
                 losses = {}

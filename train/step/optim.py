@@ -17,10 +17,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import DTypeLike
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-from train.flags.sections import OptimConfig
-from train.step.compact_adam import scale_by_compact_adam
+from train.config.sections import OptimConfig
+from train.step.adam8bit import scale_by_adam8bit
+from train.step.lr_schedule import schedule
 from train.step.rounding import round_weights
-from train.step.schedule import schedule
 
 MATRICES = {
     "wqkv_DKgH": MuonDimensionNumbers(-4, -1),  # every head of q, k, v is a matrix of its own
@@ -87,9 +87,9 @@ def _direction(config: OptimConfig) -> optax.GradientTransformation:
     """Where to go for a rate of 1, before weight decay."""
     b1, b2 = config.rates
     if config.name == "adamw":
-        if config.state == "fp32":
+        if config.moment_dtype == "fp32":
             return optax.scale_by_adam(b1, b2)
-        return _whole(scale_by_compact_adam(b1, b2, state=config.state, compact=decayed))
+        return _whole(scale_by_adam8bit(b1, b2, moment_dtype=config.moment_dtype, compact=decayed))
     if config.name == "lion":
         return optax.scale_by_lion(b1, b2)
     if config.name == "adafactor":

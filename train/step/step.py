@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from models.sharding import spec
 from train.data import Batch
-from train.devices.hosts import share
+from train.distributed.hosts import share
 from train.step.guard import judge
 from train.step.loss import cross_entropy_and_z
 from train.step.state import Params, TrainState
@@ -63,8 +63,8 @@ def make_step(
 
     def loss_and_grads(params: Params, batch: Batch, count: jax.Array):
         value_and_grad = jax.value_and_grad(micro_loss, has_aux=True)
-        accum = batch.tokens.shape[0]
-        if accum == 1:  # without a second copy of the gradients
+        grad_accum = batch.tokens.shape[0]
+        if grad_accum == 1:  # without a second copy of the gradients
             return value_and_grad(params, jax.tree.map(lambda a: a[0], batch), count)
 
         def add(carry, micro):
@@ -114,7 +114,7 @@ def compile_step(
         step: from `make_step`.
         like: the state, or its ShapeDtypeStructs with shardings.
         batch: the same of a batch.
-        options: for the compiler, as `train.devices.device.compiler_options` has them.
+        options: for the compiler, as `train.distributed.device.compiler_options` has them.
 
     Returns:
         The step; it consumes its first argument.
@@ -128,14 +128,14 @@ def compile_step(
         return jitted.lower(like, batch).compile(compiler_options=options)
 
 
-def put_batch(batch: Batch, *, accum: int, mesh: Mesh) -> Batch:
+def put_batch(batch: Batch, *, grad_accum: int, mesh: Mesh) -> Batch:
     """Splits the loader's rows into microbatches [A, B, T], and these over the devices.
 
     Args:
         batch: numpy arrays [A * B, T]; of several processes each has its own part of the rows
-            (`train.devices.hosts.share`), and which rows share a microbatch depends on how many
+            (`train.distributed.hosts.share`), and which rows share a microbatch depends on how many
             processes there are.
-        accum: A.
+        grad_accum: A.
         mesh: the devices.
     """
     _, parts = share(mesh)
@@ -144,18 +144,18 @@ def put_batch(batch: Batch, *, accum: int, mesh: Mesh) -> Batch:
         rows, T = a.shape
         return jax.make_array_from_process_local_data(
             _rows_over(mesh),
-            a.reshape(accum, rows // accum, T),
-            (accum, rows * parts // accum, T),
+            a.reshape(grad_accum, rows // grad_accum, T),
+            (grad_accum, rows * parts // grad_accum, T),
         )
 
     return jax.tree.map(put, batch)
 
 
-def batch_struct(*, rows: int, seq_len: int, accum: int, mesh: Mesh) -> Batch:
+def batch_struct(*, rows: int, seq_len: int, grad_accum: int, mesh: Mesh) -> Batch:
     """What `put_batch` returns, without numbers."""
 
     def struct(dtype) -> Any:
-        shape = (accum, rows // accum, seq_len)
+        shape = (grad_accum, rows // grad_accum, seq_len)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=_rows_over(mesh))
 
     dtypes = dict.fromkeys(Batch._fields, jnp.int32) | {"loss_mask": jnp.float32}

@@ -5,8 +5,11 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from jaxattn.pallas import backward, backward_dq, forward, tiles
+from jaxattn.pallas import tiles
 from jaxattn.pallas.tiles import SMEM_BYTES, BackwardTiles, ForwardTiles, Tiles
+from jaxattn.pallas.wgmma.backward import dq_kernel as backward_dq
+from jaxattn.pallas.wgmma.backward import kernel as backward
+from jaxattn.pallas.wgmma.forward import kernel as forward
 
 HEADS = [(k * group, k) for k in range(1, 65) for group in range(1, 64 // k + 1)]
 

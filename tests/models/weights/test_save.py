@@ -165,7 +165,7 @@ def beside(tiny_dir, tmp_path):
 
 def test_what_lay_beside_the_weights_goes_along(tiny, beside, tmp_path):
     """But no weights; config.json keeps the keys that only transformers knows."""
-    save_hf(tiny, tmp_path / "dst", beside=beside)
+    save_hf(tiny, tmp_path / "dst", assets_from=beside)
     names = {p.name for p in (tmp_path / "dst").iterdir()}
     assert names >= {"modeling_internlm2.py", "LICENSE", "tokenizer.model", "tokenizer_config.json"}
     assert not names & {"pytorch_model.bin", "model.safetensors.index.json", "optimizer.pt", ".git"}
@@ -173,23 +173,23 @@ def test_what_lay_beside_the_weights_goes_along(tiny, beside, tmp_path):
     assert hf == json.loads((beside / "config.json").read_text())
 
 
-def test_another_config_beside_does_not_win(beside, tmp_path):
+def test_another_sidecar_config_does_not_win(beside, tmp_path):
     """A model that is not what lies there is described as it is, with the code there."""
-    save_hf(init(SMALL, dtype=jnp.float32), tmp_path / "dst", beside=beside)
+    save_hf(init(SMALL, dtype=jnp.float32), tmp_path / "dst", assets_from=beside)
     hf = json.loads((tmp_path / "dst" / "config.json").read_text())
     assert ModelConfig.from_hf(hf) == SMALL and "AutoModel" in hf["auto_map"]
 
 
 def test_a_chat_model_stops_at_im_end(tiny, beside, tmp_path):
     """Its id joins the eos ids; a model whose tokenizer has no chat template keeps its own."""
-    save_hf(tiny, tmp_path / "chat", beside=beside)
+    save_hf(tiny, tmp_path / "chat", assets_from=beside)
     generation = json.loads((tmp_path / "chat" / "generation_config.json").read_text())
     assert generation == {"bos_token_id": 1, "pad_token_id": 2, "eos_token_id": [2, 510]}
     config = json.loads((beside / "tokenizer_config.json").read_text())
     del config["chat_template"]
     (beside / "tokenizer_config.json").write_text(json.dumps(config))
     (beside / "generation_config.json").write_text('{"eos_token_id": [2], "top_p": 0.8}')
-    save_hf(tiny, tmp_path / "base", beside=beside)
+    save_hf(tiny, tmp_path / "base", assets_from=beside)
     generation = json.loads((tmp_path / "base" / "generation_config.json").read_text())
     assert generation["eos_token_id"] == 2 and generation["top_p"] == 0.8
 
@@ -198,7 +198,7 @@ def test_llama_layout_needs_no_code_of_its_own(tiny, beside, tmp_path):
     """No modelling code, and the tokenizer becomes one that AutoTokenizer loads by itself."""
     from transformers import AutoTokenizer
 
-    save_hf(tiny, tmp_path / "dst", beside=beside, layout="llama")
+    save_hf(tiny, tmp_path / "dst", assets_from=beside, layout="llama")
     assert not list((tmp_path / "dst").glob("*.py"))
     assert "auto_map" not in json.loads((tmp_path / "dst" / "tokenizer_config.json").read_text())
     text = "def f(x):\n    return x  # 你好<|im_end|>"
@@ -225,7 +225,7 @@ def test_what_cannot_be_written_is_refused(tiny, tmp_path, kwargs, message):
 
 def test_an_absent_companion_or_a_present_destination(tiny, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere is not a directory"):
-        save_hf(tiny, tmp_path / "dst", beside=tmp_path / "nowhere")
+        save_hf(tiny, tmp_path / "dst", assets_from=tmp_path / "nowhere")
     with pytest.raises(FileExistsError, match="exists: choose another name"):
         save_hf(tiny, tmp_path)
 

@@ -11,7 +11,7 @@ from tests.train.cells import CELL
 from train.bench import shapes as bench_shapes
 from train.bench.shapes import LONG_STEP, STEPS, batches, outcome, random_rows, time_steps
 from train.data import Batch
-from train.evidence.flops import causal_pairs, training_flops
+from train.metrics.flops import causal_pairs, training_flops
 
 
 def test_packed_rows_are_documents():

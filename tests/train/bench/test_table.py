@@ -52,7 +52,7 @@ def test_the_fastest_of_each_is_compared():
     cells = [
         found(8.0, remat="full"),
         found(4.0, remat="dots"),
-        found(5.0, attn="torch_sdpa", remat="full", accum=4),
+        found(5.0, attn="torch_sdpa", remat="full", grad_accum=4),
         found(attn="pallas", remat=None),
         found(2.0, seq_len=16),
         found(3.0, param_dtype="bf16", state="int8"),

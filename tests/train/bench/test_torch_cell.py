@@ -40,7 +40,7 @@ def test_documents_are_alone(attn, remat):
 
 def test_measures(monkeypatch):
     found = torch_cell.measure(dataclasses.replace(SDPA, rows="packed"))
-    assert found["ms"] > 0 and found["remat"] == "none" and found["accum"] == 1
+    assert found["ms"] > 0 and found["remat"] == "none" and found["grad_accum"] == 1
     assert found["tokens_per_second"] == pytest.approx(64e3 / found["ms"])
     assert np.isfinite(found["loss"]) and found["peak_memory_bytes"] > 0
 
@@ -49,9 +49,9 @@ def test_out_of_memory_takes_the_next_way(monkeypatch):
     """Gradient checkpointing, then the rows in parts, then a line."""
     tried, room = [], 2
 
-    def measure(cell, work, accum, device):
-        tried.append((cell.remat, accum))
-        if accum < room:
+    def measure(cell, work, grad_accum, device):
+        tried.append((cell.remat, grad_accum))
+        if grad_accum < room:
             raise torch.OutOfMemoryError("no")
         return {"ms": 1.0}
 

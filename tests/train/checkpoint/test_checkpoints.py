@@ -11,8 +11,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from train.checkpoint.checkpoints import Checkpoints
-from train.devices.mesh import make_mesh
-from train.flags.sections import MeshConfig, OptimConfig
+from train.config.sections import MeshConfig, OptimConfig
+from train.distributed.mesh import make_mesh
 from train.step.guard import new_guard
 from train.step.optim import optimizer
 from train.step.state import TrainState, new_state
@@ -54,7 +54,7 @@ def mesh():
 
 
 def saved(out, mesh, steps, keep=2, size=64) -> None:
-    with Checkpoints(out, keep=keep) as checkpoints:
+    with Checkpoints(out, keep_last=keep) as checkpoints:
         for step in steps:
             checkpoints.save(state_on(mesh, step, size), data={"row": 8 * step}, identity=IDENTITY)
 
@@ -62,7 +62,7 @@ def saved(out, mesh, steps, keep=2, size=64) -> None:
 def test_round_trip_on_another_mesh(tmp_path, mesh):
     saved(tmp_path, mesh, [3])
     like = structs(state_on(make_mesh(MeshConfig(data=2, fsdp=4))))
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with Checkpoints(tmp_path, keep_last=2) as checkpoints:
         assert checkpoints.latest == 3
         checkpoints.check(IDENTITY)
         restored, position = checkpoints.restore(like)
@@ -79,14 +79,14 @@ def test_keeps_the_last(tmp_path, mesh):
 def test_another_runs_checkpoint_is_refused_by_field(tmp_path, mesh):
     saved(tmp_path, mesh, [3])
     with pytest.raises(ValueError) as error:
-        Checkpoints(tmp_path, keep=2).check(IDENTITY | {"model.hidden_size": 32, "seed": 1})
+        Checkpoints(tmp_path, keep_last=2).check(IDENTITY | {"model.hidden_size": 32, "seed": 1})
     message = str(error.value)
     assert "model.hidden_size is 64 there, 32 here, seed is 0 there, 1 here" in message
     assert "tokenizer" not in message and "another --out" in message
 
 
 def test_looking_creates_nothing(tmp_path):
-    assert Checkpoints(tmp_path / "new", keep=2).latest is None
+    assert Checkpoints(tmp_path / "new", keep_last=2).latest is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -94,7 +94,7 @@ def test_a_half_written_checkpoint_is_not_there(tmp_path, mesh):
     """What a kill while saving leaves behind is ignored, and removed by who trains on."""
     saved(tmp_path, mesh, [3])
     (tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp").mkdir()
-    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
     assert checkpoints.latest == 3
     checkpoints.remove_half_written()
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["3"]
@@ -103,7 +103,7 @@ def test_a_half_written_checkpoint_is_not_there(tmp_path, mesh):
 def test_a_full_disk_is_one_line_and_the_last_good_one_stays(tmp_path, mesh):
     """The file-size limit stands in for the disk: writes fail with an OS error half way."""
     saved(tmp_path, mesh, [3], keep=1)
-    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     least = jax.config.jax_persistent_cache_min_compile_time_secs
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
@@ -120,14 +120,14 @@ def test_a_full_disk_is_one_line_and_the_last_good_one_stays(tmp_path, mesh):
     assert "cannot write the checkpoint of step 4" in message and "step 3 is intact" in message
     assert "\n" not in message
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["3"]
-    with Checkpoints(tmp_path, keep=1) as again:
+    with Checkpoints(tmp_path, keep_last=1) as again:
         restored, _ = again.restore(structs(state_on(mesh)))
     jax.tree.map(np.testing.assert_array_equal, restored, state_on(mesh, 3))
 
 
 def test_too_little_room_is_found_before_writing(tmp_path, mesh, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10, 5, 5))
-    checkpoints = Checkpoints(tmp_path / "new", keep=2)
+    checkpoints = Checkpoints(tmp_path / "new", keep_last=2)
     with pytest.raises(OSError, match="a checkpoint needs 6,168 bytes, .* has 5"):
         checkpoints.check_space(structs(state_on(mesh)))
     assert list(tmp_path.iterdir()) == []
@@ -165,7 +165,7 @@ def test_a_corrupt_latest_checkpoint_is_put_aside_and_said(tmp_path, mesh, damag
     saved(tmp_path, mesh, [3, 6], size=4096)
     capfd.readouterr()
     damage(tmp_path / "checkpoints" / "6")
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with Checkpoints(tmp_path, keep_last=2) as checkpoints:
         checkpoints.check(IDENTITY)
         restored, position = checkpoints.restore(structs(state_on(mesh, size=4096)))
         assert (checkpoints.latest, position) == (3, {"row": 24})
@@ -175,7 +175,7 @@ def test_a_corrupt_latest_checkpoint_is_put_aside_and_said(tmp_path, mesh, damag
         assert said.endswith(f"it is now {tmp_path / 'unreadable-6'}, using step 3\n")
         assert list((tmp_path / "unreadable-6").iterdir())
         checkpoints.save(state_on(mesh, 6, 4096), data={"row": 48}, identity=IDENTITY)
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with Checkpoints(tmp_path, keep_last=2) as checkpoints:
         assert checkpoints.latest == 6
         assert checkpoints.restore(structs(state_on(mesh, size=4096)))[1] == {"row": 48}
 
@@ -184,7 +184,7 @@ def test_when_none_can_be_read_nothing_begins_anew(tmp_path, mesh, capfd):
     saved(tmp_path, mesh, [3])
     spoil_json(tmp_path / "checkpoints" / "3")
     with pytest.raises(ValueError, match="no checkpoint of .* can be read: choose another --out"):
-        Checkpoints(tmp_path, keep=2).check(IDENTITY)
+        Checkpoints(tmp_path, keep_last=2).check(IDENTITY)
     assert (tmp_path / "unreadable-3").exists()
 
 
@@ -192,7 +192,7 @@ def test_keeps_the_best_beside_the_last(tmp_path, mesh):
     """By validation loss, over a restart too; what was not evaluated is only kept as the last."""
     losses = {1: 3.0, 2: 1.0, 3: None, 4: 2.0}
     for steps in ([1, 2], [3, 4, 5, 6]):
-        with Checkpoints(tmp_path, keep=1, keep_best=2) as checkpoints:
+        with Checkpoints(tmp_path, keep_last=1, keep_best=2) as checkpoints:
             for step in steps:
                 checkpoints.save(
                     state_on(mesh, step), data={}, identity=IDENTITY, loss=losses.get(step)
@@ -202,8 +202,8 @@ def test_keeps_the_best_beside_the_last(tmp_path, mesh):
 
 def test_other_code_is_said(tmp_path, mesh, capfd, monkeypatch):
     saved(tmp_path, mesh, [3])
-    Checkpoints(tmp_path, keep=1).check(IDENTITY)
+    Checkpoints(tmp_path, keep_last=1).check(IDENTITY)
     assert "other code" not in capfd.readouterr().out
     monkeypatch.setattr("train.checkpoint.checkpoints.code_version", lambda: {"commit": "abc"})
-    Checkpoints(tmp_path, keep=1).check(IDENTITY)
+    Checkpoints(tmp_path, keep_last=1).check(IDENTITY)
     assert "step 3 was written by other code: commit " in capfd.readouterr().out

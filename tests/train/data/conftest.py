@@ -11,7 +11,7 @@ import pytest
 from models.tokenizer import Tokenizer, load_tokenizer
 from train.data.report import FileReport
 from train.data.tokens.dataset import Dataset
-from train.data.tokens.sequence import Tokens
+from train.data.tokens.token_array import Tokens
 
 
 @pytest.fixture

@@ -133,7 +133,7 @@ def test_fewer_rows_than_the_batch_repeats_rows(write, tokenizer):
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 8}, {"seq_len": 97}, {"overlong": "head", "seq_len": 40}]
+    "change", [{"seed": 8}, {"seq_len": 97}, {"too_long": "head", "seq_len": 40}]
 )
 def test_a_position_in_other_data_is_refused(opened, change):
     with pytest.raises(ValueError, match="belongs to other data"):

@@ -11,20 +11,20 @@ from models import internlm2
 from models.config import PRESETS
 from models.internlm2 import InternLM2
 from models.remat import REMAT
-from train.devices.mesh import make_mesh
-from train.flags.sections import MeshConfig, OptimConfig
+from train.config.sections import MeshConfig, OptimConfig
+from train.distributed.mesh import make_mesh
 from train.memory import plan as module
 from train.step.optim import optimizer
 from train.step.state import abstract_state
 
 BIG = PRESETS["internlm2-1.8b"]
 GiB = 2**30
-INT8 = OptimConfig(state="int8")
+INT8 = OptimConfig(moment_dtype="int8")
 
 
 def plan(model=BIG, devices=1, **kwargs):
     sizes = kwargs.pop("sizes", MeshConfig())
-    options = {"rows": 1, "seq_len": 32768, "accum": 1, "remat": "full", "itemsize": 2}
+    options = {"rows": 1, "seq_len": 32768, "grad_accum": 1, "remat": "full", "itemsize": 2}
     options |= {"attn": "pallas", "scan": True} | kwargs
     return module.plan(model, make_mesh(sizes, jax.devices()[:devices]), **options)
 
@@ -35,7 +35,7 @@ def test_1_8b_on_one_gpu():
     n = BIG.num_params()
     assert (p.weights, p.optimizer, p.gradients) == (6 * n, 8 * n, 2 * n)
     assert p.gathered == p.scores == p.sums == p.host == 0
-    assert plan(accum=2).sums == 4 * n
+    assert plan(grad_accum=2).sums == 4 * n
 
 
 @pytest.mark.parametrize(
@@ -73,12 +73,12 @@ def test_what_the_compiler_needs(model, kwargs, gib):
 @pytest.mark.parametrize(
     ("devices", "sizes", "kwargs", "gib"),
     [
-        (1, MeshConfig(), {"remat": "dots", "accum": 2}, 72.54),
-        (1, MeshConfig(), {"remat": "attention", "accum": 2}, 40.34),
+        (1, MeshConfig(), {"remat": "dots", "grad_accum": 2}, 72.54),
+        (1, MeshConfig(), {"remat": "attention", "grad_accum": 2}, 40.34),
         (2, MeshConfig(fsdp=2), {"remat": "dots", "rows": 2}, 54.26),
         (2, MeshConfig(fsdp=1, tensor=2), {"remat": "dots", "rows": 2}, 59.16),
     ],
-    ids=["accum", "accum-attention", "fsdp", "tensor"],
+    ids=["grad_accum", "grad_accum-attention", "fsdp", "tensor"],
 )
 def test_what_the_compiler_needs_in_parts_and_over_devices(devices, sizes, kwargs, gib):
     """As above, 1.8B: a row in each of two microbatches, and two rows over two GPUs."""
@@ -135,8 +135,8 @@ named_attention.defvjp(_forward, _backward)
 @pytest.mark.parametrize(
     ("optim", "bytes_each"),
     [
-        (OptimConfig(state="bf16"), 4),
-        (OptimConfig(state="int8"), 2.03125),
+        (OptimConfig(moment_dtype="bf16"), 4),
+        (OptimConfig(moment_dtype="int8"), 2.03125),
         (OptimConfig(name="lion"), 4),
         (OptimConfig(name="adafactor"), 0),
     ],

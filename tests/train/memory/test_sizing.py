@@ -7,9 +7,9 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from models.config import PRESETS
-from train.devices.mesh import make_mesh
-from train.flags.config import Config
-from train.flags.sections import MeshConfig
+from train.config.config import Config
+from train.config.sections import MeshConfig
+from train.distributed.mesh import make_mesh
 from train.memory.plan import GiB
 from train.memory.sizing import REMAT_BY_SPEED, Sizing, choose_remat, in_scan
 
@@ -42,7 +42,10 @@ def test_what_is_asked_for_stays():
 
 def test_parts_of_a_step_need_less():
     eight = dataclasses.replace(LONG, rows=8)
-    parts = [eight.plan(dataclasses.replace(CONFIG, accum=accum)).total for accum in (1, 2, 4, 8)]
+    parts = [
+        eight.plan(dataclasses.replace(CONFIG, grad_accum=grad_accum)).total
+        for grad_accum in (1, 2, 4, 8)
+    ]
     assert parts == sorted(parts, reverse=True) and len({*parts}) == 4
 
 

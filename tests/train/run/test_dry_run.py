@@ -27,12 +27,12 @@ def test_what_does_not_fit_is_not_compiled(capsys):
 def test_a_gpu_that_is_not_here(capsys):
     """7B at 32k on one H200, and 20B on eight."""
     seven = ["--model=internlm2-7b", "--seq_len=32768", "--remat=qkv"]
-    assert main(["--dry_run", "--device=h200", *seven]) == 0
+    assert main(["--dry_run", "--dry_run_device=h200", *seven]) == 0
     said = capsys.readouterr().out
     assert "on 1 NVIDIA H200" in said and "attention pallas" in said
     assert "of 129.17 GiB" in said and "take --remat=attention" in said
     eight = ["--model=internlm2-20b", "--seq_len=32768", "--mesh.fsdp=8"]
-    assert main(["--dry_run", "--device=h200", *eight]) == 0
+    assert main(["--dry_run", "--dry_run_device=h200", *eight]) == 0
     said = capsys.readouterr().out
     assert "on 8 NVIDIA H200" in said and "it fits" in said
 
@@ -40,15 +40,19 @@ def test_a_gpu_that_is_not_here(capsys):
 @pytest.mark.parametrize(
     ("flags", "status", "message"),
     [
-        (["--dry_run", "--device=b9"], 1, "--device=b9 must be one of h200, h100, a100, or a num"),
-        (["--device=h200"], 2, "--device=h200 describes a GPU for --dry_run"),
         (
-            ["--dry_run", "--device=80", "--attn=palas"],
+            ["--dry_run", "--dry_run_device=b9"],
+            1,
+            "--dry_run_device=b9 must be one of h200, h100, a100, or a num",
+        ),
+        (["--dry_run_device=h200"], 2, "--dry_run_device=h200 describes a GPU for --dry_run"),
+        (
+            ["--dry_run", "--dry_run_device=80", "--attn=palas"],
             1,
             "unknown attention implementation 'palas'; choose",
         ),
         *(
-            (["--dry_run", "--device=h200", "--model=internlm2-1.8b", *flags], 1, message)
+            (["--dry_run", "--dry_run_device=h200", "--model=internlm2-1.8b", *flags], 1, message)
             for flags, message in {
                 ("--seq_len=131072",): "beyond the 65,536 positions of the model",
                 ("--mesh.tensor=3",): "must be a multiple of 3 = mesh axes tensor",
@@ -57,9 +61,9 @@ def test_a_gpu_that_is_not_here(capsys):
                 ("--tokenizer=nowhere",): "tokenizer nowhere does not exist",
             }.items()
         ),
-        (["--dry_run", "--device=a100", "--attn=pallas"], 1, "for Hopper GPUs"),
-        (["--dry_run", "--device=inf"], 1, "--device=inf must be one of"),
-        (["--dry_run", "--device=nan"], 1, "--device=nan must be one of"),
+        (["--dry_run", "--dry_run_device=a100", "--attn=pallas"], 1, "for Hopper GPUs"),
+        (["--dry_run", "--dry_run_device=inf"], 1, "--dry_run_device=inf must be one of"),
+        (["--dry_run", "--dry_run_device=nan"], 1, "--dry_run_device=nan must be one of"),
         (["--dry_run", "--remat=bogus"], 2, "--remat=bogus must be one of none, dots"),
     ],
 )

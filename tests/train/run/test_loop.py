@@ -13,9 +13,9 @@ import pytest
 
 from tests.train.runs import losses, params
 from train.checkpoint.checkpoints import Checkpoints
+from train.config.config import Config
+from train.config.sections import DataConfig
 from train.data import Loader
-from train.flags.config import Config
-from train.flags.sections import DataConfig
 from train.run import loop, stepping
 from train.run.loop import run
 
@@ -91,7 +91,7 @@ def test_sigterm_saves_and_the_next_run_goes_on(tiny_run, finished, tmp_path, ca
         patch.setattr(stepping, "put_batch", put_and_signal)
         run(tiny_run(out))
     assert "stopped by SIGTERM after step 5; the same command goes on" in capsys.readouterr().out
-    assert Checkpoints(out, keep=2).latest == 5
+    assert Checkpoints(out, keep_last=2).latest == 5
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     half = out / "checkpoints" / "7.orbax-checkpoint-tmp"  # as a kill while saving leaves it
     half.mkdir()
@@ -156,7 +156,7 @@ def test_a_nan_in_every_batch_stops_the_run(tiny_run, tmp_path, nan_in, capsys):
     assert "loss nan, gradient norm nan; documents " in message and "shakespeare.txt:1" in message
     assert "smaller --optim.lr" in message and "\n" not in message
     assert len((out / "skipped.jsonl").read_text().splitlines()) == 5
-    assert Checkpoints(out, keep=2).latest == 6
+    assert Checkpoints(out, keep_last=2).latest == 6
     jax.tree.map(np.testing.assert_array_equal, params(out, 6), params(out, 3))
     nan_in([])
     run(config)
@@ -171,7 +171,7 @@ def test_the_step_after_the_last_straw_is_written_down_too(tiny_run, tmp_path, n
         run(tiny_run(out))
     lines = map(json.loads, (out / "skipped.jsonl").read_text().splitlines())
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    assert Checkpoints(out, keep=2).latest == 6
+    assert Checkpoints(out, keep_last=2).latest == 6
 
 
 def test_data_that_stalls_saves_and_stops_the_run(tiny_run, tmp_path, monkeypatch):
@@ -189,4 +189,4 @@ def test_data_that_stalls_saves_and_stops_the_run(tiny_run, tmp_path, monkeypatc
     with pytest.raises(TimeoutError, match="no batch in 1.2 seconds; it was to read .*txt:1$"):
         run(config)
     release.set()
-    assert Checkpoints(out, keep=2).latest == 4
+    assert Checkpoints(out, keep_last=2).latest == 4

@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from train.evidence.evaluate import OpenSets
-from train.flags.sections import DataConfig
-from train.run.defaults import settle
+from train.config.sections import DataConfig
+from train.metrics.evaluate import OpenSets
 from train.run.parts import open_training, open_validation
+from train.run.resolve import settle
 
 
 @pytest.mark.parametrize("share", [True, False])

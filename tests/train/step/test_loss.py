@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from train.devices.mesh import make_mesh
-from train.flags.sections import MeshConfig
+from train.config.sections import MeshConfig
+from train.distributed.mesh import make_mesh
 from train.step.loss import cross_entropy, cross_entropy_and_z
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")

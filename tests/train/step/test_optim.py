@@ -8,10 +8,10 @@ from flax import nnx
 
 from models.internlm2 import InternLM2
 from train.checkpoint.checkpoints import Checkpoints
-from train.devices.mesh import make_mesh
-from train.flags.sections import MeshConfig, OptimConfig
+from train.config.sections import MeshConfig, OptimConfig
+from train.distributed.mesh import make_mesh
+from train.step.lr_schedule import schedule
 from train.step.optim import MATRICES, decayed, optimizer
-from train.step.schedule import schedule
 from train.step.state import abstract_state, new_state, params_of
 from train.step.step import batch_struct, compile_step, make_step, put_batch
 
@@ -20,7 +20,9 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 def test_update_is_adamw_by_hand():
     """Three steps of Loshchilov and Hutter's algorithm 2 in float64, with clipping."""
-    config = OptimConfig(betas=(0.8, 0.9), weight_decay=0.1, warmup=0.0, min_lr_ratio=1.0, clip=1.0)
+    config = OptimConfig(
+        betas=(0.8, 0.9), weight_decay=0.1, warmup_ratio=0.0, min_lr_ratio=1.0, clip=1.0
+    )
     tx = optimizer(config, 0.01, 10)
     p = {"w_DF": jnp.array([[1.0, -2.0]]), "norm_D": jnp.array([3.0, 4.0])}
     state = tx.init(p)
@@ -58,9 +60,9 @@ RULES = {
     "adafactor": OptimConfig(name="adafactor"),
     "lion": OptimConfig(name="lion", lr=1e-3),
     "muon": OptimConfig(name="muon"),
-    "bf16": OptimConfig(state="bf16"),
+    "bf16": OptimConfig(moment_dtype="bf16"),
     # float32 weights with int8 moments learn in test_compact_training.py, on one device.
-    "int8, bf16 weights": OptimConfig(state="int8"),
+    "int8, bf16 weights": OptimConfig(moment_dtype="int8"),
 }
 
 
@@ -80,12 +82,12 @@ def test_learns_and_resumes_exactly_on_a_mesh(rule, tiny, tiny_model, packed_row
         return InternLM2(tiny, rngs=nnx.Rngs(0), **kwargs)
 
     graphdef, like = abstract_state(make, tx, mesh)
-    batch = batch_struct(rows=8, seq_len=24, accum=1, mesh=mesh)
+    batch = batch_struct(rows=8, seq_len=24, grad_accum=1, mesh=mesh)
     step = compile_step(make_step(graphdef, tx, schedule(config, lr, 10)), like, batch)
-    batch = put_batch(packed_rows, accum=1, mesh=mesh)
+    batch = put_batch(packed_rows, grad_accum=1, mesh=mesh)
     state = new_state(params_of(jax.tree.map(jnp.array, tiny_model), like), tx, like)
     losses = []
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
+    with Checkpoints(tmp_path, keep_last=1) as checkpoints:
         for number in range(1, 5):
             state, values = step(state, batch)
             losses.append(float(values["loss"]))
@@ -107,7 +109,7 @@ def test_muon_makes_every_matrix_orthogonal():
     shapes = {"wqkv_DKgH": (2, 32, 2, 4, 8), "wo_NHD": (2, 4, 8, 32), "w1_DF": (2, 32, 64)}
     params = {k: jnp.zeros(s) for k, s in shapes.items()} | {"output_DV": jnp.zeros((32, 64))}
     grads = {k: jnp.asarray(rng.normal(size=p.shape), jnp.float32) for k, p in params.items()}
-    config = OptimConfig(name="muon", warmup=0.0, weight_decay=0.0)
+    config = OptimConfig(name="muon", warmup_ratio=0.0, weight_decay=0.0)
     tx = optimizer(config, 1.0, 10)
     updates = jax.tree.map(np.asarray, tx.update(grads, tx.init(params), params)[0])
     heads = np.moveaxis(updates["wqkv_DKgH"], 1, 3).reshape(-1, 32, 8)

@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 from models.internlm2 import InternLM2
-from train.devices.mesh import make_mesh
-from train.flags.sections import MeshConfig, OptimConfig
+from train.config.sections import MeshConfig, OptimConfig
+from train.distributed.mesh import make_mesh
 from train.step.optim import optimizer
 from train.step.state import _beginning, abstract_state, new_state, params_of
 

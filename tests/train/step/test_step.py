@@ -8,16 +8,16 @@ import pytest
 from flax import nnx
 
 from models.internlm2 import InternLM2
-from train.devices.mesh import make_mesh
-from train.flags.sections import MeshConfig, OptimConfig
+from train.config.sections import MeshConfig, OptimConfig
+from train.distributed.mesh import make_mesh
+from train.step.lr_schedule import schedule
 from train.step.optim import optimizer
-from train.step.schedule import schedule
 from train.step.state import abstract_state, new_state, params_of
 from train.step.step import batch_struct, compile_step, make_step, put_batch
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
-OPTIM = OptimConfig(warmup=0.0, min_lr_ratio=1.0)
+OPTIM = OptimConfig(warmup_ratio=0.0, min_lr_ratio=1.0)
 ONE = (1, 1, 1)
 
 
@@ -30,9 +30,9 @@ class Trainer:
         self.model = model
         self.steps = {}
 
-    def step(self, sizes, accum=1, attn="xla"):
+    def step(self, sizes, grad_accum=1, attn="xla"):
         """(compiled step, structs of the state) on a mesh of data, fsdp, tensor."""
-        if (sizes, accum, attn) not in self.steps:
+        if (sizes, grad_accum, attn) not in self.steps:
             data, fsdp, tensor = sizes
             config = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
             mesh = make_mesh(config, jax.devices()[: data * fsdp * tensor])
@@ -41,20 +41,20 @@ class Trainer:
                 return InternLM2(self.model.config, rngs=nnx.Rngs(0), attn=attn, dtype=jnp.float32)
 
             graphdef, like = abstract_state(make, self.tx, mesh)
-            batch = batch_struct(rows=8, seq_len=24, accum=accum, mesh=mesh)
+            batch = batch_struct(rows=8, seq_len=24, grad_accum=grad_accum, mesh=mesh)
             step = make_step(graphdef, self.tx, schedule(OPTIM, 1e-2, 10))
-            self.steps[sizes, accum, attn] = compile_step(step, like, batch), like
-        return self.steps[sizes, accum, attn]
+            self.steps[sizes, grad_accum, attn] = compile_step(step, like, batch), like
+        return self.steps[sizes, grad_accum, attn]
 
     def state(self, like):
         """The state before the first step."""
         copy = jax.tree.map(jnp.array, self.model)  # new_state consumes what it is given
         return new_state(params_of(copy, like), self.tx, like)
 
-    def two_steps(self, sizes=ONE, accum=1, attn="xla", rows=None):
+    def two_steps(self, sizes=ONE, grad_accum=1, attn="xla", rows=None):
         """Metrics of two steps and the parameters after them, as numpy."""
-        step, like = self.step(sizes, accum, attn)
-        batch = put_batch(rows or self.rows, accum=accum, mesh=like.mesh)
+        step, like = self.step(sizes, grad_accum, attn)
+        batch = put_batch(rows or self.rows, grad_accum=grad_accum, mesh=like.mesh)
         state, first = step(self.state(like), batch)
         state, second = step(state, batch)
         return jax.tree.map(np.asarray, (first, second, state.params))
@@ -71,10 +71,10 @@ def reference(trainer):
     return trainer.two_steps()
 
 
-@pytest.mark.parametrize("accum", [2, 8])
-def test_accumulation_changes_nothing(trainer, reference, accum):
+@pytest.mark.parametrize("grad_accum", [2, 8])
+def test_accumulation_changes_nothing(trainer, reference, grad_accum):
     """1 x 8 = 2 x 4 = 8 x 1, though microbatches have unequal numbers of targets."""
-    got = trainer.two_steps(accum=accum)
+    got = trainer.two_steps(grad_accum=grad_accum)
     for ours, theirs in zip(got[:2], reference[:2], strict=True):
         np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-6)
         np.testing.assert_allclose(ours["grad_norm"], theirs["grad_norm"], rtol=1e-5)
@@ -83,7 +83,7 @@ def test_accumulation_changes_nothing(trainer, reference, accum):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "accum", "attn"),
+    ("sizes", "grad_accum", "attn"),
     [
         ((8, 1, 1), 1, "xla"),
         ((1, 8, 1), 1, "eager"),
@@ -91,8 +91,8 @@ def test_accumulation_changes_nothing(trainer, reference, accum):
         ((2, 2, 2), 1, "xla"),
     ],
 )
-def test_eight_devices_equal_one(trainer, reference, sizes, accum, attn):
-    got = trainer.two_steps(sizes, accum, attn)
+def test_eight_devices_equal_one(trainer, reference, sizes, grad_accum, attn):
+    got = trainer.two_steps(sizes, grad_accum, attn)
     for ours, theirs in zip(got[:2], reference[:2], strict=True):
         np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-5)
         np.testing.assert_allclose(ours["grad_norm"], theirs["grad_norm"], rtol=1e-5)
@@ -121,9 +121,9 @@ def test_batch_without_targets_is_no_nan(trainer, packed_rows):
 def test_a_skipped_step_is_as_if_its_batch_had_not_been(trainer):
     """Parameters, moments and their count are bitwise those of a run without the NaN."""
     step, like = trainer.step(ONE)
-    good = put_batch(trainer.rows, accum=1, mesh=like.mesh)
+    good = put_batch(trainer.rows, grad_accum=1, mesh=like.mesh)
     mask = trainer.rows.loss_mask * np.float32(np.nan)
-    bad = put_batch(trainer.rows._replace(loss_mask=mask), accum=1, mesh=like.mesh)
+    bad = put_batch(trainer.rows._replace(loss_mask=mask), grad_accum=1, mesh=like.mesh)
     ends = {}
     for name, batches in {"with": [good, bad, good], "without": [good, good]}.items():
         state = trainer.state(like)
@@ -155,7 +155,7 @@ def test_state_is_donated_and_keeps_its_place(trainer):
     state = trainer.state(like)
     held = sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(state))
     assert step.memory_analysis().alias_size_in_bytes >= 0.99 * held
-    after, _ = step(state, put_batch(trainer.rows, accum=1, mesh=like.mesh))
+    after, _ = step(state, put_batch(trainer.rows, grad_accum=1, mesh=like.mesh))
     assert all(a.is_deleted() for a in jax.tree.leaves(state))
     assert jax.tree.map(lambda a: a.sharding, after) == jax.tree.map(lambda a: a.sharding, like)
 

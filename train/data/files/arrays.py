@@ -8,8 +8,8 @@ import json
 import re
 from collections.abc import Iterator
 
-from train.data.files.cuts import PEEK, Reader
-from train.data.files.part import LONGEST_ROW, Part
+from train.data.files.chunks import PEEK, Reader
+from train.data.files.shard import LONGEST_ROW, Part
 
 
 def array_parts(reader: Reader, part: int) -> Iterator[Part]:

@@ -36,8 +36,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from train.data.files.examples import Chat, Ids, Sample, Text, Turn
 from train.data.files.fields import RowError, answer, flag, objects, string, type_name
-from train.data.files.samples import Chat, Ids, Sample, Text, Turn
 
 PLUGIN, ACTION, ACTION_END = "<|plugin|>", "<|action_start|>", "<|action_end|>"
 SPEAKERS = {

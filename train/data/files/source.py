@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from train.data.files.arrays import array_parts
-from train.data.files.cuts import BOM, PEEK, Reader, Stream, line_parts, read_fully
+from train.data.files.chunks import BOM, PEEK, Reader, Stream, line_parts, read_fully
 from train.data.files.library import library
-from train.data.files.part import PART, Part
+from train.data.files.shard import PART, Part
 from train.data.files.tables import ARROW, PARQUET, arrow_files, table_parts
 
 TEXT_SUFFIXES = (".txt",)

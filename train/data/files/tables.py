@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from train.data.files.library import library
-from train.data.files.part import LONGEST_ROW, PART, Part
+from train.data.files.shard import LONGEST_ROW, PART, Part
 
 PARQUET, ARROW = ".parquet", ".arrow"
 EXTRA = "parquet"

@@ -32,7 +32,7 @@ import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
 from models.tokenizer import Tokenizer
-from train.data.files.samples import Chat, Ids, Sample, Text
+from train.data.files.examples import Chat, Ids, Sample, Text
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float32, Int, Int32, Int64
 
 from train.data.pack.order import shuffled
-from train.data.pack.pieces import Pieces
+from train.data.pack.spans import Pieces
 from train.data.tokens.dataset import Dataset
 
 WINDOW = 16_384  # pieces that are sorted together: 2.9 M tokens of Alpaca, 87 rows of 32,768

@@ -23,7 +23,7 @@ from jaxtyping import Int64
 
 from train.data.pack.order import shuffled
 from train.data.pack.packing import Rows
-from train.data.pack.pieces import Pieces, check_any, count_split, problem
+from train.data.pack.spans import Pieces, check_any, count_split, problem
 from train.data.tokens.dataset import Dataset
 
 Stream = Literal["concat", "xtuner"]

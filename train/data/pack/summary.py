@@ -3,7 +3,7 @@
 import numpy as np
 
 from train.data.pack.packing import Rows
-from train.data.pack.pieces import Pieces
+from train.data.pack.spans import Pieces
 from train.data.report import Report
 from train.data.tokens.dataset import Dataset
 

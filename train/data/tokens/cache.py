@@ -23,11 +23,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from models.tokenizer import Tokenizer
+from train.atomic import replace_text
 from train.data.files.source import check_path, read_parts
 from train.data.tokens.documents import Damaged, Documents, read_documents
 from train.data.tokens.encode import code_fingerprint, encode_part
 from train.data.tokens.pool import Job, write_parts
-from train.whole_file import replace_text
 
 _WHOLE = "whole.json"
 

@@ -15,7 +15,7 @@ from models.tokenizer import Tokenizer
 from train.data.report import FileReport, Problem
 from train.data.tokens.cache import open_documents
 from train.data.tokens.documents import Documents
-from train.data.tokens.sequence import Tokens
+from train.data.tokens.token_array import Tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

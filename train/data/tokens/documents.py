@@ -20,8 +20,8 @@ from typing import BinaryIO
 import numpy as np
 from jaxtyping import Int32, Shaped
 
-from train.data.tokens.sequence import OnDisk
-from train.whole_file import replacing
+from train.atomic import atomic_write
+from train.data.tokens.token_array import OnDisk
 
 DOCUMENT = np.dtype(
     [
@@ -71,7 +71,7 @@ class Documents:
         Raises:
             OSError: it cannot be written.
         """
-        with replacing(path) as temporary, temporary.open("wb") as file:
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
             for piece in self._bytes():
                 file.write(piece)
             file.write(bytes.fromhex(self.digest))

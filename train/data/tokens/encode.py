@@ -12,18 +12,24 @@ from pathlib import Path
 import numpy as np
 
 from models.tokenizer import Tokenizer
+from train.data.files.examples import Sample
 from train.data.files.fields import RowError
 from train.data.files.formats import recognise
-from train.data.files.part import Part
-from train.data.files.rows import Broken, Row, rows_of
-from train.data.files.samples import Sample
+from train.data.files.records import Broken, Row, rows_of
+from train.data.files.shard import Part
 from train.data.files.template import Encoded, encode
 from train.data.tokens.documents import DOCUMENT, Documents
 
 _CHUNK = 1 << 20  # bytes of rows tokenised at once: enough for every core, little memory
 _CODE = (  # what decides which tokens a row becomes, and where in the cache they stand
-    *("files/arrays.py", "files/cuts.py", "files/fields.py", "files/formats.py", "files/part.py"),
-    *("files/rows.py", "files/samples.py", "files/source.py", "files/tables.py"),
+    *(
+        "files/arrays.py",
+        "files/chunks.py",
+        "files/fields.py",
+        "files/formats.py",
+        "files/shard.py",
+    ),
+    *("files/records.py", "files/examples.py", "files/source.py", "files/tables.py"),
     *("files/template.py", "tokens/documents.py", "tokens/encode.py"),
 )
 

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from models.tokenizer import Tokenizer
-from train.data.files.part import Part
+from train.data.files.shard import Part
 from train.data.tokens.encode import encode_part
 
 # The packages' own __init__ would import all of them, and jax: 1.5 s and 200 MB for each process.

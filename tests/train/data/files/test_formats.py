@@ -2,9 +2,9 @@
 
 import pytest
 
+from train.data.files.examples import Chat, Ids, Text, Turn
 from train.data.files.fields import RowError
 from train.data.files.formats import recognise
-from train.data.files.samples import Chat, Ids, Text, Turn
 
 
 @pytest.mark.parametrize(

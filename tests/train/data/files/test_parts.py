@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.data.files import arrays, cuts, library, source
-from train.data.files.part import LONGEST_ROW
-from train.data.files.rows import Broken, Row, read_rows, rows_of
+from train.data.files import arrays, chunks, library, source
+from train.data.files.records import Broken, Row, read_rows, rows_of
+from train.data.files.shard import LONGEST_ROW
 from train.data.files.source import read_parts
 from train.data.files.tables import ARROW, PARQUET
 
@@ -72,7 +72,7 @@ def test_a_long_text_becomes_documents_that_end_with_lines(write):
 
 def test_a_line_too_long_to_be_read_is_named_and_passed_over(write, monkeypatch):
     """A 100 MB line costs no more memory than the limit; the lines around it are read."""
-    monkeypatch.setattr(cuts, "LONGEST_ROW", 1000)
+    monkeypatch.setattr(chunks, "LONGEST_ROW", 1000)
     path = write("a.jsonl", '{"text": "a"}\n{"text": "' + "x" * 5000 + '"}\n{"text": "b"}\n')
     before, long, after = in_parts(path, 100)
     assert isinstance(long, Broken) and (long.line, long.size) == (2, 5013)

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from train.data.files.rows import Broken, Row, read_rows
+from train.data.files.records import Broken, Row, read_rows
 from train.data.files.source import has_document_per_line
 
 

@@ -7,7 +7,7 @@ import pytest
 from train.data import open_data
 from train.data.files import tables
 from train.data.files.formats import recognise
-from train.data.files.rows import Broken, Row, read_rows, rows_of
+from train.data.files.records import Broken, Row, read_rows, rows_of
 from train.data.files.source import files_of, read_parts
 
 pyarrow = pytest.importorskip("pyarrow")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from models.tokenizer import load_tokenizer
+from train.data.files.examples import Chat, Ids, Text, Turn
 from train.data.files.formats import recognise
-from train.data.files.samples import Chat, Ids, Text, Turn
 from train.data.files.template import encode, render
 
 BOS, END, START = 1, 263, 264

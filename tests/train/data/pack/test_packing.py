@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.data.pack.packing import Rows, fill, pack
-from train.data.pack.pieces import cut
+from train.data.pack.spans import cut
 from train.data.tokens.dataset import Dataset
 
 PAD = 0
@@ -23,8 +23,8 @@ documents = st.lists(st.tuples(st.integers(2, 60), st.booleans()), min_size=1, m
 SEQ_LEN = 24
 
 
-def packed(dataset, *, seq_len=SEQ_LEN, overlong="drop", seed=0, window=7):
-    pieces = cut(dataset, seq_len, overlong=overlong)
+def packed(dataset, *, seq_len=SEQ_LEN, too_long="drop", seed=0, window=7):
+    pieces = cut(dataset, seq_len, too_long=too_long)
     rows = pack(pieces.length, seq_len, seed=seed, window=window)
     batch = fill(dataset, pieces, rows, np.arange(len(rows)), seq_len=seq_len, pad_id=PAD)
     return pieces, rows, batch
@@ -84,12 +84,12 @@ def test_segments_are_whole_documents_in_order(make_dataset, docs, seed):
 
 
 @settings(max_examples=150, deadline=None)
-@given(docs=documents, overlong=st.sampled_from(["drop", "head", "tail"]))
-def test_targets_and_losses_are_those_of_the_uncut_document(make_dataset, docs, overlong):
+@given(docs=documents, too_long=st.sampled_from(["drop", "head", "tail"]))
+def test_targets_and_losses_are_those_of_the_uncut_document(make_dataset, docs, too_long):
     dataset = make_dataset(docs)
-    if overlong == "drop" and not usable(docs):
+    if too_long == "drop" and not usable(docs):
         return
-    pieces, _, batch = packed(dataset, overlong=overlong)
+    pieces, _, batch = packed(dataset, too_long=too_long)
     last = set((dataset.offsets[1:]).tolist())  # token value of each document's last token
     signed = dataset.tokens[:]
     here = batch.segment_ids > 0
@@ -116,20 +116,20 @@ def test_rows_hold_every_piece_once_and_never_too_much(lengths, window):
 
 def test_over_long_chats_are_treated_as_chosen_and_named(make_dataset):
     dataset = make_dataset([(30, False), (10, False)])
-    pieces, _, batch = packed(dataset, overlong="drop")
+    pieces, _, batch = packed(dataset, too_long="drop")
     assert [str(p) for p in pieces.dropped] == ["f:1: 30 tokens, a row has 24"]
     assert pieces.truncated == ()
-    for overlong, first in (("head", 1), ("tail", 7)):
-        pieces, _, batch = packed(dataset, overlong=overlong)
+    for too_long, first in (("head", 1), ("tail", 7)):
+        pieces, _, batch = packed(dataset, too_long=too_long)
         assert pieces.dropped == ()
-        assert [str(p) for p in pieces.truncated] == [f"f:1: 30 tokens, the {overlong} is kept"]
+        assert [str(p) for p in pieces.truncated] == [f"f:1: 30 tokens, the {too_long} is kept"]
         assert (batch.segment_ids > 0).sum() == 34
         assert set(range(first, first + 24)) <= set(batch.tokens.flatten().tolist())
 
 
 def test_a_chat_whose_answer_is_cut_off_is_dropped(make_dataset):
     dataset = make_dataset([(30, False), (10, False)], learn_from=28)
-    pieces, _, _ = packed(dataset, overlong="head")
+    pieces, _, _ = packed(dataset, too_long="head")
     assert [str(p) for p in pieces.dropped] == ["f:1: 30 tokens, none is trained on"]
     assert pieces.truncated == ()
 
@@ -138,8 +138,8 @@ def test_what_is_not_taken_is_not_named(make_dataset):
     """A document that a weight leaves out is neither dropped nor truncated."""
     dataset = make_dataset([(30, False), (9, False), (10, True), (8, True)], learn_from=40)
     times = np.array([0, 0, 1, 1])
-    for overlong in ("drop", "head"):
-        pieces = cut(dataset, SEQ_LEN, overlong=overlong, times=times)
+    for too_long in ("drop", "head"):
+        pieces = cut(dataset, SEQ_LEN, too_long=too_long, times=times)
         assert pieces.dropped == pieces.truncated == ()
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train.data.files.part import Part
+from train.data.files.shard import Part
 from train.data.files.source import read_parts
 from train.data.tokens import cache as cache_module
 from train.data.tokens import pool as pool_module

@@ -15,8 +15,8 @@ import json, resource, sys
 from pathlib import Path
 from models.tokenizer import load_tokenizer
 from train.data import open_data
-from train.data.tokens import sequence
-sequence.MAPPED = 4
+from train.data.tokens import token_array
+token_array.MAPPED = 4
 paths, cache = [Path(path) for path in sys.argv[2:]], Path(sys.argv[1])
 
 def peak():

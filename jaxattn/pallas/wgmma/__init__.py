@@ -1,0 +1,1 @@
+"""Block-sparse flash attention kernels for Hopper GPUs (wgmma, TMA)."""

@@ -1,0 +1,1 @@
+"""Forward kernel for Hopper GPUs."""
