@@ -1,18 +1,21 @@
-"""The work that a mask leaves for a tiled kernel: which column tiles each row tile must visit.
+"""Work list of a tiled kernel: the column tiles that each row tile must visit under a mask.
 
 "Rows" are the tokens that a program of the kernel owns (queries in the forward pass, keys in the
-backward pass), "columns" those it walks over. Batch rows are laid end to end: the kernels see one
-axis of B * T rows and one of B * S columns, and a mask that never reaches across.
+backward pass); "columns" are the tokens that it loops over. Batch rows are concatenated: the
+kernels see one axis of B * T rows and one of B * S columns, and the mask keeps batch rows apart.
 
-Every row of a tile sees columns within one range, so a tile's work is a range of column tiles, and
-its metadata is O(rows / tile). The ranges bound the work; the truth inside a tile is the row's own
-range where documents are contiguous (`by_id` is 0), else the comparison of ids (`by_id` is 1).
+The columns that a row sees are within one range. The work of a row tile is therefore a range of
+column tiles, and the metadata is O(rows / tile). The ranges bound the work. Inside a tile, the
+row's own range decides where documents are contiguous (BY_ID is 0), else the comparison of segment
+ids (BY_ID is 1).
 
-A block pattern cuts holes into the ranges. Then they are ranges of a list of the live column tiles
-(`pattern.py`), which the kernels look up in `cols`, and batch rows count as padded to whole blocks.
+A block pattern cuts holes into the ranges. The ranges are then ranges of a list of the live column
+tiles (`block_pattern.py`); the kernels look up the columns in `cols`, and the length of a batch row
+is rounded up to whole blocks.
 """
 
 import dataclasses
+import enum
 import typing
 
 import jax
@@ -21,14 +24,65 @@ from jaxtyping import Array, Bool, Int
 
 from jaxattn.block_pattern import live_tiles
 from jaxattn.mask import BLOCK, Mask
-from jaxattn.ranges import NEVER, visible_ranges
+from jaxattn.ranges import SENTINEL, Band, Tokens, visible_ranges
 
-# Tiles start at multiples of this: the copy engine wants 16-byte aligned, 8-row aligned boxes.
+# Tiles start at multiples of this: TMA needs 16-byte aligned, 8-row aligned boxes.
 ALIGN = 8
 
-# Fields of `BlockMap.work`, and how many a row of it has: the copy engine wants multiples of four.
-TILE, START, COUNT, COLUMNS, BY_ID, LIVE_FROM, LIVE_TO, LIVE_COLUMNS, FULL_FROM, FULL_TO = range(10)
-FIELDS = 12
+
+class WorkField(enum.IntEnum):
+    """Fields of an entry of `BlockMap.work`.
+
+    The first five are equal for all groups of a row tile. Column tiles are counted from START;
+    tiles below FULL_FROM or from FULL_TO on need masking, the others do not.
+    """
+
+    ROW_TILE = 0
+    """Index of the row tile."""
+    START = 1
+    """First column, a multiple of ALIGN; with `BlockMap.cols`, its index in `cols`."""
+    COUNT = 2
+    """Number of column tiles."""
+    COLUMNS = 3
+    """Number of columns up to the last that some row sees."""
+    BY_ID = 4
+    """1 if segment ids decide inside the tiles."""
+    LIVE_FROM = 5
+    """First column tile that a row of the group sees."""
+    LIVE_TO = 6
+    """End (exclusive) of the column tiles that rows of the group see."""
+    LIVE_COLUMNS = 7
+    """COLUMNS of the group."""
+    FULL_FROM = 8
+    """Tiles below may hold columns before a row's range, or the first that a row sees."""
+    FULL_TO = 9
+    """Tiles from here on may hold columns after a row's range."""
+
+
+# Length of an entry of `BlockMap.work`: TMA copies multiples of four.
+WORK_FIELDS = 12
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiling:
+    """Tile sizes of a work list.
+
+    Attributes:
+      group_rows: rows in a group; a row tile is `groups` neighbouring groups.
+      groups: groups of rows in a tile, each with its own live range (one per warpgroup).
+      block_cols: columns in a column tile.
+      repeat: times that a group's rows appear, one after another (query heads packed into a tile).
+    """
+
+    group_rows: int
+    groups: int
+    block_cols: int
+    repeat: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Rows in a row tile."""
+        return self.group_rows * self.groups
 
 
 # jax rebuilds it with placeholders in place of arrays, which type checkers must let pass.
@@ -39,148 +93,153 @@ class BlockMap:
     """Work list of one kernel, longest row tile first.
 
     Attributes:
-      work: int32 [tiles, groups, FIELDS]. The same for all groups: TILE, which row tile; START,
-        its first column, a multiple of ALIGN, or with `cols` where in `cols` its first column
-        stands; COUNT, how many column tiles follow from there; COLUMNS, how many of their columns
-        there are up to the last that some row sees; BY_ID, 1 if ids decide inside. For each group
-        of rows, in column tiles after START: live tiles are LIVE_FROM .. LIVE_TO - 1; a tile below
-        FULL_FROM may hold columns before some row's range, or the first that some row sees; a tile
-        at or above FULL_TO may hold columns behind it; the others need no masking. LIVE_COLUMNS is
-        COLUMNS of the group.
-      ends: int32 [tiles, groups, 2, rows], in the same order: first and last visible column of
-        each row; (NEVER, -1) for a row that sees nothing.
+      work: int32 [tiles, groups, WORK_FIELDS], see `WorkField`.
+      row_bounds: int32 [tiles, groups, 2, rows], in the same order: first and last visible column
+        of each row; (SENTINEL, -1) for a row that sees nothing.
+      cols: first columns of the tiles to visit, int32: a list for each row of the block pattern,
+        concatenated; None if the mask has no pattern, then the tiles of a row are neighbours.
       row_ids: segment id of each row, int32 [tiles, groups, rows]; None if the mask has no
         documents.
       col_ids: segment id of each column, int32 [columns + padding]; None likewise.
-      cols: first columns of the tiles to visit, int32, one list for each row of the block pattern,
-        end to end; None if the mask has no pattern: the tiles of a row are neighbours.
     """
 
     work: Int[Array, "tiles groups fields"]
-    ends: Int[Array, "tiles groups 2 rows"]
+    row_bounds: Int[Array, "tiles groups 2 rows"]
+    cols: Int[Array, " lists"] | None
     row_ids: Int[Array, "tiles groups rows"] | None
     col_ids: Int[Array, " columns"] | None
-    cols: Int[Array, " lists"] | None
+
+    @property
+    def inputs(self) -> dict[str, Array | None]:
+        """Inputs of a kernel by name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
 def stride(mask: Mask, length: int) -> int:
-    """Tokens from one batch row of this length to the next, as the maps count them."""
+    """Return the tokens from one batch row of this length to the next, as the maps count them."""
     return length if mask.blocks is None else -(-length // BLOCK) * BLOCK
 
 
-def query_map(
-    mask: Mask, batch: int, t: int, s: int, *, group: int, groups: int, tile: int, repeat: int
-) -> BlockMap:
-    """Work of a kernel whose programs own queries and walk over keys (forward).
+def query_map(mask: Mask, batch: int, t: int, s: int, tiling: Tiling) -> BlockMap:
+    """Build the work list of a kernel whose programs own queries and loop over keys (forward).
 
     Args:
       mask: the mask, concrete or traced.
       batch: rows of the batch.
-      t: queries in a row.
-      s: keys in a row.
-      group: queries in a group; a row tile is `groups` groups of neighbours.
-      groups: groups of rows in a tile, each with its own live range (one a warpgroup).
-      tile: keys in a column tile.
-      repeat: times that a group's rows appear, one after another (query heads sharing a tile).
+      t: queries in a batch row.
+      s: keys in a batch row.
+      tiling: tile sizes; rows are queries, columns are keys.
 
     Raises:
       NotImplementedError: the mask has a block pattern, and the tiles do not divide its blocks.
     """
     before = mask.reach(t, s)
-    after = 0 if mask.causal else before
-    ids = (mask.segment_ids, mask.key_ids)
-    blocks = _blocks_of_batch(mask, batch)
-    return _block_map(*ids, blocks, batch, t, s, before, after, group, groups, tile, repeat)
+    band = Band(before=before, after=0 if mask.causal else before)
+    queries, keys = Tokens(ids=mask.segment_ids, length=t), Tokens(ids=mask.key_ids, length=s)
+    return _block_map(queries, keys, band, _blocks_of_batch(mask, batch), batch, tiling)
 
 
-def key_map(
-    mask: Mask, batch: int, t: int, s: int, *, group: int, groups: int, tile: int
-) -> BlockMap:
-    """Work of a kernel whose programs own keys and walk over queries: the transpose (backward).
+def key_map(mask: Mask, batch: int, t: int, s: int, tiling: Tiling) -> BlockMap:
+    """Build the work list of a kernel whose programs own keys and loop over queries (backward).
 
-    Args, Raises: as `query_map`, with queries and keys exchanged.
+    Args:
+      mask: the mask, concrete or traced.
+      batch: rows of the batch.
+      t: queries in a batch row.
+      s: keys in a batch row.
+      tiling: tile sizes; rows are keys, columns are queries.
+
+    Raises:
+      NotImplementedError: the mask has a block pattern, and the tiles do not divide its blocks.
     """
     after = mask.reach(t, s)
-    before = 0 if mask.causal else after
-    ids = (mask.key_ids, mask.segment_ids)
+    band = Band(before=0 if mask.causal else after, after=after)
+    queries, keys = Tokens(ids=mask.segment_ids, length=t), Tokens(ids=mask.key_ids, length=s)
     blocks = _blocks_of_batch(mask, batch)
     if blocks is not None:
         blocks = blocks.swapaxes(1, 2)
-    return _block_map(*ids, blocks, batch, s, t, before, after, group, groups, tile, 1)
+    return _block_map(keys, queries, band, blocks, batch, tiling)
 
 
 def _blocks_of_batch(mask: Mask, batch: int) -> Bool[Array, "B P Q"] | None:
-    """The block pattern of each batch row."""
+    """Return the block pattern of each batch row."""
     blocks = mask.blocks
     return None if blocks is None else jnp.broadcast_to(blocks, (batch, *blocks.shape[-2:]))
 
 
 def _block_map(
-    row_ids, col_ids, blocks, batch, rows, cols, before, after, group, groups, tile, repeat
+    rows: Tokens,
+    cols: Tokens,
+    band: Band,
+    blocks: Bool[Array, "B P Q"] | None,
+    batch: int,
+    tiling: Tiling,
 ) -> BlockMap:
-    first, last, by_range = visible_ranges(row_ids, col_ids, batch, rows, cols, before, after)
-    # What the kernel walks over, from low to high: the columns, or the list of live ones.
+    first, last, contiguous = visible_ranges(rows, cols, band, batch)
+    # The kernel loops from low to high: over the columns, or over the list of live columns.
     low, high, lists = first, last, None
+    row_length, col_length = rows.length, cols.length
     if blocks is not None:
-        _check_tiles(group * groups, tile)
-        lists = live_tiles(blocks, tile)
+        _check_tiles(tiling)
+        lists = live_tiles(blocks, tiling.block_cols)
         low, high = lists.listed(first, last)
-        rows, cols = (blocks.shape[i] * BLOCK for i in (1, 2))
+        row_length, col_length = (blocks.shape[i] * BLOCK for i in (1, 2))
     sees_none = low > high
-    first_of_row = jnp.arange(batch, dtype=jnp.int32)[:, None] * cols
-    first = jnp.where(sees_none, NEVER, first + first_of_row)
-    last = jnp.where(sees_none, -1, last + first_of_row)
+    batch_offset = jnp.arange(batch, dtype=jnp.int32)[:, None] * col_length
+    first = jnp.where(sees_none, SENTINEL, first + batch_offset)
+    last = jnp.where(sees_none, -1, last + batch_offset)
     if lists is None:
         low, high = first, last
-    tiles = -(-batch * rows // (group * groups))
+    tiles = -(-batch * row_length // tiling.rows)
 
     def tiled(x: Array, fill: int) -> Array:
-        x = _lengthened(x, rows, fill).reshape(-1)
-        x = jnp.pad(x, (0, tiles * group * groups - x.size), constant_values=fill)
-        return x.reshape(tiles, groups, group)
+        x = _pad_tokens(x, row_length, fill).reshape(-1)
+        x = jnp.pad(x, (0, tiles * tiling.rows - x.size), constant_values=fill)
+        return x.reshape(tiles, tiling.groups, tiling.group_rows)
 
-    sees_none, by_range = tiled(sees_none, True), tiled(by_range, True)
+    sees_none, contiguous = tiled(sees_none, True), tiled(contiguous, True)
     work = _work(
-        jnp.where(sees_none, NEVER, tiled(low, 0)),
+        jnp.where(sees_none, SENTINEL, tiled(low, 0)),
         jnp.where(sees_none, -1, tiled(high, 0)),
-        by_id=~by_range.all(axis=(1, 2)),
-        tile=tile,
-        align=ALIGN if lists is None else tile,
+        by_id=~contiguous.all(axis=(1, 2)),
+        tile=tiling.block_cols,
+        align=ALIGN if lists is None else tiling.block_cols,
     )
-    if lists is not None:  # one list after another; the rows of a tile have the same one
-        first_in_list = jnp.arange(tiles) * group * groups // BLOCK * lists.cols_BPW.shape[2]
-        place = first_in_list[:, None] + work[:, :, START] // tile
-        work = work.at[:, :, START].set(place.astype(jnp.int32))
-    ends = jnp.stack([tiled(first, NEVER), tiled(last, -1)], axis=2)
-    order = jnp.argsort(-work[:, 0, COUNT], stable=True)
+    if lists is not None:  # lists are concatenated; the rows of a tile have the same list
+        list_offset = jnp.arange(tiles) * tiling.rows // BLOCK * lists.cols_BPW.shape[2]
+        start = list_offset[:, None] + work[:, :, WorkField.START] // tiling.block_cols
+        work = work.at[:, :, WorkField.START].set(start.astype(jnp.int32))
+    row_bounds = jnp.stack([tiled(first, SENTINEL), tiled(last, -1)], axis=2)
+    order = jnp.argsort(-work[:, 0, WorkField.COUNT], stable=True)
 
     def repeated(x: Array) -> Array:
-        return jnp.concatenate([x[order]] * repeat, axis=-1)
+        return jnp.concatenate([x[order]] * tiling.repeat, axis=-1)
 
-    if row_ids is not None:
+    row_ids, col_ids = rows.ids, cols.ids
+    if row_ids is not None and col_ids is not None:
         row_ids = repeated(tiled(row_ids.astype(jnp.int32), 0))
         # Padded so that the last column tile, wherever it starts, reads inside the array.
-        col_ids = _lengthened(col_ids.astype(jnp.int32), cols, 0).reshape(-1)
-        col_ids = jnp.pad(col_ids, (0, tile))
+        col_ids = _pad_tokens(col_ids.astype(jnp.int32), col_length, 0).reshape(-1)
+        col_ids = jnp.pad(col_ids, (0, tiling.block_cols))
     return BlockMap(
         work=work[order],
-        ends=repeated(ends),
+        row_bounds=repeated(row_bounds),
         row_ids=row_ids,
         col_ids=col_ids,
-        cols=None if lists is None else (lists.cols_BPW + first_of_row[:, :, None]).reshape(-1),
+        cols=None if lists is None else (lists.cols_BPW + batch_offset[:, :, None]).reshape(-1),
     )
 
 
-def _check_tiles(rows: int, cols: int) -> None:
-    if BLOCK % rows or BLOCK % cols:
+def _check_tiles(tiling: Tiling) -> None:
+    if BLOCK % tiling.rows or BLOCK % tiling.block_cols:
         raise NotImplementedError(
-            f"blocks need tiles that divide {BLOCK}, these heads have {rows} x {cols} (see "
-            "jaxattn/tuned.json); use impl='xla'"
+            f"blocks need tiles that divide {BLOCK}, these heads have {tiling.rows} x "
+            f"{tiling.block_cols} (see jaxattn/tuned.json); use impl='xla'"
         )
 
 
-def _lengthened(x: Array, length: int, fill: int) -> Array:
-    """A value per token, [B, tokens], with `fill` behind up to this length."""
+def _pad_tokens(x: Array, length: int, fill: int) -> Array:
+    """Pad a value per token, [B, tokens], to this length."""
     return jnp.pad(x, ((0, 0), (0, length - x.shape[1])), constant_values=fill)
 
 
@@ -192,20 +251,20 @@ def _work(
     tile: int,
     align: int,
 ) -> Int[Array, "tiles groups fields"]:
-    """`BlockMap.work`, not yet sorted, of rows that see low .. high of what is walked over."""
+    """Compute `BlockMap.work`, not yet sorted, of rows that see columns low .. high."""
     tiles, groups, _ = low.shape
     start = low.min(axis=(1, 2)) // align * align
-    start = jnp.where(start < NEVER, start, 0)
-    # At least one tile everywhere, also where nothing is visible: it is then masked as a whole,
-    # and the kernels need no special case.
+    start = jnp.where(start < SENTINEL, start, 0)
+    # At least one tile everywhere, also where nothing is visible: such a tile is masked as a
+    # whole, and the kernels need no special case.
     begin = start[:, None]
     live_columns = jnp.maximum(high.max(axis=2) + 1 - begin, 1)
     columns = live_columns.max(axis=1)
     count = _tiles_up_to(columns, tile)
     live_from = jnp.minimum((low.min(axis=2) - begin) // tile, count[:, None] - 1)
     live_to = jnp.maximum(_tiles_up_to(live_columns, tile), live_from + 1)
-    # The tile in which the last row begins is below it, even if the row begins with the tile: the
-    # forward kernel looks there for rows that see their first key.
+    # The tile in which the last row begins is below FULL_FROM, even if the row begins with the
+    # tile: the forward kernel looks there for rows that see their first key.
     before = low.max(axis=2) - begin
     full_from = jnp.where(before > 0, before // tile + 1, 0)
     full_from = jnp.clip(full_from, live_from, live_to)
@@ -214,10 +273,10 @@ def _work(
     shared = [jnp.arange(tiles), start, count, columns, by_id.astype(jnp.int32)]
     fields = [jnp.broadcast_to(x[:, None], (tiles, groups)) for x in shared]
     fields += [live_from, live_to, live_columns, full_from, full_to]
-    fields += [jnp.zeros_like(live_to)] * (FIELDS - len(fields))
+    fields += [jnp.zeros_like(live_to)] * (WORK_FIELDS - len(fields))
     return jnp.stack(fields, axis=2).astype(jnp.int32)
 
 
 def _tiles_up_to(columns, tile: int):
-    """Column tiles that cover this many columns; none for a negative number."""
+    """Return the number of column tiles that cover this many columns; 0 for a negative number."""
     return jnp.maximum(-(-columns // tile), 0)

@@ -1,9 +1,9 @@
-"""A block pattern as lists of the tiles that it leaves, which a kernel can walk over.
+"""Live column tiles of a block pattern, as lists that a kernel can loop over.
 
 The visible columns of a row are one range, and a pattern cuts holes into it. But counting live
-tiles is monotone: among the live tiles of its pattern row, in order, those of a range are again
+tiles is monotone: in the ordered list of a pattern row's live tiles, the tiles of a range are
 neighbours. So each row of the pattern gets the list of its live column tiles, and a range of
-columns becomes a range of that list: work lists stay ranges, whatever the pattern.
+columns becomes a range of that list. Work lists stay ranges under every pattern.
 
 B batch, P pattern rows of BLOCK rows, Q pattern columns of BLOCK columns; W column tiles of a
 batch row, Q * BLOCK / tile.
@@ -19,11 +19,11 @@ from jaxattn.mask import BLOCK
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LiveTiles:
-    """The live column tiles of every row of a pattern.
+    """Live column tiles of every row of a pattern.
 
     Attributes:
-      cols_BPW: first column of each live tile, within its batch row and in order; behind them the
-        dead ones.
+      cols_BPW: first column of each live tile, within its batch row and in order; after them the
+        dead tiles.
       before_BPW: live tiles before each tile, and before the end: W + 1 of them.
       tile: columns in a tile.
     """
@@ -35,20 +35,20 @@ class LiveTiles:
     def listed(
         self, first_BR: Int[Array, "B R"], last_BR: Int[Array, "B R"]
     ) -> tuple[Int[Array, "B R"], Int[Array, "B R"]]:
-        """Ranges of columns as ranges of the columns that are left without the dead tiles.
+        """Convert ranges of columns to ranges of live columns.
 
         Args:
-          first_BR: first column of each row of a batch; behind the last where there is none.
-          last_BR: last column; any beyond the end is the end.
+          first_BR: first column of each row of a batch; above last_BR for an empty range.
+          last_BR: last column; columns beyond the batch row are cut.
 
         Returns:
-          The same ends counted in live columns only: tile n of the list begins at n * tile. Where
-          the range meets no live tile, the first is behind the last.
+          (first, last), counted in live columns only: tile n of the list begins at n * tile. If
+          no tile of the range is live, first > last.
         """
         return self._live_before(first_BR), self._live_before(last_BR + 1) - 1
 
     def _live_before(self, column_BR: Int[Array, "B R"]) -> Int[Array, "B R"]:
-        """Live columns before this one, by the pattern row of each row."""
+        """Count the live columns before a column, in the pattern row of each row."""
         _, P, W = self.cols_BPW.shape
         column_BR = jnp.clip(column_BR, 0, W * self.tile)
         tile_BR = column_BR // self.tile
@@ -62,7 +62,7 @@ class LiveTiles:
 
 
 def live_tiles(blocks_BPQ: Bool[Array, "B P Q"], tile: int) -> LiveTiles:
-    """Lists the live tiles of each row of a pattern; `tile` divides BLOCK."""
+    """List the live tiles of each row of a pattern; `tile` must divide BLOCK."""
     live_BPW = jnp.repeat(blocks_BPQ, BLOCK // tile, axis=2)
     before_BPW = jnp.cumsum(live_BPW, axis=2, dtype=jnp.int32)
     order_BPW = jnp.argsort(~live_BPW, axis=2, stable=True).astype(jnp.int32)

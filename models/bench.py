@@ -19,6 +19,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from jaxattn.device import default_device, memory_bandwidth
 from models import bench_load
 from models.config import PRESETS
 from models.generate import stream
@@ -26,8 +27,6 @@ from models.internlm2 import InternLM2
 from models.sampling import Sampling
 from models.weights.load import load_hf
 
-# Bytes a second of the memory by device kind, from NVIDIA's data sheets.
-BANDWIDTH = {"NVIDIA H200": 4.8e12, "NVIDIA H100 80GB HBM3": 3.35e12}
 GB = 1e9
 
 
@@ -57,14 +56,15 @@ def measure(args: argparse.Namespace) -> dict:
             if case != args.model:
                 shutil.rmtree(target)
         model = load_hf(Path(directory, args.model), attn=args.attn)
-    kind = jax.devices()[0].device_kind
+    kind = default_device().device_kind
     about = {"model": args.model, "device": kind, "jax": jax.__version__}
     about["date"] = f"{datetime.date.today()}"
     print(", ".join(about.values()), flush=True)
     rows = []
     for batch, prompt in [(1, args.prompt), (1, 512), (16, 512)]:
         row = generate_speed(model, batch=batch, prompt=min(prompt, args.prompt), new=args.new)
-        seconds = decode_bytes(model, batch, row["prompt"]) / BANDWIDTH.get(kind, float("nan"))
+        bandwidth = memory_bandwidth(kind) or float("nan")
+        seconds = decode_bytes(model, batch, row["prompt"]) / bandwidth
         row["floor_tokens_per_second"] = batch / seconds
         rows.append(row)
         print(

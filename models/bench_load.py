@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxattn.device import default_device
 from models.config import PRESETS, ModelConfig
 from models.weights import memory
 from models.weights.abstract import abstract, named_params
@@ -95,7 +96,7 @@ def _load(config: ModelConfig, directory: Path) -> None:
     model = jax.block_until_ready(load_hf(directory, attn="xla"))
     seconds = time.perf_counter() - begun
     peak, files = memory.peak(), [f.stat().st_size for f in directory.glob("*.safetensors")]
-    device = jax.devices()[0]
+    device = default_device()
     bound = memory.largest_tensor_bytes(config, "bfloat16") + max(files)
     if device.platform == "cpu":
         bound += sum(x.nbytes for x in jax.tree.leaves(model))
@@ -105,7 +106,7 @@ def _load(config: ModelConfig, directory: Path) -> None:
         "seconds": seconds,
         "gb_per_second": sum(files) / 1e9 / seconds,
         "before_host_bytes": before,
-        "peak_host_bytes": None if peak is None or before is None else peak - before,
+        "peak_host_bytes": None if peak is None else peak - before,
         "bound_bytes": bound,
     }
     print(json.dumps(result))

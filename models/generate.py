@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array
 
+from jaxattn.errors import first_line, is_out_of_memory
 from models import sharding
 from models.cache import SLOTS, capacity_for, decode, prefill
 from models.chat import encode_chat
@@ -131,11 +132,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not is_out_of_memory(error):
             raise
         print(
             "error: out of memory for weights and the cache of keys and values; a smaller "
-            f"--max_new_tokens ({args.max_new_tokens}) needs less: {str(error).splitlines()[0]}",
+            f"--max_new_tokens ({args.max_new_tokens}) needs less: {first_line(error)}",
             file=sys.stderr,
         )
         return 1

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import jax
 
+from jaxattn.errors import first_line, is_out_of_memory
 from train.config.cli import fail, parse
 from train.config.config import Config
 from train.config.recipes import check_recipe, find_recipe, recipe_list
@@ -53,15 +54,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except jax.errors.JaxRuntimeError as error:
         if config.traceback:
             raise
-        if "RESOURCE_EXHAUSTED" in str(error):
+        if is_out_of_memory(error):
             return _failed(
-                f"out of memory; a larger --grad_accum or a shorter --seq_len needs less: {error}"
+                "out of memory; a larger --grad_accum or a shorter --seq_len needs less: "
+                f"{first_line(error)}"
             )
         if jax.process_count() == 1:
             raise
         return _failed(
             "another process of the run has ended or does not answer; start all of them again, "
-            f"and they go on from the last checkpoint ({str(error).splitlines()[0]:.200})"
+            f"and they go on from the last checkpoint ({first_line(error):.200})"
         )
     return 0
 

@@ -1,4 +1,4 @@
-"""The shapes that attention is timed on, and how much useful work each of them is."""
+"""Shapes of the attention bench, and the useful work of each."""
 
 import dataclasses
 
@@ -10,16 +10,17 @@ from jaxattn.mask import Mask
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
-    """One row of the table.
+    """Shape and mask of a problem.
 
     Attributes:
       batch: rows.
       length: tokens in a row, queries and keys.
       heads: query heads.
       kv_heads: key and value heads.
-      documents: (median, sigma) of the log-normal document lengths that fill each row, or None.
-      window: sliding window in tokens, or None.
-      head_dim: of queries, keys and values.
+      documents: (median, sigma) of the log-normal document lengths that fill each row; None: one
+        document per row.
+      window: sliding window in tokens; None: unlimited.
+      head_dim: head dim of queries, keys and values.
     """
 
     batch: int
@@ -31,7 +32,7 @@ class Shape:
     head_dim: int = 128
 
     def segment_ids(self) -> np.ndarray | None:
-        """Documents of every row, int32 [batch, length], or None: one document a row."""
+        """Return the documents of every row, int32 [batch, length]; None: one document per row."""
         if self.documents is None:
             return None
         lengths = document_lengths(self.length, *self.documents)
@@ -39,12 +40,12 @@ class Shape:
         return np.tile(row, (self.batch, 1))
 
     def mask(self) -> Mask:
-        """The causal mask, with documents drawn by `numpy.random.default_rng(0)`."""
+        """Return the causal mask, with documents drawn by `numpy.random.default_rng(0)`."""
         ids = self.segment_ids()
         return Mask(segment_ids=None if ids is None else jnp.asarray(ids), window=self.window)
 
     def pairs(self) -> int:
-        """Visible query-key pairs of the batch."""
+        """Count the visible query-key pairs of the batch."""
         lengths = [self.length]
         if self.documents is not None:
             lengths = document_lengths(self.length, *self.documents)
@@ -55,10 +56,12 @@ class Shape:
         return self.batch * sum(pairs)
 
     def flops(self) -> float:
-        """Useful FLOPs of a forward pass."""
+        """Return the useful FLOPs of a forward pass."""
         return 4.0 * self.heads * self.head_dim * self.pairs()
 
 
+# Implementations of PyTorch, measured by `torch_cell`.
+TORCH = ("torch-sdpa", "torch-flex", "torch-fa4")
 SHAPES = {
     "1.8b_32k_causal": Shape(batch=1, length=32768, heads=16, kv_heads=8),
     "7b_32k_causal": Shape(batch=1, length=32768, heads=32, kv_heads=8),
@@ -72,14 +75,14 @@ SHAPES = {
     "7b_4k_causal": Shape(batch=8, length=4096, heads=32, kv_heads=8),
     "7b_512_causal": Shape(batch=32, length=512, heads=32, kv_heads=8),
 }
-# Small enough for a CPU: to see that the bench runs, not how fast anything is.
+# Small enough for a CPU: a test that the bench runs, not a measurement.
 SMOKE = {
     "smoke": Shape(batch=2, length=128, heads=4, kv_heads=2, documents=(40.0, 0.7), head_dim=64)
 }
 
 
 def document_lengths(total: int, median: float, sigma: float) -> list[int]:
-    """Log-normal lengths, one draw a document, cut to [16, 16384]; the last one fills the row."""
+    """Draw log-normal lengths in [16, 16384], whose sum is `total`; the last document is cut."""
     rng = np.random.default_rng(0)
     lengths: list[int] = []
     while sum(lengths) < total:

@@ -1,7 +1,7 @@
-"""The bench's cells of PyTorch's attention: fused SDPA kernels, FlexAttention, FlashAttention-4.
+"""Cells of PyTorch's attention: fused SDPA kernels, FlexAttention, FlashAttention-4.
 
 B batch, T tokens (queries and keys), N query heads, K kv heads, H head dim; torch's order is
-[B, N, T, H]. PyTorch is no dependency: this file is imported when a cell of it is asked for.
+[B, N, T, H]. PyTorch is no dependency: only the cells of PyTorch import this file.
 """
 
 import functools
@@ -19,46 +19,42 @@ from torch.nn.functional import (  # pyright: ignore[reportMissingImports]
     scaled_dot_product_attention,
 )
 
+from jaxattn.bench.harness import Cell, milliseconds
 from jaxattn.bench.shapes import Shape, document_lengths
-from jaxattn.bench.timing import milliseconds
 
-# Queries at a time in the fp32 oracle: bounds its scores to ORACLE_ROWS * T * 4 bytes a head.
+# Queries per slice in the fp32 oracle: its scores take ORACLE_ROWS * T * 4 bytes per head.
 ORACLE_ROWS = 4096
 
 
-def machine() -> dict[str, str]:
-    """The device that torch runs on, and its version; nothing where it cannot run."""
-    if not torch.cuda.is_available():
-        return {}
-    return {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+def measure(shape: Shape, impl: str, *, check: bool) -> Cell:
+    """Measure one cell, as `jaxattn.bench.cell.measure`.
 
-
-def measure(shape: Shape, impl: str, *, check: bool) -> dict:
-    """One cell, as `jaxattn.bench.cell.measure`; "kernel" is the SDPA kernel that was fastest."""
+    Returns:
+      Also torch, the version; and for SDPA kernel, the name of its fastest kernel.
+    """
     if not torch.cuda.is_available():
-        return {"why_not": "PyTorch finds no CUDA GPU"}
+        return {"why": "PyTorch finds no CUDA GPU"}
     try:
         if impl == "torch-flex":
-            return _measure(shape, _flex(shape, "cuda"), check)
-        if impl == "torch-fa4":
-            return _measure(shape, _fa4(shape, "cuda"), check)
-        return _measure_sdpa(shape, check)
+            cell = _measure(shape, _flex(shape, "cuda"), check)
+        elif impl == "torch-fa4":
+            cell = _measure(shape, _fa4(shape, "cuda"), check)
+        else:
+            cell = _measure_sdpa(shape, check)
     except ImportError:
-        return {"why_not": f"{impl} is not installed (pip install flash-attn-4)"}
+        return {"why": f"{impl} is not installed (pip install flash-attn-4)"}
     except torch.OutOfMemoryError:
-        return {"why_not": "out of device memory"}
-    finally:
-        torch.compiler.reset()  # else the 9th shape meets dynamo's limit of 8 and runs unfused
-        torch.cuda.empty_cache()
+        return {"why": "out of device memory"}
+    return cell | {"torch": torch.__version__}
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal `scaled_dot_product_attention` of one document a row, K and V shared by a group."""
+    """Compute causal `scaled_dot_product_attention`, K and V shared by a group of query heads."""
     return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
 def mask_mod(shape: Shape, device: str) -> Callable:
-    """The shape's mask as FlexAttention's predicate of (batch, head, query, key)."""
+    """Return the mask as FlexAttention's predicate of (batch, head, query, key)."""
     ids = shape.segment_ids()
     ids_BT = None if ids is None else torch.as_tensor(ids, device=device)
 
@@ -76,7 +72,7 @@ def mask_mod(shape: Shape, device: str) -> Callable:
 def oracle(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, visible: Callable
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """o, dq, dk, dv in fp32, by the formulas, one head and a slice of queries at a time."""
+    """Compute o, dq, dk, dv in fp32 by the formulas, one head and a slice of queries at a time."""
     q, k, v, do = (x.float() for x in (q, k, v, do))
     o, dq, dk, dv = (torch.zeros_like(x) for x in (q, q, k, v))
     batch, heads, length, head_dim = q.shape
@@ -99,11 +95,11 @@ def oracle(
     return o, dq, dk, dv
 
 
-def _measure_sdpa(shape: Shape, check: bool) -> dict:
-    """The faster of the fused kernels."""
+def _measure_sdpa(shape: Shape, check: bool) -> Cell:
+    """Measure the faster of the fused kernels."""
     if shape.documents is not None or shape.window is not None:
         kind = "document" if shape.documents is not None else "window"
-        return {"why_not": f"SDPA has no {kind} mask but a dense T x T one"}
+        return {"why": f"SDPA has no {kind} mask but a dense T x T one"}
     cells, refused = [], []
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
         name = backend.name.removesuffix("_ATTENTION").lower()
@@ -115,7 +111,7 @@ def _measure_sdpa(shape: Shape, check: bool) -> dict:
                 raise
             refused.append(name)
     if not cells:
-        return {"why_not": f"SDPA has no kernel for it ({', '.join(refused)} refused)"}
+        return {"why": f"SDPA has no kernel for it ({', '.join(refused)} refused)"}
     return min(cells, key=lambda cell: cell["both_ms"])
 
 
@@ -129,7 +125,7 @@ def _flex(shape: Shape, device: str) -> Callable:
 
 
 def _fa4(shape: Shape, device: str) -> Callable:
-    """FlashAttention-4; documents by its interface of variable lengths, all rows end to end."""
+    """Return FlashAttention-4; documents use its variable-length interface, rows concatenated."""
     from flash_attn.cute import (  # pyright: ignore[reportMissingImports]
         flash_attn_func,
         flash_attn_varlen_func,
@@ -148,7 +144,7 @@ def _fa4(shape: Shape, device: str) -> Callable:
         run = functools.partial(flash_attn_varlen_func, **settings, **sizes)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # It takes [B, T, heads, H], which is how `_inputs` lie in memory, or [B * T, heads, H].
+        # It takes [B, T, heads, H], which is the memory layout of `_inputs`, or [B * T, heads, H].
         rows = [x.transpose(1, 2) for x in (q, k, v)]
         if shape.documents is not None:
             rows = [x.flatten(0, 1) for x in rows]
@@ -197,7 +193,10 @@ def _measure(shape: Shape, attend: Callable, check: bool) -> dict:
 
 
 def _inputs(shape: Shape) -> list[Tensor]:
-    """Standard normal q, k, v and gradient of the output, bf16: [B, heads, T, H] views of BTNH."""
+    """Draw standard normal q, k, v and gradient of the output, bf16 [B, heads, T, H].
+
+    They are views of arrays [B, T, heads, H].
+    """
     generator = torch.Generator("cuda").manual_seed(0)
     return [
         torch.randn(

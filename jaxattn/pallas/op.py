@@ -1,4 +1,4 @@
-"""The kernels as one differentiable function: layout, block maps, residuals.
+"""Differentiable attention on the kernels: memory layout, block maps, residuals.
 
 B batch, T query pos, S key pos, N query heads, K kv heads, H head dim; R = B * T, C = B * S.
 """
@@ -6,7 +6,6 @@ B batch, T query pos, S key pos, N query heads, K kv heads, H head dim; R = B * 
 import dataclasses
 import functools
 import typing
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +14,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxattn import block_map
-from jaxattn.block_map import BlockMap
-from jaxattn.mask import Mask
+from jaxattn.block_map import BlockMap, Tiling, WorkField
+from jaxattn.device import DeviceSpec
+from jaxattn.mask import Mask, Shaped
 from jaxattn.pallas.softmax import LOG2E
 from jaxattn.pallas.tiles import CONSUMERS, ForwardTiles, Tiles, choose_tiles
 from jaxattn.pallas.wgmma.backward.dq_kernel import query_gradient
 from jaxattn.pallas.wgmma.backward.kernel import backward
-from jaxattn.pallas.wgmma.forward.context import SHORT
+from jaxattn.pallas.wgmma.forward.context import SHORT_KV
 from jaxattn.pallas.wgmma.forward.kernel import forward
 
 HEAD_DIMS = (64, 128)
@@ -29,8 +29,6 @@ DTYPES = (jnp.bfloat16, jnp.float16)
 # Names of the forward kernel's results for remat policies: with both saved, the backward pass
 # under jax.checkpoint does not run the forward kernel a second time.
 OUT_NAME, LSE_NAME = "attn_out", "attn_lse"
-
-Shaped = Array | jax.ShapeDtypeStruct
 
 
 # jax rebuilds it with placeholders in place of block maps, which type checkers must let pass.
@@ -41,11 +39,11 @@ class Plan:
     """Tile metadata of the kernels for the batch of one mask.
 
     Attributes:
-      queries: work of the forward kernel.
-      keys: work of the backward kernel.
-      dq: work of the deterministic backward's dq kernel; None where it is that of the forward.
-      tiles: the tile sizes that they were made for.
-      problem: `_problem` that they were made for.
+      queries: block map of the forward kernel.
+      keys: block map of the backward kernel.
+      dq: block map of the dq kernel of the deterministic backward; None: the same as `queries`.
+      tiles: the tile sizes of the block maps.
+      problem: the shapes and the kind of mask of the block maps, see `_problem`.
     """
 
     queries: BlockMap
@@ -65,13 +63,14 @@ def attention(
     deterministic: bool = False,
     return_lse: bool = False,
 ) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """Block-sparse flash attention: work proportional to the tiles that the mask leaves.
+    """Compute block-sparse flash attention: work proportional to the visible tiles of the mask.
 
-    Memory: O(T): the log-sum-exp (4 bytes a query and head) is kept for the backward pass, which
-    needs dq in fp32 (4 * H bytes a query and head) while it runs; the deterministic one does not.
+    Memory is O(T). The log-sum-exp (4 bytes per query and head) is kept for the backward pass. The
+    backward pass needs dq in fp32 (4 * H bytes per query and head), except the deterministic one.
+    Args and Returns: see `jaxattn.attention`.
 
     Raises:
-      ValueError: mask.plan was made for other shapes, heads, or another kind of mask.
+      ValueError: mask.plan was prepared for other shapes, heads, or another kind of mask.
 
     References:
       Dao 2023, arXiv:2307.08691 (FlashAttention-2); Shah et al. 2024, arXiv:2407.08608
@@ -80,9 +79,11 @@ def attention(
     plan = mask.plan
     if plan is None:
         plan = prepare(mask, q_BTNH, k_BSKH).plan
-    here = _problem(mask, q_BTNH, k_BSKH)
-    if plan.problem != here:
-        raise ValueError(f"mask.plan was prepared for {plan.problem}, not {here}: prepare again")
+    problem = _problem(mask, q_BTNH, k_BSKH)
+    if plan.problem != problem:
+        raise ValueError(
+            f"mask.plan was prepared for {plan.problem}, not {problem}: call jaxattn.prepare again"
+        )
     B, T, N, H = q_BTNH.shape
     length, kv_length = (block_map.stride(mask, x.shape[1]) for x in (q_BTNH, k_BSKH))
     merged = [_merge_rows(q_BTNH, length), *(_merge_rows(x, kv_length) for x in (k_BSKH, v_BSKH))]
@@ -90,44 +91,45 @@ def attention(
     o_BTNH = o_RNH[: B * length].reshape(B, length, N, H)[:, :T]
     if not return_lse:
         return o_BTNH
-    # +inf marks a row that sees nothing for the kernels; its sum of exponentials is 0.
+    # The kernels mark a row that sees nothing by +inf; its sum of exponentials is 0.
     lse_NR = jnp.where(lse_NR == jnp.inf, -jnp.inf, lse_NR / LOG2E)
     return o_BTNH, lse_NR[:, : B * length].T.reshape(B, length, N)[:, :T]
 
 
 def prepare(mask: Mask, q: Shaped, k: Shaped) -> Mask:
-    """The mask with the tile metadata of both kernels in `plan`."""
+    """Return the mask with the tile metadata of the kernels in `plan`."""
     return planned(mask, q, k, choose_tiles(q.shape[2], k.shape[2], q.shape[3]))
 
 
 def planned(mask: Mask, q: Shaped, k: Shaped, tiles: Tiles) -> Mask:
-    """As `prepare`, for tiles of one's own choice."""
+    """Do `prepare` for given tile sizes."""
     sizes = q.shape[0], q.shape[1], k.shape[1]
     return dataclasses.replace(mask, plan=_plan(mask, sizes, tiles, _problem(mask, q, k)))
 
 
 def describe(mask: Mask, q: Shaped, k: Shaped) -> tuple[str, float]:
-    """The tiles in words, and the share of the score matrix that the forward never visits."""
+    """Return the tiles in words, and the fraction of the score matrix that the forward skips."""
     batch, t, num_heads = q.shape[:3]
     plan = prepare(mask, q, k).plan
     work, fwd = plan.queries.work, plan.tiles.forward
-    before_last = (work[..., block_map.LIVE_TO] - 1) * fwd.block_kv
-    last = jnp.where(work[..., block_map.LIVE_COLUMNS] - before_last <= SHORT, SHORT, fwd.block_kv)
-    visited = before_last + last - work[..., block_map.LIVE_FROM] * fwd.block_kv
-    total = (batch * t / fwd.group) * k.shape[1]
+    before_last = (work[..., WorkField.LIVE_TO] - 1) * fwd.block_kv
+    short = work[..., WorkField.LIVE_COLUMNS] - before_last <= SHORT_KV
+    last = jnp.where(short, SHORT_KV, fwd.block_kv)
+    visited = before_last + last - work[..., WorkField.LIVE_FROM] * fwd.block_kv
+    total = (batch * t / fwd.warpgroup_queries) * k.shape[1]
     return str(plan.tiles), max(0.0, 1.0 - float(visited.sum()) / total)
 
 
-def why_not(device: Any, q: Shaped, scale: float | None = None) -> str | None:
-    """Why the kernels cannot run this on this device; None if they can.
+def why_not(device: jax.Device | DeviceSpec, q: Shaped, scale: float | None = None) -> str | None:
+    """Return the reason why the kernels cannot run on this device, or None.
 
-    The scale (None: the default one) must be above 0, because the maximum of scores is taken
-    before they are scaled.
+    The scale (None: the default) must be above 0, because the kernels take the maximum of scores
+    before scaling.
     """
     capability = str(getattr(device, "compute_capability", ""))
     if device.platform != "gpu" or capability != "9.0":
-        name = getattr(device, "device_kind", device.platform)
-        return f"its kernels are for Hopper GPUs (H100, H200; sm_90), this device is: {name}"
+        kind = device.device_kind
+        return f"its kernels are for Hopper GPUs (H100, H200; sm_90), this device is: {kind}"
     if jax.config.jax_enable_x64:
         return "its kernels count in 32 bits, and jax_enable_x64 is on: turn that off"
     if q.dtype not in DTYPES:
@@ -140,26 +142,32 @@ def why_not(device: Any, q: Shaped, scale: float | None = None) -> str | None:
 
 
 def _problem(mask: Mask, q: Shaped, k: Shaped) -> str:
-    """What a plan depends on, in words: all of it that is known while tracing."""
+    """Return the shapes and the kind of mask that a plan depends on, in words."""
     sizes = f"q {list(q.shape[:3])}, k {list(k.shape[:3])} (batch, tokens, heads)"
     return f"{sizes}, a mask that is {mask.kind}"
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))  # outside a jit too: one compilation, not 50
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))  # one compilation, not 50, outside a jit too
 def _plan(mask: Mask, sizes: tuple[int, int, int], tiles: Tiles, problem: str) -> Plan:
     def queries(tiles: ForwardTiles) -> BlockMap:
-        sizes_of_tile = {"group": tiles.group, "groups": CONSUMERS, "tile": tiles.block_kv}
-        return block_map.query_map(mask, *sizes, **sizes_of_tile, repeat=tiles.heads)
+        tiling = Tiling(
+            group_rows=tiles.warpgroup_queries,
+            groups=CONSUMERS,
+            block_cols=tiles.block_kv,
+            repeat=tiles.qheads_per_tile,
+        )
+        return block_map.query_map(mask, *sizes, tiling)
 
     fwd, bwd, dq = tiles.forward, tiles.backward, tiles.dq
-    same = (dq.heads, dq.block_kv) == (fwd.heads, fwd.block_kv)
-    keys = block_map.key_map(mask, *sizes, group=bwd.block_kv, groups=1, tile=bwd.block_q)
+    same = (dq.qheads_per_tile, dq.block_kv) == (fwd.qheads_per_tile, fwd.block_kv)
+    tiling = Tiling(group_rows=bwd.block_kv, groups=1, block_cols=bwd.block_q)
+    keys = block_map.key_map(mask, *sizes, tiling)
     dq_map = None if same else queries(dq)
     return Plan(queries=queries(fwd), keys=keys, dq=dq_map, tiles=tiles, problem=problem)
 
 
 def _merge_rows(x: Array, length: int) -> Array:
-    """[B, T, heads, H] as [B * length, heads, H], padded to the copy engine's 8 rows."""
+    """Reshape [B, T, heads, H] to [B * length, heads, H], padded to the 8 rows of TMA."""
     x = jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)))
     x = x.reshape(-1, *x.shape[2:])
     return jnp.pad(x, ((0, -x.shape[0] % block_map.ALIGN), (0, 0), (0, 0)))
@@ -167,7 +175,7 @@ def _merge_rows(x: Array, length: int) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _flash(q_RNH, k_CKH, v_CKH, plan: Plan, scale: float, deterministic: bool):
-    """Output, and log-sum-exp in units of log 2, of a row tile's multiple of rows."""
+    """Return the output, and the log-sum-exp in units of log 2, padded to whole row tiles."""
     return _flash_forward(q_RNH, k_CKH, v_CKH, plan, scale, deterministic)[0]
 
 
@@ -176,7 +184,7 @@ def _flash_forward(q_RNH, k_CKH, v_CKH, plan: Plan, scale: float, deterministic:
         q_RNH, k_CKH, v_CKH, plan.queries, scale=scale, tiles=plan.tiles.forward
     )
     # Under a scan that saves both, XLA fuses the kernel with the writes into the stacked residuals,
-    # and runs it a second time for whoever else reads o. The barrier keeps the two apart.
+    # and runs the kernel a second time for other readers of o. The barrier prevents the fusion.
     o_RNH, lse_NR = lax.optimization_barrier((o_RNH, lse_NR))
     o_RNH = checkpoint_name(o_RNH, OUT_NAME)
     lse_NR = checkpoint_name(lse_NR, LSE_NAME)
@@ -187,13 +195,13 @@ def _flash_backward(scale: float, deterministic: bool, residuals, gradients):
     q_RNH, k_CKH, v_CKH, o_RNH, lse_NR, plan = residuals
     do_RNH, dlse_NR = gradients
     # d(softmax) needs sum over keys of p * dp, which is sum over H of o * do.
-    # A product and a sum, not an einsum: XLA fuses them into one pass over both, where it would
-    # run N * R small matrix products (measured: 0.6 to 3 ms more on 32k tokens of 32 to 48 heads).
+    # A product and a sum, not an einsum: XLA fuses them into one pass. An einsum becomes N * R
+    # small matrix products (measured: 0.6 to 3 ms more on 32k tokens of 32 to 48 heads).
     delta_RN = (o_RNH.astype(jnp.float32) * do_RNH.astype(jnp.float32)).sum(axis=2)
     delta_NR = delta_RN.T
     delta_NR = jnp.pad(delta_NR, ((0, 0), (0, lse_NR.shape[1] - delta_NR.shape[1])))
-    # d lse / d s = p: the gradient of the log-sum-exp joins dp in p * (dp - delta). Where it is
-    # not used it is a constant 0, which XLA folds away.
+    # d lse / d s = p: the gradient of the log-sum-exp joins dp in p * (dp - delta). If the
+    # log-sum-exp is unused, its gradient is a constant 0, which XLA folds away.
     delta_NR = delta_NR - dlse_NR * LOG2E
     inputs = q_RNH, k_CKH, v_CKH, do_RNH, lse_NR, delta_NR
     tiles = plan.tiles

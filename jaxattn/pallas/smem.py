@@ -1,4 +1,4 @@
-"""Small facts about moving data on Hopper, shared by the kernels."""
+"""Shared-memory layout and ring slots, shared by the kernels."""
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -6,9 +6,9 @@ from jax import lax
 
 
 def swizzled(dtype) -> tuple:
-    """Layout of a tile in shared memory that the copy engine writes and wgmma reads.
+    """Return the layout of a tile in shared memory that TMA writes and wgmma reads.
 
-    8 rows of 128 bytes, whose 16-byte pieces are permuted so that no two rows meet in a bank.
+    8 rows of 128 bytes, whose 16-byte pieces are permuted so that no two rows share a bank.
     """
     minor = 128 // jnp.dtype(dtype).itemsize
     # pyright takes jax's own classes for abstract ones.
@@ -16,10 +16,10 @@ def swizzled(dtype) -> tuple:
 
 
 def ring_slot(i, slots: int):
-    """Slot of the i-th tile in a ring of stages, i from 0.
+    """Return the slot of the i-th tile in a ring of stages, i from 0.
 
-    A mask where it can be one: the remainder of a number that might be negative takes four
-    instructions, and registers that the backward kernel has not (it spilled 20 to 40 times a tile).
+    A bit mask where possible: the remainder of a number that may be negative takes four
+    instructions, and registers that the backward kernel lacks (it spilled 20 to 40 times a tile).
     """
     if slots & (slots - 1) == 0:
         return i & (slots - 1)

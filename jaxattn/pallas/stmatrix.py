@@ -1,4 +1,4 @@
-"""Stores that say which thread writes what, for where Pallas' own are slower."""
+"""Transposed store to shared memory by stmatrix, faster than the store of Pallas."""
 
 from typing import Any
 
@@ -14,17 +14,17 @@ utils = mgpu.utils
 
 
 def store_transposed(ref, value) -> None:
-    """Stores a tile's transpose in shared memory.
+    """Store the transpose of a tile in shared memory.
 
-    The four registers that hold 16 x 16 numbers of a warp are four matrices of 8 x 8, and stmatrix
-    stores these at once, transposed for nothing. Pallas' own store moves numbers between registers
-    first: 30 instructions more for 64 x 64, and as many registers in the tightest place of the
-    backward kernel.
+    Four registers hold 16 x 16 elements of a warp, as four matrices of 8 x 8. stmatrix stores these
+    at once, and transposes them at no cost. The store of Pallas moves elements between registers
+    first: 30 instructions more for 64 x 64, and as many registers where the backward kernel has
+    the fewest left.
 
     Args:
-      ref: [rows, 64] in shared memory, of 2-byte numbers; all of an array laid out by `swizzled`,
-        or 64 of its columns that start at a multiple of 64.
-      value: [64, rows] in the layout TILE, of the same type; rows a multiple of 16.
+      ref: [rows, 64] in shared memory, of a 2-byte dtype: an array with the layout `swizzled`, or
+        64 of its columns that start at a multiple of 64.
+      value: [64, rows] in the layout TILE, of the same dtype; rows is a multiple of 16.
 
     References:
       PTX ISA, stmatrix and the register fragments of wgmma.
@@ -43,11 +43,11 @@ def store_transposed(ref, value) -> None:
         registers = [utils.bitcast(x, i32) for x in value.registers.flat]
         thread = arith.andi(utils.thread_idx(), constant(127))
         warp, lane = arith.shrui(thread, constant(5)), arith.andi(thread, constant(31))
-        # Each lane gives the address of a row of 16 bytes: 8 lanes those of a matrix. Of the four
-        # the first two, which lie below each other in value, come to lie side by side.
+        # Each lane gives the address of a row of 16 bytes, 8 lanes the addresses of a matrix. The
+        # first two of the four matrices are above each other in value, side by side in ref.
         row, matrix = arith.andi(lane, constant(7)), arith.shrui(lane, constant(3))
         right, below = arith.andi(matrix, constant(1)), arith.shrui(matrix, constant(1))
-        # 128 bytes a row, its pieces of 16 exchanged by the row's number (the swizzle).
+        # Rows of 128 bytes, whose pieces of 16 are permuted by the row's index (the swizzle).
         piece = arith.addi(arith.muli(warp, constant(2)), right)
         offset = arith.addi(
             arith.muli(below, constant(below_bytes)),

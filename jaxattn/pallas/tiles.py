@@ -1,4 +1,4 @@
-"""Tile sizes of the kernels: what they may be, and which are used."""
+"""Tile sizes of the kernels: their bounds, and the choice by measured table or rule."""
 
 import dataclasses
 import functools
@@ -12,13 +12,13 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 
-# A warpgroup's share of a score tile: the rows of one wgmma instruction.
+# Rows of a score tile per warpgroup: the rows of one wgmma instruction.
 WARPGROUP_ROWS = 64
-# Warpgroups that compute; one more copies data in.
+# Consumer warpgroups; one more warpgroup is the producer.
 CONSUMERS = 2
-# Shared memory that one program may have on sm_90 (compute capability 9.0), in bytes.
+# Largest shared memory of one program on sm_90 (compute capability 9.0), in bytes.
 SMEM_BYTES = 232_448
-# What `python -m jaxattn.tune` found, where it has run.
+# Tile sizes that `python -m jaxattn.tune` measured.
 TABLE = pathlib.Path(__file__).parents[1] / "tuned.json"
 
 
@@ -27,20 +27,21 @@ class ForwardTiles:
     """Tile sizes of the forward kernel.
 
     Attributes:
-      heads: query heads of one kv head that share a tile, so that K and V are read once for all
-        of them and a short document fills more of the tile: 1, 2, 4 or 8.
+      qheads_per_tile: query heads of one kv head that share a tile (FlashAttention's pack_gqa), so
+        that K and V are read once for all of them and a short document fills more of the tile: 1,
+        2, 4 or 8.
       block_kv: keys in a tile, a multiple of 64.
-      stages: K tiles (and V tiles) in flight.
+      stages: K tiles (and V tiles) in shared memory.
     """
 
-    heads: int
+    qheads_per_tile: int
     block_kv: int
     stages: int
 
     @property
-    def group(self) -> int:
-        """Queries of one warpgroup; its 64 rows are `heads` heads of each."""
-        return WARPGROUP_ROWS // self.heads
+    def warpgroup_queries(self) -> int:
+        """Queries of one warpgroup, whose 64 rows are `qheads_per_tile` heads of each query."""
+        return WARPGROUP_ROWS // self.qheads_per_tile
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,8 +50,8 @@ class BackwardTiles:
 
     Attributes:
       block_q: queries in a tile, a multiple of 64.
-      block_kv: keys in a tile: 64 for each computing warpgroup.
-      stages: Q tiles (and dO tiles) in flight; also the slots of dS.
+      block_kv: keys in a tile: 64 for each consumer warpgroup.
+      stages: Q tiles (and dO tiles) in shared memory; also the slots of dS.
     """
 
     block_q: int
@@ -60,9 +61,10 @@ class BackwardTiles:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DqTiles(ForwardTiles):
-    """Tile sizes of the deterministic backward's dq kernel: rows as in the forward's.
+    """Tile sizes of the dq kernel of the deterministic backward: rows as in the forward kernel.
 
-    Where `heads` and `block_kv` are the forward's too, both kernels share one block map.
+    If `qheads_per_tile` and `block_kv` equal those of the forward kernel, both kernels share one
+    block map.
     """
 
 
@@ -75,45 +77,46 @@ class Tiles:
     dq: DqTiles
 
     def __str__(self) -> str:
-        """For log lines: queries x keys of a program's tile, heads that share it."""
+        """Return queries x keys of a program's tile and its query heads, for log lines."""
         fwd, bwd = self.forward, self.backward
         return (
-            f"forward {CONSUMERS * fwd.group}x{fwd.block_kv} x {fwd.heads} heads, "
+            f"forward {CONSUMERS * fwd.warpgroup_queries}x{fwd.block_kv} x "
+            f"{fwd.qheads_per_tile} heads, "
             f"backward {bwd.block_q}x{bwd.block_kv}"
         )
 
 
 def choose_tiles(num_heads: int, num_kv_heads: int, head_dim: int) -> Tiles:
-    """The tile sizes for these heads: as measured (`jaxattn.tune`), else by rule.
+    """Return the tile sizes for these heads: measured by `jaxattn.tune`, else by rule.
 
-    They decide speed; results differ by rounding only.
+    They change speed; results differ by rounding only.
     """
     heads = num_heads, num_kv_heads, head_dim
     return tuned_tiles(TABLE).get(heads) or rule_tiles(*heads)
 
 
 def rule_tiles(num_heads: int, num_kv_heads: int, head_dim: int) -> Tiles:
-    """Tile sizes within the shared-memory budget, for any heads.
+    """Return tile sizes within the shared-memory budget, for any heads.
 
-    128 keys a tile is the most that two computing warpgroups hold without register spills at
-    head_dim 128; two stages of it are what shared memory then allows. At head_dim 64 the backward
-    takes 128 queries, because dQ is split between the warpgroups by rows and wgmma wants 64.
+    128 keys a tile is the most that two consumer warpgroups hold without register spills at
+    head_dim 128; shared memory then allows two stages. At head_dim 64 the backward takes 128
+    queries, because the consumers split dQ by rows and wgmma needs 64 rows.
     """
     small = head_dim == 64
-    heads, stages = math.gcd(num_heads // num_kv_heads, 8), 4 if small else 2
+    qheads, stages = math.gcd(num_heads // num_kv_heads, 8), 4 if small else 2
     return Tiles(
-        forward=ForwardTiles(heads=heads, block_kv=128, stages=stages),
-        dq=DqTiles(heads=heads, block_kv=128, stages=stages),
+        forward=ForwardTiles(qheads_per_tile=qheads, block_kv=128, stages=stages),
+        dq=DqTiles(qheads_per_tile=qheads, block_kv=128, stages=stages),
         backward=BackwardTiles(block_q=128 if small else 64, block_kv=128, stages=2),
     )
 
 
 @functools.cache
 def tuned_tiles(path: pathlib.Path) -> dict[tuple[int, int, int], Tiles]:
-    """Tiles by (query heads, kv heads, head dim) from a table of `jaxattn.tune`.
+    """Read the tiles by (query heads, kv heads, head dim) from a table of `jaxattn.tune`.
 
-    Empty where there is no such file yet. The dq kernel of the deterministic backward is not
-    tuned: its tiles are the rule's.
+    Empty if there is no such file. The dq kernel is not tuned: its tiles are those of
+    `rule_tiles`.
     """
     if not path.exists():
         return {}
@@ -130,7 +133,7 @@ def tuned_tiles(path: pathlib.Path) -> dict[tuple[int, int, int], Tiles]:
 
 
 def scratch_bytes(scratch: Mapping[str, Any]) -> int:
-    """Bytes of shared memory that a kernel's `scratch` asks for, barriers included."""
+    """Return the bytes of shared memory of a kernel's `scratch`, with barriers."""
     total = 0
     for ref in scratch.values():
         if isinstance(ref, plgpu.Barrier):

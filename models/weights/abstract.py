@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
+from jaxattn.device import default_device
 from models import sharding
 from models.config import ModelConfig
 from models.internlm2 import InternLM2
@@ -37,12 +38,6 @@ def abstract(
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), model, places
     )
-
-
-def default_device() -> jax.Device:
-    """Where jax puts new arrays."""
-    chosen = jax.config.jax_default_device
-    return chosen if isinstance(chosen, jax.Device) else jax.devices()[0]
 
 
 def fill(model: InternLM2, values: Mapping[str, jax.Array]) -> InternLM2:

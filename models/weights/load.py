@@ -11,10 +11,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
+from jaxattn.device import default_device
 from models import sharding
 from models.config import ModelConfig
 from models.internlm2 import InternLM2
-from models.weights.abstract import abstract, default_device, fill
+from models.weights.abstract import abstract, fill
 from models.weights.hf_files import HFDirectory
 from models.weights.orbax_checkpoint import is_converted, load_orbax
 from models.weights.table import Weight, hf_tensors, is_known_extra, resolve, table

@@ -4,12 +4,13 @@ import math
 from pathlib import Path
 
 import jax.numpy as jnp
+import psutil
 
 from models.config import ModelConfig
 from models.weights.abstract import abstract, named_params
 from models.weights.table import hf_tensors
 
-_STATUS, _MACHINE = Path("/proc/self/status"), Path("/proc/meminfo")  # Linux alone has them
+_STATUS = Path("/proc/self/status")
 
 
 def largest_parameter_bytes(config: ModelConfig, dtype: str) -> int:
@@ -25,7 +26,7 @@ def largest_tensor_bytes(config: ModelConfig, dtype: str) -> int:
 
 
 def check_memory(config: ModelConfig, dtype: str) -> None:
-    """Checks that a conversion fits, before it begins; where nobody can say, that it does.
+    """Check that a conversion fits into the free memory, before it begins.
 
     Three times: the parameter, what orbax makes of it to compress it or from what it has read, and
     tensors on their way (measured: 2.6 to 2.7).
@@ -34,7 +35,7 @@ def check_memory(config: ModelConfig, dtype: str) -> None:
       MemoryError: it does not.
     """
     need, free = 3 * largest_parameter_bytes(config, dtype), available()
-    if free is not None and need > free:
+    if need > free:
         raise MemoryError(
             f"converting needs {need / 1e9:.1f} GB of memory (three times the largest parameter "
             f"of all {config.num_layers} layers, in {dtype}), {free / 1e9:.1f} GB are free: use a "
@@ -42,30 +43,23 @@ def check_memory(config: ModelConfig, dtype: str) -> None:
         )
 
 
-def available() -> int | None:
-    """Bytes of memory that programs can still take without swapping; None: unknown."""
-    return _field(_MACHINE, "MemAvailable")
+def available() -> int:
+    """Return the bytes of memory that programs can still take without swapping."""
+    return psutil.virtual_memory().available
 
 
-def resident() -> int | None:
-    """The memory that this process has now, in bytes; None: unknown."""
-    return _field(_STATUS, "VmRSS")
+def resident() -> int:
+    """Return the memory (resident set) of this process in bytes."""
+    return psutil.Process().memory_info().rss
 
 
 def peak() -> int | None:
-    """The most memory (resident set) that this process ever had, in bytes; None: unknown.
+    """Return the largest resident set that this process ever had, in bytes; None without /proc.
 
-    Mapped files are in it as far as they have been looked at, though the kernel can take these
-    pages away at any time.
+    psutil has no such figure on Linux, and `getrusage` starts with the parent's. Mapped files
+    count as far as they were read, though the kernel can take these pages away at any time.
     """
-    return _field(_STATUS, "VmHWM")
-
-
-def _field(file: Path, name: str) -> int | None:
-    if not file.exists():
+    if not _STATUS.exists():
         return None
-    for line in file.read_text().splitlines():
-        key, _, value = line.partition(":")
-        if key == name:
-            return 1024 * int(value.split()[0])
-    return None
+    fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+    return 1024 * int(fields["VmHWM"].split()[0]) if "VmHWM" in fields else None

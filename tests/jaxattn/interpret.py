@@ -1,11 +1,11 @@
-"""Runs the Pallas kernels on a CPU: jax's interpreter for Mosaic GPU, with what it lacks added.
+"""Run the Pallas kernels on a CPU: jax's interpreter for Mosaic GPU, with additions.
 
 The interpreter simulates the memories, barriers and copies of a GPU and runs every warpgroup as a
 thread, so numbers, hand-overs and bounds are real; the asynchrony of wgmma, the concurrency of
-programs and speed are not. What the kernels use and jax (0.11, 0.12) does not interpret:
+programs and speed are not. The kernels use features that jax 0.11 and 0.12 do not interpret:
 
 * `pl.run_state` over accumulators, wgmma with its left factor in registers, reduce-add copies;
-* code for single threads (`plgpu.inline_mgpu`): `softmax.rescale`, `softmax.flag` and
+* code for single threads (`plgpu.inline_mgpu`): `softmax.rescale`, `softmax.set_flags` and
   `stmatrix.store_transposed` are replaced by their formulas;
 * in 0.11, barriers whose last phases nobody waits for (0.12 allows them).
 
@@ -13,7 +13,8 @@ And one change for speed: all threads of all programs share one compiled functio
 compiles it in each thread.
 
 All this patches private code of jax, so it is bound to the versions it was checked with;
-`interpreted` skips the test, with the reason, on any other. Nothing stays patched after it.
+`interpreted` fails the test, with the reason, on any other: CI must not pass with the kernels
+untested. Nothing stays patched after it.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import pytest
 
-from jaxattn import api
+from jaxattn import device
 from jaxattn.pallas import softmax, stmatrix
 from jaxattn.pallas.wgmma.forward import kernel as forward
 
@@ -45,9 +46,10 @@ def interpreted(*, detect_races: bool = False) -> Iterator[None]:
         jax 0.12 only; it does not see the reads of wgmma.
     """
     if VERSION not in CHECKED_WITH:
-        pytest.skip(
-            f"the kernels' interpreter patches private code of jax and was checked with "
-            f"{', '.join(CHECKED_WITH)}, not {jax.__version__}; see interpreter_patches.py"
+        pytest.fail(
+            f"the kernels' interpreter patches private code of jax {', '.join(CHECKED_WITH)}, "
+            f"this is {jax.__version__}: adapt interpreter_patches.py, then CHECKED_WITH and the "
+            "bound of jax in pyproject.toml"
         )
     if jax.default_backend() != "cpu":
         pytest.skip(
@@ -58,10 +60,10 @@ def interpreted(*, detect_races: bool = False) -> Iterator[None]:
     from tests.jaxattn import interpreter_patches  # not before the version is known
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(api, "target_device", hopper))
+        stack.enter_context(mock.patch.object(device, "default_device", hopper))
         stack.enter_context(mock.patch.object(forward, "PROGRAMS", PROGRAMS))
         stack.enter_context(mock.patch.object(softmax, "rescale", rescale))
-        stack.enter_context(mock.patch.object(softmax, "flag", flag))
+        stack.enter_context(mock.patch.object(softmax, "set_flags", set_flags))
         stack.enter_context(mock.patch.object(stmatrix, "store_transposed", store_transposed))
         for owner, name, replacement in interpreter_patches.patches(VERSION):
             stack.enter_context(mock.patch.object(owner, name, replacement))
@@ -76,11 +78,11 @@ def rescale(x: jax.Array, alpha: jax.Array) -> jax.Array:
     return x * softmax.by_row(alpha, x.shape)
 
 
-def flag(flags, places, l: jax.Array) -> None:
-    """Stands for `softmax.flag`."""
+def set_flags(flags, indices, l: jax.Array) -> None:
+    """Stands for `softmax.set_flags`."""
     wrong = jnp.any(~(l <= 2.0**softmax.REACH))
-    for place in places:
-        flags[place] = jnp.where(wrong, 1, flags[place])
+    for index in indices:
+        flags[index] = jnp.where(wrong, 1, flags[index])
 
 
 def store_transposed(ref, value: jax.Array) -> None:
@@ -88,8 +90,6 @@ def store_transposed(ref, value: jax.Array) -> None:
     ref[...] = value.T
 
 
-def hopper() -> jax.Device:
-    """Stands for the GPU in `api.target_device`."""
-    device = mock.Mock(spec=jax.Device, platform="gpu", compute_capability="9.0")
-    device.device_kind = "Hopper stand-in"
-    return device
+def hopper() -> device.DeviceSpec:
+    """Return an H200, to replace `device.default_device`."""
+    return device.GPUS["h200"]

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxattn import ALIASES, IMPLEMENTATIONS, Mask, api, attention, describe, prepare, resolve
+from jaxattn import (
+    ALIASES,
+    IMPLEMENTATIONS,
+    Mask,
+    api,
+    attention,
+    describe,
+    device,
+    prepare,
+    resolve,
+)
 from jaxattn.pallas import op as pallas
 from jaxattn.pallas.tiles import rule_tiles
 from tests.jaxattn.interpret import hopper, interpreted
@@ -84,14 +94,13 @@ def test_misplaced_mask_is_named(name, monkeypatch):
         message = rf"^{what} is sharded P.*, must be P.*\({axis}, .*; see jax.reshard$"
         with pytest.raises(ValueError, match=message):
             attention(q, k, v, mask, impl="xla")
-        monkeypatch.setattr(api, "target_device", hopper)
+        monkeypatch.setattr(device, "default_device", hopper)
         with pytest.raises(ValueError, match=message):
             prepare(mask, q, k, impl="pallas")
 
 
-def test_every_device_plans_its_own_rows_and_heads(monkeypatch):
+def test_every_device_plans_its_own_rows_and_heads(on_hopper):
     """A sharded plan is the plans of the devices' parts, end to end."""
-    monkeypatch.setattr(api, "target_device", hopper)
     runs = np.random.default_rng(0).integers(0, 5, (4, 30))
     ids = np.repeat(np.sort(runs, axis=1), 10, axis=1).astype(np.int32)
     q, k, _ = _qkv(b=4, t=300, s=300, n=8, k=2, h=64, dtype=jnp.bfloat16)
@@ -110,9 +119,8 @@ def test_every_device_plans_its_own_rows_and_heads(monkeypatch):
 
 
 @pytest.mark.parametrize("by_row", [False, True])
-def test_every_device_plans_its_part_of_a_pattern(by_row, monkeypatch):
+def test_every_device_plans_its_part_of_a_pattern(by_row, on_hopper):
     """As without a pattern; one for all rows is not split, and the mask comes back with it."""
-    monkeypatch.setattr(api, "target_device", hopper)
     blocks = np.random.default_rng(0).random((4, 3, 3)) < 0.5
     blocks = blocks if by_row else blocks[0]
     q, k, _ = _qkv(b=4, t=300, s=300, n=8, k=2, h=64, dtype=jnp.bfloat16)
@@ -172,9 +180,8 @@ def test_auto_and_aliases_on_a_cpu():
     assert set(ALIASES.values()) <= set(IMPLEMENTATIONS)
 
 
-def test_auto_on_hopper(monkeypatch):
+def test_auto_on_hopper(on_hopper):
     """The kernels where they can run, else XLA with the reason."""
-    monkeypatch.setattr(api, "target_device", hopper)
     q, k, _ = _qkv(h=128, dtype=jnp.bfloat16)
     assert resolve("auto", q, k) == ("pallas", "auto: a Hopper GPU")
     assert resolve("flash_attention_2", q, k)[0] == "pallas"
@@ -182,9 +189,8 @@ def test_auto_on_hopper(monkeypatch):
     assert name == "xla" and "head_dim 64 or 128, not 96" in why
 
 
-def test_pallas_is_refused_under_x64(monkeypatch):
+def test_pallas_is_refused_under_x64(on_hopper):
     """Its kernels mix their 32-bit counters with what jax then makes 64 bits wide."""
-    monkeypatch.setattr(api, "target_device", hopper)
     q, k, v = _qkv(h=128, dtype=jnp.bfloat16)
     with jax.enable_x64(True):
         with pytest.raises(NotImplementedError, match="jax_enable_x64 is on.*use impl='xla'"):
@@ -195,20 +201,11 @@ def test_pallas_is_refused_under_x64(monkeypatch):
 
 def test_auto_on_another_gpu(monkeypatch):
     """An A100 gets XLA, and pallas asked for by name names the device."""
-    ampere = hopper()
-    ampere.compute_capability, ampere.device_kind = "8.0", "NVIDIA A100"
-    monkeypatch.setattr(api, "target_device", lambda: ampere)
+    monkeypatch.setattr(device, "default_device", lambda: device.GPUS["a100-80"])
     q, k, v = _qkv(h=128, dtype=jnp.bfloat16)
     assert resolve("auto", q, k)[0] == "xla"
-    with pytest.raises(NotImplementedError, match="NVIDIA A100; use impl='xla'"):
+    with pytest.raises(NotImplementedError, match="NVIDIA A100.*; use impl='xla'"):
         attention(q, k, v, impl="pallas")
-
-
-def test_a_named_platform_counts_on_a_gpu_machine(monkeypatch):
-    """Nothing is compiled for the GPU that jax would else take."""
-    monkeypatch.setattr(jax, "devices", lambda: [hopper()])
-    with jax.default_device("cpu"):
-        assert api.target_device().platform == "cpu"
 
 
 @CPU
@@ -236,17 +233,15 @@ def test_gpu_implementations_are_refused_on_a_cpu(impl):
     ],
     ids=["pallas dtype", "pallas head_dim", "cudnn documents", "cudnn blocks", "cudnn dtype"],
 )
-def test_what_an_implementation_cannot(impl, changes, mask, message, monkeypatch):
+def test_what_an_implementation_cannot(impl, changes, mask, message, on_hopper):
     """On a Hopper GPU: NotImplementedError with the value and what to use instead."""
-    monkeypatch.setattr(api, "target_device", hopper)
     q, k, v = _qkv(**{"h": 128, "dtype": jnp.bfloat16, **changes})
     with pytest.raises(NotImplementedError, match=message):
         attention(q, k, v, mask, impl=impl)
 
 
-def test_cudnn_promises_no_repeatable_bits(monkeypatch):
+def test_cudnn_promises_no_repeatable_bits(on_hopper):
     """Asked to be deterministic it is refused, by `resolve` too, before a run starts."""
-    monkeypatch.setattr(api, "target_device", hopper)
     q, k, v = _qkv(h=128, dtype=jnp.bfloat16)
     for ask in (lambda **x: attention(q, k, v, **x), lambda **x: resolve(q=q, k=k, **x)):
         with pytest.raises(NotImplementedError, match="deterministic=True.*use impl='pallas'"):
@@ -262,8 +257,7 @@ def test_one_form_is_deterministic_too(impl):
     np.testing.assert_array_equal(got, attention(q, k, v, impl=impl))
 
 
-def test_pallas_needs_a_positive_scale(monkeypatch):
-    monkeypatch.setattr(api, "target_device", hopper)
+def test_pallas_needs_a_positive_scale(on_hopper):
     q, k, v = _qkv(h=128, dtype=jnp.bfloat16)
     with pytest.raises(NotImplementedError, match="it takes scale > 0, not -1.0; use impl='xla'"):
         attention(q, k, v, impl="pallas", scale=-1.0)
@@ -283,7 +277,7 @@ def test_auto_asks_what_it_chose_as_well():
 @CPU
 def test_eager_is_refused_where_its_scores_cannot_fit(monkeypatch):
     """The message has what it would need, what there is, and what to use; nothing is allocated."""
-    monkeypatch.setattr(api, "device_memory", lambda device: 80 << 30)
+    monkeypatch.setattr(device, "device_memory", lambda device: 80 << 30)
     q = jax.ShapeDtypeStruct((1, 32_768, 32, 128), jnp.bfloat16)
     k = jax.ShapeDtypeStruct((1, 32_768, 8, 128), jnp.bfloat16)
     with pytest.raises(NotImplementedError, match=r"384 GiB a layer, this device has 80 GiB"):
@@ -367,14 +361,15 @@ def test_scale_is_a_finite_number(scale):
     ],
     ids=["window", "causal", "blocks", "batch", "tokens", "kv heads"],
 )
-def test_a_plan_of_something_else_is_refused(other, monkeypatch):
+def test_a_plan_of_something_else_is_refused(other, on_hopper):
     """It would be wrong numbers, or reads outside of the arrays."""
-    monkeypatch.setattr(api, "target_device", hopper)
     sizes = {"h": 64, "dtype": jnp.bfloat16}
     q, k, _ = _qkv(**sizes)
     mask = dataclasses.replace(prepare(Mask(), q, k), **other.get("mask", {}))
     arrays = _qkv(**sizes, **other.get("sizes", {}))
-    message = r"mask.plan was prepared for q \[2, 16, 4\], k \[2, 16, 2\] .*: prepare again"
+    message = (
+        r"mask.plan was prepared for q \[2, 16, 4\], k \[2, 16, 2\] .*: call jaxattn.prepare again"
+    )
     with pytest.raises(ValueError, match=message):
         attention(*arrays, mask, impl="pallas")
 
@@ -411,30 +406,28 @@ def test_describe_under_a_mesh(monkeypatch):
     with jax.set_mesh(mesh):
         q, k = (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=bnh) for x in (q, k))
         assert describe("xla", q, k, mask).tiles == "2 slices of 2048 queries x 4096 keys"
-        monkeypatch.setattr(api, "target_device", hopper)
+        monkeypatch.setattr(device, "default_device", hopper)
         assert 0.4 < describe("pallas", q, k, mask).skipped < 0.5
     assert heads_seen == [(8, 4, 128)]
 
 
-def test_describe_on_hopper(monkeypatch):
+def test_describe_on_hopper(on_hopper):
     """Pallas names its tiles and what the mask spares: half for causal, most for packs."""
-    monkeypatch.setattr(api, "target_device", hopper)
     q = jax.ShapeDtypeStruct((1, 4096, 8, 128), jnp.bfloat16)
     k = jax.ShapeDtypeStruct((1, 4096, 2, 128), jnp.bfloat16)
     assert 0.4 < describe("pallas", q, k, Mask()).skipped < 0.5
     packed = Mask(segment_ids=jnp.repeat(jnp.arange(1, 33, dtype=jnp.int32), 128)[None])
     found = describe("pallas", q, k, packed)
     assert 0.9 < found.skipped < 1.0
-    assert "pallas (asked for) on Hopper stand-in; tiles forward 32x128 x 4 heads" in str(found)
+    assert "pallas (asked for) on NVIDIA H200; tiles forward 32x128 x 4 heads" in str(found)
     assert "mask causal + documents" in str(found)
 
 
-def test_describe_counts_the_blocks_of_a_pattern(monkeypatch):
+def test_describe_counts_the_blocks_of_a_pattern(on_hopper):
     """Every block of 128 x 128 that the pattern, and causal order, hide is skipped.
 
     Of a block on the diagonal, its first 64 queries skip the last 64 keys.
     """
-    monkeypatch.setattr(api, "target_device", hopper)
     q = jax.ShapeDtypeStruct((2, 2048, 8, 128), jnp.bfloat16)
     k = jax.ShapeDtypeStruct((2, 2048, 2, 128), jnp.bfloat16)
     blocks = np.random.default_rng(0).random((2, 16, 16)) < 0.3

@@ -10,38 +10,30 @@ from hypothesis import strategies as st
 from jaxattn import Mask
 from jaxattn.block_map import (
     ALIGN,
-    BY_ID,
-    COLUMNS,
-    COUNT,
-    FULL_FROM,
-    FULL_TO,
-    LIVE_COLUMNS,
-    LIVE_FROM,
-    LIVE_TO,
-    NEVER,
-    START,
-    TILE,
+    SENTINEL,
     BlockMap,
+    Tiling,
     key_map,
     query_map,
     stride,
 )
+from jaxattn.block_map import WorkField as W
 from jaxattn.mask import BLOCK
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 # Small tiles, so that small masks have many: a group of rows, groups in a tile, a column tile.
 GROUP, GROUPS, COLS, REPEAT = 8, 2, 16, 3
+Q_TILING = Tiling(group_rows=GROUP, groups=GROUPS, block_cols=COLS, repeat=REPEAT)
+K_TILING = Tiling(group_rows=GROUP, groups=1, block_cols=COLS)
 B, T, S = 2, 75, 90
 BLOCK_MAPS = {
     "queries": jax.jit(
-        lambda mask, s: query_map(
-            mask, B, T, s, group=GROUP, groups=GROUPS, tile=COLS, repeat=REPEAT
-        ),
+        lambda mask, s: query_map(mask, B, T, s, Q_TILING),
         static_argnums=1,
     ),
     "keys": jax.jit(
-        lambda mask, s: key_map(mask, B, T, s, group=GROUP, groups=1, tile=COLS),
+        lambda mask, s: key_map(mask, B, T, s, K_TILING),
         static_argnums=1,
     ),
 }
@@ -94,13 +86,13 @@ def row_groups(found: BlockMap, side: str, whole: np.ndarray):
     padded[: len(whole), : whole.shape[1]] = whole
     for at, fields in enumerate(work):
         for g in range(groups):
-            row = (fields[g, TILE] * groups + g) * GROUP
+            row = (fields[g, W.ROW_TILE] * groups + g) * GROUP
             yield fields[g], padded[row : row + GROUP], (at, g)
 
 
 def tile_starts(found: BlockMap, fields: np.ndarray) -> list[int]:
     """First column of each tile that the kernel visits for this row of the work list."""
-    at, tiles = fields[START], range(fields[COUNT])
+    at, tiles = fields[W.START], range(fields[W.COUNT])
     if found.cols is None:
         assert at % ALIGN == 0
         return [at + t * COLS for t in tiles]
@@ -112,23 +104,23 @@ def check(found: BlockMap, mask: Mask, s: int, side: str, t: int = T) -> None:
     for fields, rows, (at, g) in row_groups(found, side, dense(mask, s, side, t)):
         starts = tile_starts(found, fields)
         assert len(set(starts)) == len(starts)
-        assert 0 <= fields[LIVE_FROM] < fields[LIVE_TO] <= fields[COUNT]
-        assert -(-fields[COLUMNS] // COLS) == fields[COUNT]
-        assert 0 < fields[LIVE_COLUMNS] <= min(fields[COLUMNS], fields[LIVE_TO] * COLS)
-        live = range(fields[LIVE_FROM], fields[LIVE_TO])
-        ends = np.minimum(COLS, fields[LIVE_COLUMNS] - COLS * np.arange(fields[COUNT]))
+        assert 0 <= fields[W.LIVE_FROM] < fields[W.LIVE_TO] <= fields[W.COUNT]
+        assert -(-fields[W.COLUMNS] // COLS) == fields[W.COUNT]
+        assert 0 < fields[W.LIVE_COLUMNS] <= min(fields[W.COLUMNS], fields[W.LIVE_TO] * COLS)
+        live = range(fields[W.LIVE_FROM], fields[W.LIVE_TO])
+        ends = np.minimum(COLS, fields[W.LIVE_COLUMNS] - COLS * np.arange(fields[W.COUNT]))
         in_live = sum(rows[:, starts[t] : starts[t] + max(ends[t], 0)].sum() for t in live)
         assert rows.sum() == in_live, f"{mask.kind}: a visible pair is not live"
-        first, last = np.asarray(found.ends)[at, g][:, :GROUP]
+        first, last = np.asarray(found.row_bounds)[at, g][:, :GROUP]
         for t in live:
             cols = np.arange(starts[t], starts[t] + COLS)
             kept = np.ones((GROUP, COLS), bool)
-            if t < fields[FULL_FROM]:
+            if t < fields[W.FULL_FROM]:
                 kept &= cols >= first[:, None]
-                if fields[BY_ID]:
+                if fields[W.BY_ID]:
                     ids, col_ids = np.asarray(found.row_ids)[at, g], np.asarray(found.col_ids)
                     kept &= ids[:GROUP, None] == col_ids[cols]
-            if t >= fields[FULL_TO]:
+            if t >= fields[W.FULL_TO]:
                 kept &= cols <= last[:, None]
             want = rows[:, cols[0] : cols[0] + COLS]
             np.testing.assert_array_equal(kept, want, f"{mask.kind}: tile {t} of {fields}")
@@ -172,8 +164,8 @@ def patterns(draw) -> tuple[Mask, int, int]:
 
 def pattern_map(mask: Mask, t: int, s: int, side: str) -> BlockMap:
     if side == "queries":
-        return query_map(mask, B, t, s, group=GROUP, groups=GROUPS, tile=COLS, repeat=REPEAT)
-    return key_map(mask, B, t, s, group=GROUP, groups=1, tile=COLS)
+        return query_map(mask, B, t, s, Q_TILING)
+    return key_map(mask, B, t, s, K_TILING)
 
 
 PATTERN_MAP = jax.jit(pattern_map, static_argnums=(1, 2, 3))
@@ -191,7 +183,7 @@ def test_patterns_with_holes(side, drawn):
     pattern = pattern if side == "queries" else pattern.transpose(0, 2, 1)
     rows_of_tile = GROUP * (GROUPS if side == "queries" else 1)
     for fields in np.asarray(found.work)[:, 0]:
-        batch, row = divmod(fields[TILE] * rows_of_tile // BLOCK, pattern.shape[1])
+        batch, row = divmod(fields[W.ROW_TILE] * rows_of_tile // BLOCK, pattern.shape[1])
         starts = np.array(tile_starts(found, fields)) - batch * pattern.shape[2] * BLOCK
         live = pattern[batch, row, starts // BLOCK]
         assert live.all() or live.size == 1, "a dead tile only where one stands for none"
@@ -203,7 +195,7 @@ def test_a_pattern_of_all_blocks_costs_at_most_a_tile():
     plain = PATTERN_MAP(Mask(segment_ids=ids), 256, 256, "keys").work
     full = Mask(segment_ids=ids, blocks=jnp.ones((2, 2), bool))
     listed = PATTERN_MAP(full, 256, 256, "keys").work
-    assert 0 <= listed[:, 0, COUNT].sum() - plain[:, 0, COUNT].sum() <= len(plain)
+    assert 0 <= listed[:, 0, W.COUNT].sum() - plain[:, 0, W.COUNT].sum() <= len(plain)
 
 
 @pytest.mark.parametrize(("group", "tile"), [(8, 256), (8, 96), (24, 64), (128, 64)])
@@ -211,7 +203,7 @@ def test_patterns_need_tiles_that_divide_their_blocks(group, tile):
     """One line with the tile's size, before anything is compiled."""
     mask = Mask(blocks=jnp.ones((2, 2), bool))
     with pytest.raises(NotImplementedError, match=f"{2 * group} x {tile} .*impl='xla'"):
-        query_map(mask, 1, 256, 256, group=group, groups=2, tile=tile, repeat=1)
+        query_map(mask, 1, 256, 256, Tiling(group_rows=group, groups=2, block_cols=tile))
 
 
 @pytest.mark.parametrize("side", ["queries", "keys"])
@@ -225,13 +217,14 @@ def test_ranges_of_contiguous_documents_are_tight(side):
         if mask.window is not None or mask.kv_segment_ids is not None:
             continue
         for fields, rows, _ in row_groups(BLOCK_MAPS[side](mask, s), side, dense(mask, s, side)):
-            tiles = range(fields[LIVE_FROM], fields[LIVE_TO])
-            starts = [fields[START] + t * COLS for t in tiles]
+            tiles = range(fields[W.LIVE_FROM], fields[W.LIVE_TO])
+            starts = [fields[W.START] + t * COLS for t in tiles]
             live = [rows[:, start : start + COLS].any() for start in starts]
             assert all(live) or (len(live) == 1 and not rows.any()), mask.kind
             if rows.any():
                 assert (
-                    np.flatnonzero(rows.any(axis=0))[-1] + 1 - fields[START] == fields[LIVE_COLUMNS]
+                    np.flatnonzero(rows.any(axis=0))[-1] + 1 - fields[W.START]
+                    == fields[W.LIVE_COLUMNS]
                 )
 
 
@@ -240,13 +233,13 @@ def test_ranges_of_contiguous_documents_are_tight(side):
 def test_ends_and_by_id(side, contiguous):
     """Ends are the first and last column of each row's document that the index tests leave.
 
-    BY_ID is set exactly for tiles with a row whose document has other tokens in between.
+    W.BY_ID is set exactly for tiles with a row whose document has other tokens in between.
     """
     for mask, s in masks(contiguous):
         found = BLOCK_MAPS[side](mask, s)
         ids, key_ids = mask.segment_ids, mask.key_ids
         if ids is None:
-            assert not np.asarray(found.work)[..., BY_ID].any()
+            assert not np.asarray(found.work)[..., W.BY_ID].any()
             assert found.row_ids is None and found.col_ids is None
             continue
         ids, other = (
@@ -264,10 +257,12 @@ def test_ends_and_by_id(side, contiguous):
         rows_of_tile = GROUP * (GROUPS if side == "queries" else 1)
         work = np.asarray(found.work)
         for fields in work:
-            tile = slice(fields[0, TILE] * rows_of_tile, (fields[0, TILE] + 1) * rows_of_tile)
-            assert (fields[:, BY_ID] == interrupted[tile].any()).all(), mask.kind
+            tile = slice(
+                fields[0, W.ROW_TILE] * rows_of_tile, (fields[0, W.ROW_TILE] + 1) * rows_of_tile
+            )
+            assert (fields[:, W.BY_ID] == interrupted[tile].any()).all(), mask.kind
         for _, rows, (at, g) in row_groups(found, side, dense(mask, s, side)):
-            first, last = np.asarray(found.ends)[at, g][:, :GROUP]
+            first, last = np.asarray(found.row_bounds)[at, g][:, :GROUP]
             for row, a, b in zip(rows, first, last, strict=True):
                 seen = np.flatnonzero(row)
                 if contiguous and seen.size:
@@ -275,23 +270,25 @@ def test_ends_and_by_id(side, contiguous):
                 elif seen.size:  # with holes the window may end in one
                     assert a <= seen[0] and b >= seen[-1]
                 else:
-                    assert contiguous is False or (a, b) == (NEVER, -1)
+                    assert contiguous is False or (a, b) == (SENTINEL, -1)
 
 
 def test_longest_tiles_come_first_and_each_once():
     for mask, s in masks(contiguous=True):
         for side in BLOCK_MAPS:
             work = np.asarray(BLOCK_MAPS[side](mask, s).work)
-            assert (np.diff(work[:, 0, COUNT]) <= 0).all()
-            assert sorted(work[:, 0, TILE]) == list(range(len(work)))
-            assert (work[..., : BY_ID + 1] == work[:, :1, : BY_ID + 1]).all()  # shared by groups
+            assert (np.diff(work[:, 0, W.COUNT]) <= 0).all()
+            assert sorted(work[:, 0, W.ROW_TILE]) == list(range(len(work)))
+            assert (
+                work[..., : W.BY_ID + 1] == work[:, :1, : W.BY_ID + 1]
+            ).all()  # shared by groups
 
 
 def test_repeat_copies_the_rows_for_each_head():
     """Heads that share a tile see the same columns: their rows follow one another."""
     mask, s = next(masks(contiguous=True))
     found = BLOCK_MAPS["queries"](mask, s)
-    for x in (found.ends, found.row_ids):
+    for x in (found.row_bounds, found.row_ids):
         assert x.shape[-1] == REPEAT * GROUP
         parts = np.split(np.asarray(x), REPEAT, axis=-1)
         for part in parts[1:]:
@@ -302,8 +299,9 @@ def test_repeat_copies_the_rows_for_each_head():
 def test_memory_is_linear(length):
     """Bytes grow with T, not with T squared: at most 64 a token, where a row of pairs has T."""
     mask = Mask(segment_ids=jnp.ones((1, length), jnp.int32))
+    tiling = Tiling(group_rows=16, groups=2, block_cols=128, repeat=4)
     sizes = jax.eval_shape(
-        lambda mask: query_map(mask, 1, length, length, group=16, groups=2, tile=128, repeat=4),
+        lambda mask: query_map(mask, 1, length, length, tiling),
         mask,
     )
     assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(sizes)) <= 64 * length

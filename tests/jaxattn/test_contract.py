@@ -15,7 +15,7 @@ import pytest
 
 from jaxattn import block_map
 from jaxattn.pallas import op
-from jaxattn.pallas.wgmma.forward.context import SHORT
+from jaxattn.pallas.wgmma.forward.context import SHORT_KV
 from tests.jaxattn.interpret import interpreted
 from tests.jaxattn.oracle import (
     NAMES,
@@ -242,7 +242,7 @@ def branches(problem: Problem) -> set[str]:
         ("backward", plan.keys, plan.tiles.backward.block_q),
     )
     for kernel, found, tile_size in kernels:
-        for group in np.asarray(found.work).reshape(-1, block_map.FIELDS).tolist():
+        for group in np.asarray(found.work).reshape(-1, block_map.WORK_FIELDS).tolist():
             _, start, count, _, by_id, live_from, live_to, columns, full_from, full_to = group[:10]
             if found.cols is not None:
                 steps = np.diff(np.asarray(found.cols)[start : start + count])
@@ -252,7 +252,7 @@ def branches(problem: Problem) -> set[str]:
             reached |= {f"{kernel} skips before"} if live_from > 0 else set()
             reached |= {f"{kernel} skips behind"} if live_to < count else set()
             length = "one" if live_to - live_from == 1 else "more"
-            end = "short" if columns - (live_to - 1) * tile_size <= SHORT else "whole"
+            end = "short" if columns - (live_to - 1) * tile_size <= SHORT_KV else "whole"
             reached.add(f"{kernel} {length}, {end} at the end")
             for tile in range(live_from, live_to):
                 cut = ["below"] * (tile < full_from) + ["above"] * (tile >= full_to)

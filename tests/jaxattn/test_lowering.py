@@ -4,7 +4,6 @@ Lowering runs Mosaic GPU's layout inference and checks; nothing is executed.
 """
 
 import re
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +11,10 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxattn import Mask, api, attention, prepare
+from jaxattn import Mask, attention, prepare
 from jaxattn.pallas.op import LSE_NAME, OUT_NAME
-from tests.jaxattn.interpret import hopper
 
-
-@pytest.fixture(autouse=True)
-def _on_hopper():
-    with mock.patch.object(api, "target_device", hopper):
-        yield
+pytestmark = pytest.mark.usefixtures("on_hopper")
 
 
 def _qkv(n=4, k=2, h=128, dtype=jnp.bfloat16, b=1, t=300):

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxattn import Mask, api, attention
-from tests.jaxattn.interpret import hopper
+from jaxattn import Mask, attention
 from tests.jaxattn.oracle import (
     Problem,
     check_error,
@@ -139,9 +138,8 @@ def test_sharded_equals_unsharded(impl):
     np.testing.assert_allclose(np.asarray(lse), np.asarray(want), rtol=1e-5, atol=1e-5)
 
 
-def test_cudnn_refuses(monkeypatch):
+def test_cudnn_refuses(on_hopper):
     """Jax.nn rounds cuDNN's to 16 bits and drops its gradient: better none."""
-    monkeypatch.setattr(api, "target_device", hopper)
     q = jnp.zeros((1, 16, 2, 64), jnp.bfloat16)
     with pytest.raises(NotImplementedError, match="return_lse=True.*use impl='pallas'"):
         attention(q, q, q, impl="cudnn", return_lse=True)

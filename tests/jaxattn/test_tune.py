@@ -30,7 +30,7 @@ def test_rule_is_among_the_candidates(layout):
     for part in candidates:
         fits = tune_candidates.smem_bytes(part, layout) <= SMEM_BYTES
         assert fits == (tune_candidates.why_not(part, layout) is None)
-        assert layout[0] // layout[1] % part.heads == 0
+        assert layout[0] // layout[1] % part.qheads_per_tile == 0
 
 
 def test_dry_run_lists_candidates_without_a_gpu(capsys, tmp_path):
@@ -93,27 +93,29 @@ def fake_gpu(monkeypatch):
 def test_search_drops_what_is_wrong_and_keeps_the_fastest(fake_gpu, capsys):
     """Candidates that fail or differ are named and left out, and the fastest other is chosen."""
     rule = dataclasses.replace(
-        tiles.rule_tiles(*LAYOUT), forward=ForwardTiles(heads=2, block_kv=128, stages=2)
+        tiles.rule_tiles(*LAYOUT), forward=ForwardTiles(qheads_per_tile=2, block_kv=128, stages=2)
     )
     candidates = [
         dataclasses.replace(rule, forward=part)
         for part in tune_candidates.forward_candidates(LAYOUT)
-        if part.heads == 2
+        if part.qheads_per_tile == 2
     ]
     best, ms = tune.fastest(tune._forward, rule, candidates, {"small": SMALL})
     assert best.forward.block_kv == 64 and best.forward.stages < 4
     assert ms == {"small": [2.0, 1.0]}
     printed = capsys.readouterr().out
     dropped = [line for line in printed.splitlines() if "192 keys, 2 stages" in line]
-    assert dropped and all("out, o differs by 10." in line for line in dropped)
-    assert "out, cannot run: too many stages\n" in printed
+    assert dropped and all("dropped: o differs by 10." in line for line in dropped)
+    assert "dropped: cannot run: too many stages\n" in printed
 
 
 def some_tiles(count, stages=2):
     """That differ in their forward part."""
     rule = tiles.rule_tiles(*LAYOUT)
     return [
-        dataclasses.replace(rule, forward=ForwardTiles(heads=2, block_kv=keys, stages=stages))
+        dataclasses.replace(
+            rule, forward=ForwardTiles(qheads_per_tile=2, block_kv=keys, stages=stages)
+        )
         for keys in (64, 128, 192, 256)[:count]
     ]
 
@@ -185,7 +187,7 @@ def test_row_is_written_and_used(monkeypatch, tmp_path):
     rule = tiles.rule_tiles(*LAYOUT)
     row |= {"backward": dataclasses.asdict(rule.backward)}
     for keys in (128, 64):
-        forward = ForwardTiles(heads=1, block_kv=keys, stages=3)
+        forward = ForwardTiles(qheads_per_tile=1, block_kv=keys, stages=3)
         tune.write(row | {"forward": dataclasses.asdict(forward)}, path)
         tune.write(row | {"forward": dataclasses.asdict(forward), "num_heads": 2}, path)
     assert len(json.loads(path.read_text())) == 2
@@ -196,7 +198,9 @@ def test_kernels_run_with_a_plan_for_other_tiles():
     """What the tuner times is the kernel with the candidate's tiles, and it is right."""
     arrays = tune.inputs(SMALL)
     rule = tiles.rule_tiles(*LAYOUT)
-    other = dataclasses.replace(rule, forward=ForwardTiles(heads=1, block_kv=64, stages=2))
+    other = dataclasses.replace(
+        rule, forward=ForwardTiles(qheads_per_tile=1, block_kv=64, stages=2)
+    )
     with interpreted():
         expected = tune._forward(*arrays, tune.planned(SMALL, rule))
         found = tune._forward(*arrays, tune.planned(SMALL, other))

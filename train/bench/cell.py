@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxattn import ALIASES, device_memory
+from jaxattn import ALIASES
+from jaxattn.device import device_memory
+from jaxattn.errors import is_out_of_memory
 from models.config import PRESETS
 from models.internlm2 import InternLM2, init
 from train.attention import resolve_attention
@@ -194,7 +196,7 @@ def main() -> None:
     except (ValueError, NotImplementedError, OSError) as error:
         result = dataclasses.asdict(cell) | {"why": str(error)}
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not is_out_of_memory(error):
             raise
         planned = program.plan.total / GiB
         why = f"out of memory with remat {cell.remat}; the plan says {planned:.1f} GiB"

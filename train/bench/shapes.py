@@ -10,10 +10,11 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxattn.bench.shapes import document_lengths
+from jaxattn.device import peak_flops
 from models.config import PRESETS
 from models.tokenizer import load_tokenizer
 from train.data import Batch, default_cache, open_data
-from train.metrics.flops import PEAK_FLOPS, causal_pairs, training_flops
+from train.metrics.flops import causal_pairs, training_flops
 
 RowKind = Literal["dense", "packed", "data"]
 
@@ -190,7 +191,7 @@ def outcome(
         "tokens_per_second": tokens / len(work) / seconds,
         "filled": tokens / places,
     }
-    if device in PEAK_FLOPS:
+    if peak := peak_flops(device):
         useful = training_flops(PRESETS[cell.model], tokens, pairs) / len(work)
-        found["mfu"] = useful / seconds / (PEAK_FLOPS[device] * devices)
+        found["mfu"] = useful / seconds / (peak * devices)
     return found

@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
+from jaxattn.errors import first_line
 from train.config.sections import DistConfig
 
 OWN = ("dist.id", "data.cache", "traceback")
@@ -65,7 +66,7 @@ def connect(config: DistConfig) -> None:
                 **given, initialization_timeout=2 * seconds, heartbeat_timeout_seconds=seconds
             )
         except (RuntimeError, ValueError) as error:
-            raise ValueError(f"{apart}: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"{apart}: {first_line(error)}") from error
 
 
 def check_same(flags: Mapping[str, object]) -> None:

@@ -10,22 +10,10 @@ References:
     "PaLM", Chowdhery et al. 2022, appendix B, for MFU; there pairs are all T * T.
 """
 
-import jax
 import numpy as np
 from jaxtyping import Array, Int
 
 from models.config import ModelConfig
-
-PEAK_FLOPS = {
-    "NVIDIA H200": 989e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-}
-"""Dense bf16 FLOP/s by `device_kind`; the datasheets' 1,979e12 is with sparsity."""
-
-
-def peak_flops(device: jax.Device) -> float | None:
-    """Peak of one device in FLOP/s, or None where it is not known: then no MFU is shown."""
-    return PEAK_FLOPS.get(device.device_kind)
 
 
 def causal_pairs(segment_ids_BT: Int[np.ndarray | Array, "B T"]) -> int:

@@ -16,8 +16,9 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import jax
 from tqdm import tqdm
 
+from jaxattn.device import peak_flops
 from models.config import ModelConfig
-from train.metrics.flops import peak_flops, training_flops
+from train.metrics.flops import training_flops
 from train.metrics.records import Records
 
 Part = Literal["data", "checkpoint", "evaluation"]

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from jaxattn import Mask, device_memory, resolve
+from jaxattn import Mask, resolve
+from jaxattn.device import GPUS, DeviceSpec, default_device, device_memory
 from models.weights.abstract import abstract
 from train.config.config import Config
 from train.distributed import device
@@ -30,27 +31,6 @@ from train.run.resolve import (
 )
 from train.step.optim import optimizer
 from train.step.state import abstract_state
-
-
-@dataclasses.dataclass(frozen=True)
-class Described:
-    """What is asked of a GPU that is not here, as `jax.Device` would answer."""
-
-    device_kind: str
-    gib: float
-    compute_capability: str = "9.0"
-    platform: str = "gpu"
-
-    def memory_stats(self) -> dict[str, int]:
-        """The share of its memory that a run takes."""
-        return {"bytes_limit": int(self.gib * device.SHARE * GiB)}
-
-
-DEVICES = {
-    "h200": Described("NVIDIA H200", 143_771 / 1024),
-    "h100": Described("NVIDIA H100 80GB", 81_559 / 1024),
-    "a100": Described("NVIDIA A100 80GB", 81_920 / 1024, "8.0"),
-}
 
 
 def dry_run(config: Config) -> None:
@@ -99,7 +79,7 @@ def _compare(config: Config, settled: Settled) -> None:
         say("a CPU's compiler fuses less than a GPU's: its temporary memory is larger")
 
 
-def _of_described(config: Config, gpu: Described) -> None:
+def _of_described(config: Config, gpu: DeviceSpec) -> None:
     """The plan for a GPU that is not here, after the checks of a run; nothing is compiled."""
     sizes = (config.mesh.data, config.mesh.fsdp or 1, config.mesh.tensor)
     mesh = AbstractMesh(sizes, ("data", "fsdp", "tensor"))
@@ -131,18 +111,18 @@ def _of_described(config: Config, gpu: Described) -> None:
     config = sizing.with_remat(config, have)
     say(f"remat {config.remat}")
     _say_plan(sizing.plan(config), have, sizing.advice(config, have))
-    say(f"not compiled: this machine has {jax.devices()[0].device_kind}")
+    say(f"not compiled: this machine has {default_device().device_kind}")
 
 
-def _described(name: str) -> Described:
-    if name.lower() in DEVICES:
-        return DEVICES[name.lower()]
+def _described(name: str) -> DeviceSpec:
+    if name.lower() in GPUS:
+        return dataclasses.replace(GPUS[name.lower()], memory_fraction=device.SHARE)
     try:
         gib = float(name)
     except ValueError:
         gib = 0.0
     if not 0 < gib < math.inf:
         raise ValueError(
-            f"--dry_run_device={name} must be one of {', '.join(DEVICES)}, or a number of GiB"
+            f"--dry_run_device={name} must be one of {', '.join(GPUS)}, or a number of GiB"
         )
-    return Described(f"Hopper GPU of {gib:g} GiB", gib)
+    return DeviceSpec(f"Hopper GPU of {gib:g} GiB", gib, "9.0", memory_fraction=device.SHARE)

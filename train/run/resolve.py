@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from jaxattn import device_memory
+from jaxattn.device import device_memory
 from models.config import PRESETS, ModelConfig, RopeScaling
 from models.tokenizer import Tokenizer, load_tokenizer
 from train.attention import resolve_attention

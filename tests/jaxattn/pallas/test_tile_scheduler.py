@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from jaxattn import block_map
 from jaxattn.bench.shapes import SHAPES
+from jaxattn.block_map import Tiling, WorkField, query_map
 from jaxattn.pallas.tile_scheduler import persistent_schedule
 from jaxattn.pallas.tiles import CONSUMERS, choose_tiles
 
@@ -38,18 +38,10 @@ def test_programs_are_evenly_loaded(name):
     """
     shape = SHAPES[name]
     tiles = choose_tiles(shape.heads, shape.kv_heads, 128).forward
-    work = block_map.query_map(
-        shape.mask(),
-        shape.batch,
-        shape.length,
-        shape.length,
-        group=tiles.group,
-        groups=CONSUMERS,
-        tile=tiles.block_kv,
-        repeat=tiles.heads,
-    ).work
-    # An item costs about as much as its column tiles and one more (measured: 1.8 us + 2 us).
-    cost = np.asarray(work)[:, 0, block_map.COUNT] + 1
-    schedule = persistent_schedule(cost.size, shape.heads // tiles.heads, 132)
+    tiling = Tiling(group_rows=tiles.warpgroup_queries, groups=CONSUMERS, block_cols=tiles.block_kv)
+    work = query_map(shape.mask(), shape.batch, shape.length, shape.length, tiling).work
+    # A work tile costs about as much as its column tiles and one more (measured: 1.8 us + 2 us).
+    cost = np.asarray(work)[:, 0, WorkField.COUNT] + 1
+    schedule = persistent_schedule(cost.size, shape.heads // tiles.qheads_per_tile, 132)
     load = np.array([cost[row[1 : 1 + row[0]] % cost.size].sum() for row in schedule])
     assert load.max() / load.mean() < 1.02

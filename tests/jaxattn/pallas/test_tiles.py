@@ -23,8 +23,8 @@ def _check(choice: Tiles, num_heads: int, num_kv_heads: int, head_dim: int) -> N
         backward_dq.scratch(head_dim, bf16, choice.dq),
     ):
         assert tiles.scratch_bytes(scratch) <= SMEM_BYTES
-    assert (num_heads // num_kv_heads) % choice.forward.heads == 0
-    assert choice.forward.group % 8 == 0, "the copy engine wants 8 rows"
+    assert (num_heads // num_kv_heads) % choice.forward.qheads_per_tile == 0
+    assert choice.forward.warpgroup_queries % 8 == 0, "the TMA needs 8 rows"
     assert choice.backward.block_kv == 64 * tiles.CONSUMERS
     assert backward.dq_part(head_dim, choice.backward)[0] % 64 == 0, "rows of a wgmma"
 
@@ -50,7 +50,7 @@ def test_table_comes_before_the_rule(monkeypatch, tmp_path):
         "num_heads": 32,
         "num_kv_heads": 8,
         "head_dim": 128,
-        "forward": {"heads": 2, "block_kv": 64, "stages": 4},
+        "forward": {"qheads_per_tile": 2, "block_kv": 64, "stages": 4},
         "backward": {"block_q": 64, "block_kv": 128, "stages": 2},
         "device": "NVIDIA H200",
     }
@@ -59,7 +59,7 @@ def test_table_comes_before_the_rule(monkeypatch, tmp_path):
     path.write_text(json.dumps([row]))
     monkeypatch.setattr(tiles, "TABLE", path)
     assert tiles.choose_tiles(32, 8, 128) == Tiles(
-        forward=ForwardTiles(heads=2, block_kv=64, stages=4),
+        forward=ForwardTiles(qheads_per_tile=2, block_kv=64, stages=4),
         backward=BackwardTiles(block_q=64, block_kv=128, stages=2),
         dq=tiles.rule_tiles(32, 8, 128).dq,
     )

@@ -196,3 +196,13 @@ def test_arrays_land_on_the_default_device(tiny_dir):
     with jax.default_device(jax.devices()[3]):
         model = load_hf(tiny_dir)
     assert model.norm_D.get_value().devices() == {jax.devices()[3]}
+
+
+def test_the_default_device_may_be_the_name_of_a_platform(tiny_dir, monkeypatch):
+    """Weights go to the device that attention is resolved for, not to the machine's first one."""
+    cpus = jax.local_devices(backend="cpu")
+    monkeypatch.setattr(jax, "devices", lambda: cpus[3:])
+    monkeypatch.setattr(jax, "local_devices", lambda backend=None: cpus if backend else cpus[3:])
+    with jax.default_device("cpu"):
+        model = load_hf(tiny_dir)
+    assert model.norm_D.get_value().devices() == {cpus[0]}

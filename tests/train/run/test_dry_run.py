@@ -43,7 +43,7 @@ def test_a_gpu_that_is_not_here(capsys):
         (
             ["--dry_run", "--dry_run_device=b9"],
             1,
-            "--dry_run_device=b9 must be one of h200, h100, a100, or a num",
+            "--dry_run_device=b9 must be one of h200, h100, a100-80, a100-40, l40s",
         ),
         (["--dry_run_device=h200"], 2, "--dry_run_device=h200 describes a GPU for --dry_run"),
         (
@@ -61,7 +61,7 @@ def test_a_gpu_that_is_not_here(capsys):
                 ("--tokenizer=nowhere",): "tokenizer nowhere does not exist",
             }.items()
         ),
-        (["--dry_run", "--dry_run_device=a100", "--attn=pallas"], 1, "for Hopper GPUs"),
+        (["--dry_run", "--dry_run_device=a100-80", "--attn=pallas"], 1, "for Hopper GPUs"),
         (["--dry_run", "--dry_run_device=inf"], 1, "--dry_run_device=inf must be one of"),
         (["--dry_run", "--dry_run_device=nan"], 1, "--dry_run_device=nan must be one of"),
         (["--dry_run", "--remat=bogus"], 2, "--remat=bogus must be one of none, dots"),

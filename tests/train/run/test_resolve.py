@@ -68,7 +68,7 @@ def test_deterministic_reaches_the_model(deterministic, tiny):
 
 def test_deterministic_cudnn_is_refused(tiny, monkeypatch):
     """Before a run starts: the model is not made, nothing is written."""
-    monkeypatch.setattr(jaxattn.api, "target_device", hopper)
+    monkeypatch.setattr(jaxattn.device, "default_device", hopper)
     shape = {"rows": 8, "seq_len": 64, "dtype": jnp.bfloat16, "documents": False}
     mesh = make_mesh(MeshConfig())
     assert resolve_attention("cudnn", PRESETS["tiny"], mesh, **shape) == "cudnn"

@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+from jaxattn.errors import first_line
 from train.data.files.library import library
 from train.data.files.shard import LONGEST_ROW, PART, Part
 
@@ -44,7 +45,7 @@ def table_parts(path: Path, suffix: str, part: int = PART) -> Iterator[Part]:
                     row, data, held = row + len(data), [], 0
             yield from _given(data, row, size // total)
     except (OSError, ValueError, arrow.ArrowException) as error:
-        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} cannot be read: {first_line(error)}") from error
 
 
 def arrow_files(directory: Path) -> list[Path]:

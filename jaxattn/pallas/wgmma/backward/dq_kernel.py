@@ -1,20 +1,23 @@
-"""The dq kernel of the deterministic backward: queries own their gradient, no sum leaves a program.
+"""dq kernel of the deterministic backward: a program owns queries and sums their gradient alone.
 
-R rows = B * T queries end to end, C columns = B * S keys, N query heads, K kv heads, H head dim.
-A program owns a row tile as the forward kernel lays it out, `CONSUMERS * group` queries x `heads`
-query heads of one kv head, and walks over the live tiles of keys: S = Q K^T, dP = dO V^T and
-dQ += dS K, three products a tile. Scores are not transposed here, so dS goes from registers into
-its product, and dQ stays in registers until it is stored, once, in the inputs' dtype.
+R rows = B * T concatenated queries, C columns = B * S keys, N query heads, K kv heads, H head dim.
+A program owns a row tile as in the forward kernel, `CONSUMERS * warpgroup_queries` queries x
+`qheads_per_tile` query heads of one kv head, and loops over the live KV tiles: S = Q K^T,
+dP = dO V^T and dQ += dS K, three products a tile. Scores are not transposed here, so dS goes from
+registers into its product, and dQ stays in registers until it is stored, once, in the inputs'
+dtype.
 
-| barrier | arrives                         | waits         | asserts                           |
-| ------- | ------------------------------- | ------------- | --------------------------------- |
-| own     | copies of Q and dO by heads, of | all consumers | what belongs to the rows is here  |
-|         | the rows' ranges and numbers    |               |                                   |
-| k_full  | copy of K                       | all consumers | the stage holds K                 |
-| k_free  | every consumer after its dS K   | producer      | the stage of K may be overwritten |
-| v_full  | copy of V                       | all consumers | the stage holds V                 |
-| v_free  | every consumer after its dO V^T | producer      | the stage of V may be overwritten |
+| barrier   | arrives                         | waits         | asserts                           |
+| --------- | ------------------------------- | ------------- | --------------------------------- |
+| rows_full | copies of Q and dO by heads,    | all consumers | all data of the rows is loaded    |
+|           | row bounds, lse and delta       |               |                                   |
+| k_full    | copy of K                       | all consumers | the stage holds K                 |
+| k_free    | every consumer after its dS K   | producer      | the stage of K may be overwritten |
+| v_full    | copy of V                       | all consumers | the stage holds V                 |
+| v_free    | every consumer after its dO V^T | producer      | the stage of V may be overwritten |
 """
+
+import dataclasses
 
 import jax
 import jax.experimental.pallas as pl
@@ -23,36 +26,55 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxattn import block_map
-from jaxattn.block_map import BlockMap
-from jaxattn.pallas import softmax
+from jaxattn.block_map import ALIGN, BlockMap, WorkField
 from jaxattn.pallas.launch import CONSUMER_REGISTERS, PRODUCER, PRODUCER_REGISTERS, launch
 from jaxattn.pallas.smem import ring_slot, swizzled
 from jaxattn.pallas.softmax import LOG2E, ROW, by_row
 from jaxattn.pallas.tiles import CONSUMERS, WARPGROUP_ROWS, DqTiles
+from jaxattn.pallas.wgmma.forward.context import QueryContext
+from jaxattn.pallas.wgmma.forward.work_tile import WorkTile
 
-# What the softmax's gradient needs of each row, in this order.
+# Statistics of each row, in the order of `stats_smem`.
 LSE, DELTA = range(2)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelContext(QueryContext):
+    """Context of one program of the dq kernel.
+
+    Attributes:
+      row: index of the program's row tile in the work list.
+      tile_head: group of `qheads_per_tile` query heads of the program.
+      row_tile: ROW_TILE of the work list.
+      start: START of the work list.
+      count: COUNT of the work list.
+    """
+
+    row: jax.Array
+    tile_head: jax.Array
+    row_tile: jax.Array
+    start: jax.Array
+    count: jax.Array
+
+
 def scratch(head_dim: int, dtype: jnp.dtype, tiles: DqTiles) -> dict:
-    """Shared memory and barriers of one program."""
-    own = plgpu.SMEM((CONSUMERS, WARPGROUP_ROWS, head_dim), dtype, transforms=swizzled(dtype))
+    """Return the shared memory and barriers of one program."""
+    rows = plgpu.SMEM((CONSUMERS, WARPGROUP_ROWS, head_dim), dtype, transforms=swizzled(dtype))
     kv = (tiles.stages, tiles.block_kv, head_dim)
     full = plgpu.Barrier(num_barriers=tiles.stages)
     free = plgpu.Barrier(num_barriers=tiles.stages, num_arrivals=CONSUMERS)
     return {
-        "q_smem": own,
-        "do_smem": own,
-        "k_smem": plgpu.SMEM(kv, dtype, transforms=swizzled(dtype)),
-        "v_smem": plgpu.SMEM(kv, dtype, transforms=swizzled(dtype)),
-        "ends_smem": plgpu.SMEM((CONSUMERS, 2, WARPGROUP_ROWS), jnp.int32),
-        "stats_smem": plgpu.SMEM((CONSUMERS, 2, WARPGROUP_ROWS), jnp.float32),
-        "own": plgpu.Barrier(num_arrivals=2 * CONSUMERS * tiles.heads + 2),
-        "k_full": full,
+        "do_smem": rows,
+        "bounds_smem": plgpu.SMEM((CONSUMERS, 2, WARPGROUP_ROWS), jnp.int32),
         "k_free": free,
-        "v_full": full,
+        "k_full": full,
+        "k_smem": plgpu.SMEM(kv, dtype, transforms=swizzled(dtype)),
+        "rows_full": plgpu.Barrier(num_arrivals=2 * CONSUMERS * tiles.qheads_per_tile + 2),
+        "q_smem": rows,
+        "stats_smem": plgpu.SMEM((CONSUMERS, 2, WARPGROUP_ROWS), jnp.float32),
         "v_free": free,
+        "v_full": full,
+        "v_smem": plgpu.SMEM(kv, dtype, transforms=swizzled(dtype)),
     }
 
 
@@ -63,12 +85,12 @@ def query_gradient(
     do_RNH: Float[Array, "R N H"],
     lse_NR: Float[Array, "N rows"],
     delta_NR: Float[Array, "N rows"],
-    work: BlockMap,
+    block_map: BlockMap,
     *,
     scale: float,
     tiles: DqTiles,
 ) -> Float[Array, "R N H"]:
-    """Runs the kernel.
+    """Run the dq kernel.
 
     Args:
       q_RNH: queries, bf16 or fp16; H is 64 or 128.
@@ -76,180 +98,190 @@ def query_gradient(
       v_CKH: values, same dtype.
       do_RNH: gradient of the output, same dtype.
       lse_NR: log-sum-exp in units of log 2; its rows beyond R are not read for any visible pair.
-      delta_NR: what is subtracted from dP, fp32, same shape as lse.
-      work: `query_map` for these tiles.
-      scale: above 0.
-      tiles: the tile sizes that `work` was made for.
+      delta_NR: subtrahend of dP, fp32, same shape as lse.
+      block_map: `query_map` for these tiles.
+      scale: factor on the scores, above 0.
+      tiles: the tile sizes that `block_map` was built for.
 
     Returns:
-      dq in the inputs' dtype, the same bits in every run: each is summed in fp32 by one program,
-      over the key tiles in their order.
+      dq in the inputs' dtype, the same bits in every run: one program sums each dq in fp32, over
+      the KV tiles in their order.
     """
     R, N, H = q_RNH.shape
     K = k_CKH.shape[1]
-    dtype, f32 = q_RNH.dtype, jnp.float32
-    queries = CONSUMERS * tiles.group  # of a row tile
-    row_tiles = -(-R // queries)
-    by_id, by_list = work.row_ids is not None, work.cols is not None
+    dtype = q_RNH.dtype
+    row_tiles = -(-R // (CONSUMERS * tiles.warpgroup_queries))
 
-    def kernel(q_gmem, k_gmem, v_gmem, do_gmem, stats_gmem, work_gmem, ends_gmem, *refs, **smem):
-        # The columns to visit, if there is a pattern; ids of rows and columns, if documents.
-        *optional, dq_gmem = refs
-        cols_gmem, ids_gmem = optional[:by_list], optional[by_list:]
-        q_smem, do_smem, k_smem, v_smem = (smem[f"{x}_smem"] for x in ("q", "do", "k", "v"))
-        ends_smem, stats_smem, own = smem["ends_smem"], smem["stats_smem"], smem["own"]
-        k_full, k_free, v_full, v_free = (smem[x] for x in ("k_full", "k_free", "v_full", "v_free"))
-        wg = lax.axis_index("wg")
-        program = lax.axis_index("program")
+    def kernel(gmem, smem):
+        wg, program = lax.axis_index("wg"), lax.axis_index("program")
         # Longest row tile first within a head; heads one after another, so that the K and V of a
         # head stay in the L2 cache while all its row tiles pass over them.
         row, tile_head = lax.rem(program, row_tiles), lax.div(program, row_tiles)
         row_tile, start, count = (
-            work_gmem[row, 0, i] for i in (block_map.TILE, block_map.START, block_map.COUNT)
+            gmem.work[row, 0, field]
+            for field in (WorkField.ROW_TILE, WorkField.START, WorkField.COUNT)
         )
+        ctx = KernelContext(
+            tiles=tiles,
+            scale=scale,
+            head_dim=H,
+            qheads_per_kvhead=N // K,
+            row_tiles=row_tiles,
+            gmem=gmem,
+            smem=smem,
+            row=row,
+            tile_head=tile_head,
+            row_tile=row_tile,
+            start=start,
+            count=count,
+        )
+        pl.when(wg == PRODUCER)(lambda: _produce(ctx))
+        pl.when(wg < CONSUMERS)(lambda: _consume(ctx, wg))
 
-        def col_of(j):
-            """First column of the j-th tile of the row tile: they are neighbours, or listed."""
-            col = cols_gmem[0][start + j] if by_list else start + j * tiles.block_kv
-            return pl.multiple_of(col, block_map.ALIGN)
-
-        def by_head(consumer, h):
-            """Where a head's rows of a consumer are in memory, and in its tile (head-major)."""
-            token = pl.multiple_of(row_tile * queries + consumer * tiles.group, block_map.ALIGN)
-            at = pl.ds(token, tiles.group), tile_head * tiles.heads + h
-            return at, pl.ds(h * tiles.group, tiles.group)
-
-        @pl.when(wg == PRODUCER)
-        def producer():
-            plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-            # 1. What belongs to the rows.
-            plgpu.copy_gmem_to_smem(ends_gmem.at[row], ends_smem, own)
-            plgpu.copy_gmem_to_smem(stats_gmem.at[row_tile, tile_head], stats_smem, own)
-            for source, target in ((q_gmem, q_smem), (do_gmem, do_smem)):
-                for consumer in range(CONSUMERS):
-                    for h in range(tiles.heads):
-                        at, rows = by_head(consumer, h)
-                        plgpu.copy_gmem_to_smem(source.at[at], target.at[consumer, rows], own)
-
-            # 2. K and V of every column tile that some row of the tile sees.
-            @pl.loop(0, count)
-            def _(j):
-                slot = ring_slot(j, tiles.stages)
-                source = pl.ds(col_of(j), tiles.block_kv), lax.div(tile_head * tiles.heads, N // K)
-
-                def load(gmem, smem, free, full):
-                    # Nothing to wait for in the first round.
-                    pl.when(j >= tiles.stages)(lambda: plgpu.barrier_wait(free.at[slot]))
-                    plgpu.copy_gmem_to_smem(gmem.at[source], smem.at[slot], full.at[slot])
-
-                load(k_gmem, k_smem, k_free, k_full)
-                load(v_gmem, v_smem, v_free, v_full)
-
-        @pl.when(wg < CONSUMERS)
-        def consumer():
-            plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
-            q, do, ends, stats = (x.at[wg] for x in (q_smem, do_smem, ends_smem, stats_smem))
-            ids_decide, live_from, live_to, _, full_from, full_to = (
-                work_gmem[row, wg, i] for i in range(block_map.BY_ID, block_map.FULL_TO + 1)
-            )
-            s_shape = (WARPGROUP_ROWS, tiles.block_kv)
-            plgpu.barrier_wait(own)
-
-            def each_column(stat):
-                """A number of each row, for all columns of a score tile."""
-                return by_row(plgpu.load(stats.at[stat], layout=ROW), s_shape)
-
-            def skip(j, _):
-                """A tile that only the other consumer needs: free it unread."""
-                slot = ring_slot(j, tiles.stages)
-                plgpu.barrier_wait(k_full.at[slot])
-                plgpu.barrier_arrive(k_free.at[slot])
-                plgpu.barrier_wait(v_full.at[slot])
-                plgpu.barrier_arrive(v_free.at[slot])
-                return ()
-
-            def wait_for_k(j):
-                @pl.when(j < live_to)
-                def _():
-                    plgpu.barrier_wait(k_full.at[ring_slot(j, tiles.stages)])
-
-            def masked(s, j):
-                ids = None
-                if by_id:
-                    row_ids, col_ids = ids_gmem
-                    cols = col_ids.at[pl.ds(col_of(j), tiles.block_kv)]
-                    ids = ids_decide, row_ids.at[row, wg], cols
-                return softmax.mask_scores(
-                    s, col_of(j), ends, below=j < full_from, above=j >= full_to, ids=ids
-                )
-
-            def accumulate(dq_acc):
-                def step(j, _):
-                    slot = ring_slot(j, tiles.stages)
-                    k, v = k_smem.at[slot], v_smem.at[slot]
-
-                    def score_gradients(s_acc, dp_acc):
-                        plgpu.wgmma(s_acc, q, k.T)
-                        plgpu.wgmma(dp_acc, do, v.T)
-                        # 2. P = exp2(S - lse), while dP runs; dS = P * (dP - delta).
-                        s = masked(plgpu.wgmma_accumulator_load(s_acc, wait_n=1), j)
-                        p = jnp.exp2(s * (scale * LOG2E) - each_column(LSE))
-                        # The wait for the next K is the branch without which ptxas moves the
-                        # wait for dP up to before the exponentials.
-                        p = lax.optimization_barrier(p)
-                        wait_for_k(j + 1)
-                        dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
-                        return (p * (dp - each_column(DELTA))).astype(dtype)
-
-                    # 1. S = Q K^T and dP = dO V^T. The waits stand outside the accumulators'
-                    # scopes, or ptxas fills them with zeros register by register.
-                    plgpu.barrier_wait(v_full.at[slot])
-                    ds16 = pl.run_scoped(score_gradients, *[plgpu.ACC(s_shape, f32)] * 2)
-                    plgpu.barrier_arrive(v_free.at[slot])
-                    # 3. dQ += dS K.
-                    plgpu.wgmma(dq_acc, ds16, k)
-                    plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(k_free.at[slot])
-                    return ()
-
-                wait_for_k(live_from)
-                lax.fori_loop(live_from, live_to, step, ())
-                return dq_acc[...]
-
-            lax.fori_loop(0, live_from, skip, ())
-            dq = pl.run_scoped(accumulate, plgpu.ACC((WARPGROUP_ROWS, H), f32))
-            lax.fori_loop(live_to, count, skip, ())
-            # 4. Store, staged where Q was: nobody else reads this consumer's part.
-            q[...] = (dq * scale).astype(dtype)
-            plgpu.commit_smem()
-            for h in range(tiles.heads):
-                at, rows = by_head(wg, h)
-                plgpu.copy_smem_to_gmem(q.at[rows], dq_gmem.at[at], commit_group=False)
-            plgpu.commit_smem_to_gmem_group()
-            plgpu.wait_smem_to_gmem(0)
-
-    run = launch(
+    [dq_RNH] = launch(
         kernel,
         name="flash_backward_dq",
-        programs=row_tiles * (N // tiles.heads),
+        programs=row_tiles * (N // tiles.qheads_per_tile),
+        inputs={
+            "q": q_RNH,
+            "k": k_CKH,
+            "v": v_CKH,
+            "do": do_RNH,
+            "stats": _stats_by_tile((lse_NR, delta_NR), row_tiles, tiles),
+            **block_map.inputs,
+        },
+        out={"dq": jax.ShapeDtypeStruct((R, N, H), dtype)},
         scratch=scratch(H, dtype, tiles),
-        out=jax.ShapeDtypeStruct((R, N, H), dtype),
     )
-    stats = _by_tile((lse_NR, delta_NR), row_tiles, tiles)
-    optional = [x for x in (work.cols, work.row_ids, work.col_ids) if x is not None]
-    return run(q_RNH, k_CKH, v_CKH, do_RNH, stats, work.work, work.ends, *optional)
+    return dq_RNH
 
 
-def _by_tile(
+def _produce(ctx: KernelContext) -> None:
+    """Run the producer warpgroup: copy the data of the rows, then K and V tile by tile."""
+    plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+    gmem, smem, tiles = ctx.gmem, ctx.smem, ctx.tiles
+    plgpu.copy_gmem_to_smem(gmem.row_bounds.at[ctx.row], smem.bounds_smem, smem.rows_full)
+    stats = gmem.stats.at[ctx.row_tile, ctx.tile_head]
+    plgpu.copy_gmem_to_smem(stats, smem.stats_smem, smem.rows_full)
+    for source, target in ((gmem.q, smem.q_smem), (gmem.do, smem.do_smem)):
+        for consumer in range(CONSUMERS):
+            blocks = ctx.qhead_blocks(ctx.row_tile, ctx.tile_head, consumer)
+            for queries, q_head, rows in blocks:
+                block = target.at[consumer, rows]
+                plgpu.copy_gmem_to_smem(source.at[queries, q_head], block, smem.rows_full)
+
+    @pl.loop(0, ctx.count)
+    def _(j):
+        slot = ring_slot(j, tiles.stages)
+        col = pl.multiple_of(ctx.kv_column(ctx.start, j), ALIGN)
+        keys = pl.ds(col, tiles.block_kv), ctx.kv_head(ctx.tile_head)
+
+        def copy(source, target, free, full):
+            # The stages are free in the first round.
+            pl.when(j >= tiles.stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+            plgpu.copy_gmem_to_smem(source.at[keys], target.at[slot], full.at[slot])
+
+        copy(gmem.k, smem.k_smem, smem.k_free, smem.k_full)
+        copy(gmem.v, smem.v_smem, smem.v_free, smem.v_full)
+
+
+def _consume(ctx: KernelContext, wg) -> None:
+    """Run the consumer warpgroup `wg`."""
+    plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+    _DqTile(ctx, wg).compute()
+
+
+class _DqTile(WorkTile):
+    """One consumer's part of a row tile in the dq kernel."""
+
+    def __init__(self, ctx: KernelContext, wg):
+        """Wait for the data of the rows in shared memory."""
+        fields = [ctx.row_tile, ctx.start, ctx.count, None]
+        fields += [ctx.gmem.work[ctx.row, wg, field] for field in WorkField if field > 3]
+        smem = ctx.smem
+        super().__init__(
+            ctx,
+            wg,
+            row=ctx.row,
+            fields=fields,
+            q=smem.q_smem.at[wg],
+            row_bounds=smem.bounds_smem.at[wg],
+            kv_tiles_before=0,
+        )
+        self.do, self.stats = smem.do_smem.at[wg], smem.stats_smem.at[wg]
+        self.s_shape = (WARPGROUP_ROWS, ctx.tiles.block_kv)
+        plgpu.barrier_wait(smem.rows_full)
+
+    def compute(self) -> None:
+        """Loop over the KV tiles, then store dQ."""
+        lax.fori_loop(0, self.live_from, self.skip, ())
+        shape = (WARPGROUP_ROWS, self.ctx.head_dim)
+        dq = pl.run_scoped(self._accumulate, plgpu.ACC(shape, jnp.float32))
+        lax.fori_loop(self.live_to, self.count, self.skip, ())
+        # Staged in place of Q: no other warpgroup reads this consumer's part.
+        self.q[...] = self.rounded(dq * self.ctx.scale)
+        plgpu.commit_smem()
+        for queries, q_head, rows in self.ctx.qhead_blocks(
+            self.row_tile, self.ctx.tile_head, self.wg
+        ):
+            dq_out = self.ctx.gmem.dq.at[queries, q_head]
+            plgpu.copy_smem_to_gmem(self.q.at[rows], dq_out, commit_group=False)
+        plgpu.commit_smem_to_gmem_group()
+        plgpu.wait_smem_to_gmem(0)
+
+    def _accumulate(self, dq_acc):
+        """Return dQ, before the factor `scale`."""
+        self.wait_for_k(self.live_from)
+
+        def step(j, _):
+            self._step(dq_acc, j)
+            return ()
+
+        lax.fori_loop(self.live_from, self.live_to, step, ())
+        return dq_acc[...]
+
+    def _step(self, dq_acc, j) -> None:
+        """Add the dS K of the j-th KV tile."""
+        smem, slot = self.ctx.smem, self.slot(j)
+        k, v = smem.k_smem.at[slot], smem.v_smem.at[slot]
+
+        def score_gradients(s_acc, dp_acc):
+            plgpu.wgmma(s_acc, self.q, k.T)
+            plgpu.wgmma(dp_acc, self.do, v.T)
+            # 2. P = exp2(S - lse), while dP runs; dS = P * (dP - delta).
+            s = self.masked(plgpu.wgmma_accumulator_load(s_acc, wait_n=1), j)
+            p = jnp.exp2(s * (self.ctx.scale * LOG2E) - self._by_row(LSE))
+            # The wait for the next K is the branch without which ptxas moves the wait for dP up
+            # to before the exponentials.
+            p = lax.optimization_barrier(p)
+            self.wait_for_k(j + 1)
+            dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
+            return self.rounded(p * (dp - self._by_row(DELTA)))
+
+        # 1. S = Q K^T and dP = dO V^T. The waits are outside the scopes of the accumulators, or
+        # ptxas fills the accumulators with zeros register by register.
+        self.wait_for_v(j)
+        ds16 = pl.run_scoped(score_gradients, *[plgpu.ACC(self.s_shape, jnp.float32)] * 2)
+        plgpu.barrier_arrive(smem.v_free.at[slot])
+        # 3. dQ += dS K.
+        plgpu.wgmma(dq_acc, ds16, k)
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(smem.k_free.at[slot])
+
+    def _by_row(self, stat: int):
+        """Load a statistic of each row, broadcast to a score tile."""
+        return by_row(plgpu.load(self.stats.at[stat], layout=ROW), self.s_shape)
+
+
+def _stats_by_tile(
     stats: tuple[Float[Array, "N rows"], ...], row_tiles: int, tiles: DqTiles
 ) -> Float[Array, "tiles tile_heads consumers stats tile_rows"]:
-    """The rows' numbers in the order of the tiles, so that one copy fetches those of a program."""
+    """Reorder the statistics by tile, so that one copy fetches all of a program."""
     num_heads, rows = stats[0].shape
-    beyond = row_tiles * CONSUMERS * tiles.group - rows
-    x = jnp.pad(jnp.stack(stats), ((0, 0), (0, 0), (0, max(beyond, 0))))
-    x = x[..., : row_tiles * CONSUMERS * tiles.group]
-    x = x.reshape(
-        len(stats), num_heads // tiles.heads, tiles.heads, row_tiles, CONSUMERS, tiles.group
-    )
+    queries, qheads = tiles.warpgroup_queries, tiles.qheads_per_tile
+    tiled_rows = row_tiles * CONSUMERS * queries
+    x = jnp.pad(jnp.stack(stats), ((0, 0), (0, 0), (0, max(tiled_rows - rows, 0))))
+    x = x[..., :tiled_rows]
+    x = x.reshape(len(stats), num_heads // qheads, qheads, row_tiles, CONSUMERS, queries)
     x = x.transpose(3, 1, 4, 0, 2, 5)
-    return x.reshape(row_tiles, num_heads // tiles.heads, CONSUMERS, len(stats), WARPGROUP_ROWS)
+    return x.reshape(row_tiles, num_heads // qheads, CONSUMERS, len(stats), WARPGROUP_ROWS)

@@ -1,33 +1,32 @@
-"""The backward kernel: one pass over the keys, five products a tile, dQ by fp32 reduce-add.
+"""Backward kernel: one pass over the keys, five products a tile, dQ by fp32 reduce-add.
 
-R rows = B * T queries end to end, C columns = B * S keys, N query heads, K kv heads, G = N / K,
-H head dim. A program owns one tile of `block_kv` keys of one kv head (64 keys a warpgroup), keeps
-its dK and dV in registers, and walks over the live tiles of queries of the group's G heads, in an
-order for the L2 cache (`each_tile`). Scores are transposed, S^T [keys, queries], so that P^T and
-dS^T can go from registers into dV += P^T dO and dK += dS^T Q; dS goes through shared memory for
-dQ += dS K.
+R rows = B * T concatenated queries, C columns = B * S keys, N query heads, K kv heads, G = N / K,
+H head dim. A program owns one tile of `block_kv` keys of one kv head (64 keys per warpgroup), keeps
+its dK and dV in registers, and loops over the live Q tiles of the group's G heads, in an order for
+the L2 cache (`KernelContext.work_loop`). Scores are transposed, S^T [keys, queries], so that P^T
+and dS^T can go from registers into dV += P^T dO and dK += dS^T Q; dS goes through shared memory
+for dQ += dS K.
 
-| barrier   | arrives                        | waits     | asserts                            |
-| --------- | ------------------------------ | --------- | ---------------------------------- |
-| kv_full   | copies of K and V              | consumers | K and V of the program are here    |
-| ends_full | copies of the two ends         | consumers | the keys' visible ranges are here  |
-| q_full    | copies of Q and lse            | consumers | the stage holds Q and lse          |
-| q_free    | each consumer after its dK     | producer  | the stage of Q may be overwritten  |
-| do_full   | copies of dO and delta         | consumers | the stage holds dO and delta       |
-| do_free   | each consumer after its dV     | producer  | the stage of dO may be overwritten |
-| ds_full   | each consumer, its half stored | consumers | the slot holds dS^T of all keys    |
+| barrier     | arrives                        | waits     | asserts                               |
+| ----------- | ------------------------------ | --------- | ------------------------------------- |
+| kv_full     | copies of K and V              | consumers | K and V of the program are loaded     |
+| bounds_full | copies of both row bounds      | consumers | the keys' visible ranges are loaded   |
+| q_full      | copies of Q and lse            | consumers | the stage holds Q and lse             |
+| q_free      | each consumer after its dK     | producer  | the stage of Q may be overwritten     |
+| do_full     | copies of dO and delta         | consumers | the stage holds dO and delta          |
+| do_free     | each consumer after its dV     | producer  | the stage of dO may be overwritten    |
+| ds_full     | each consumer, its half stored | consumers | the slot holds dS^T of all keys       |
 
 All have two arrivals, so one Barrier object serves them: one register of phases instead of seven.
 dS needs no "free" barrier, because it has `stages` slots, at least two: a warpgroup can only store
-into a slot again after a ds_full in between, which the other reaches after its dQ has read the
-slot.
+into a slot again after a ds_full in between, which the other consumer reaches after its dQ has read
+the slot.
 
-Without dQ (`with_dq=False`, for the deterministic backward, whose dQ `backward_dq` computes) it
-is a kernel of four products: nothing of dS goes through shared memory, ds_full is not used.
+Without dQ (`with_dq=False`, for the deterministic backward, whose dQ `dq_kernel` computes) the
+kernel has four products: dS does not go through shared memory, ds_full is not used.
 """
 
 import functools
-import types
 from typing import Any
 
 import jax
@@ -37,18 +36,17 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxattn import block_map
-from jaxattn.block_map import BlockMap
+from jaxattn.block_map import BlockMap, WorkField
 from jaxattn.pallas.launch import PRODUCER, launch
 from jaxattn.pallas.smem import swizzled
 from jaxattn.pallas.tiles import CONSUMERS, WARPGROUP_ROWS, BackwardTiles
 from jaxattn.pallas.wgmma.backward.consumer import consume
-from jaxattn.pallas.wgmma.backward.context import Barriers, Gmem, Job
+from jaxattn.pallas.wgmma.backward.context import Barriers, KernelContext
 from jaxattn.pallas.wgmma.backward.producer import produce
 
 
 def scratch(head_dim: int, dtype: jnp.dtype, tiles: BackwardTiles, *, with_dq: bool = True) -> dict:
-    """Shared memory and barriers of one program."""
+    """Return the shared memory and barriers of one program."""
     q, kv, stages = tiles.block_q, tiles.block_kv, tiles.stages
     dq_rows, dq_cols = dq_part(head_dim, tiles)
 
@@ -56,27 +54,28 @@ def scratch(head_dim: int, dtype: jnp.dtype, tiles: BackwardTiles, *, with_dq: b
         return plgpu.SMEM(shape, dtype, transforms=swizzled(dtype))
 
     for_dq = {
-        "ds_smem": tile(stages, q, kv),
         "dq_smem": tile(CONSUMERS, dq_rows, dq_cols, dtype=jnp.float32),
+        "ds_smem": tile(stages, q, kv),
     }
     return {
-        "k_smem": tile(kv, head_dim),
-        "v_smem": tile(kv, head_dim),
-        "q_smem": tile(stages, q, head_dim),
+        "barriers": plgpu.Barrier(num_arrivals=2, num_barriers=Barriers.count(stages)),
+        "delta_smem": plgpu.SMEM((stages, q), jnp.float32),
         "do_smem": tile(stages, q, head_dim),
         **(for_dq if with_dq else {}),
+        "bounds_smem": plgpu.SMEM((2, kv), jnp.int32),
+        "k_smem": tile(kv, head_dim),
         "lse_smem": plgpu.SMEM((stages, q), jnp.float32),
-        "delta_smem": plgpu.SMEM((stages, q), jnp.float32),
-        "ends_smem": plgpu.SMEM((2, kv), jnp.int32),
-        "barriers": plgpu.Barrier(num_arrivals=2, num_barriers=Barriers.count(stages)),
+        "q_smem": tile(stages, q, head_dim),
+        "v_smem": tile(kv, head_dim),
     }
 
 
 def dq_part(head_dim: int, tiles: BackwardTiles) -> tuple[int, int]:
-    """Rows and columns of dQ that one consumer computes, over all keys of the tile.
+    """Return the (rows, columns) of dQ that one consumer computes, over all keys of the tile.
 
-    Half of the head dim each, which halves what they add to memory against partial sums over
-    keys; at head dim 64, where half would be narrower than a swizzled row, half of the queries.
+    Half of the head dim for each consumer, which halves the adds to memory against partial sums
+    over keys. At head dim 64, where half would be narrower than a swizzled row, half of the
+    queries.
     """
     if head_dim // CONSUMERS >= WARPGROUP_ROWS:
         return tiles.block_q, head_dim // CONSUMERS
@@ -90,13 +89,13 @@ def backward(
     do_RNH: Float[Array, "R N H"],
     lse_NR: Float[Array, "N rows"],
     delta_NR: Float[Array, "N rows"],
-    work: BlockMap,
+    block_map: BlockMap,
     *,
     scale: float,
     tiles: BackwardTiles,
     with_dq: bool = True,
 ) -> tuple[Float[Array, "R N H"] | None, Float[Array, "C K H"], Float[Array, "C K H"]]:
-    """Runs the kernel.
+    """Run the backward kernel.
 
     Args:
       q_RNH: queries, bf16 or fp16; H is 64 or 128.
@@ -105,12 +104,12 @@ def backward(
       do_RNH: gradient of the output, same dtype.
       lse_NR: log-sum-exp as the forward kernel returns it; its rows beyond R are not read for
         any visible pair.
-      delta_NR: what is subtracted from dP: the sum over H of o * do, less the gradient of the
-        natural log-sum-exp where there is one; fp32, same shape as lse.
-      work: `key_map` for these tiles.
-      scale: above 0.
-      tiles: the tile sizes that `work` was made for.
-      with_dq: whether to compute dq, too.
+      delta_NR: subtrahend of dP: the sum over H of o * do, minus the gradient of the natural
+        log-sum-exp if there is one; fp32, same shape as lse.
+      block_map: `key_map` for these tiles.
+      scale: factor on the scores, above 0.
+      tiles: the tile sizes that `block_map` was built for.
+      with_dq: compute dq, too.
 
     Returns:
       dq (or None), dk, dv in the inputs' dtype. dk and dv are the same bits in every run; dq is
@@ -121,71 +120,66 @@ def backward(
     dtype, f32 = q_RNH.dtype, jnp.float32
     stride = lse_NR.shape[1]
     col_tiles = -(-C // tiles.block_kv)  # "rows" of the block map are keys here
-    by_id, by_list = work.row_ids is not None, work.cols is not None
 
-    def kernel(q, k, v, do, lse, delta, *refs, **smem):
-        dq: Any
-        dq, *refs = refs if with_dq else (None, *refs)
-        work, ends, *optional, dk, dv = refs
-        cols, ids = optional[:by_list], optional[by_list:]
-        warpgroup, program = lax.axis_index("wg"), lax.axis_index("program")
-        # Longest key tile first within a kv head, and one kv head after another: those that run at
-        # once walk over the queries of the same group.
+    def kernel(gmem, smem):
+        wg, program = lax.axis_index("wg"), lax.axis_index("program")
+        # Longest key tile first within a kv head, and one kv head after another: programs that run
+        # at once loop over the queries of the same group.
         row, kv_head = lax.rem(program, col_tiles), lax.div(program, col_tiles)
         key_tile, start, count = (
-            work[row, 0, i] for i in (block_map.TILE, block_map.START, block_map.COUNT)
+            gmem.work[row, 0, field]
+            for field in (WorkField.ROW_TILE, WorkField.START, WorkField.COUNT)
         )
-        job = Job(
+        ctx = KernelContext(
             tiles=tiles,
             scale=scale,
             head_dim=H,
-            heads=N // K,
+            qheads_per_kvhead=N // K,
             stride=stride,
             dq_part=dq_part(H, tiles),
-            gmem=Gmem(
-                *(q, k, v, do, lse, delta, dq, work, ends),
-                cols=cols[0] if by_list else None,
-                ids=tuple(ids) if by_id else None,
-                dk=dk,
-                dv=dv,
-            ),
-            smem=types.SimpleNamespace(**smem),
-            barriers=Barriers(smem["barriers"], tiles.stages),
+            gmem=gmem,
+            smem=smem,
+            barriers=Barriers(smem.barriers, tiles.stages),
             row=row,
             kv_head=kv_head,
             key=key_tile * tiles.block_kv,
             start=start,
             count=count,
         )
-        pl.when(warpgroup == PRODUCER)(lambda: produce(job))
+        pl.when(wg == PRODUCER)(lambda: produce(ctx))
         # A copy of the code for each warpgroup: with its index a constant, the descriptors of
         # K and V are constants too. As a run-time value it measured 0 to 4% slower.
         for index in range(CONSUMERS):
-            pl.when(warpgroup == index)(functools.partial(consume, job, index))
+            pl.when(wg == index)(functools.partial(consume, ctx, index))
 
-    run = launch(
-        kernel,
-        name="flash_backward" if with_dq else "flash_backward_dkv",
-        programs=col_tiles * K,
-        scratch=scratch(H, dtype, tiles, with_dq=with_dq),
-        out=(jax.ShapeDtypeStruct((C, K * H), dtype),) * 2,
-    )
-    flat = [x.reshape(x.shape[0], -1) for x in (q_RNH, k_CKH, v_CKH, do_RNH)]
-    dq_sum = []
+    q, k, v, do = (x.reshape(x.shape[0], -1) for x in (q_RNH, k_CKH, v_CKH, do_RNH))
+    dq_sum = None
     if with_dq:
         # Without the barrier XLA fills the zeros of all layers of a model in one pass, before the
         # first layer's backward: 256 MiB each at 32k tokens of 16 heads, on top of the peak.
         delta_NR, zero = lax.optimization_barrier((delta_NR, f32(0)))
-        dq_sum = [jax.new_ref(jnp.broadcast_to(zero, (R, N * H)))]
-    optional = [x for x in (work.cols, work.row_ids, work.col_ids) if x is not None]
-    dk, dv = run(
-        *flat,
-        lse_NR.reshape(-1),
-        delta_NR.reshape(-1),
-        *dq_sum,
-        work.work,
-        work.ends,
-        *optional,
+        dq_sum = jax.new_ref(jnp.broadcast_to(zero, (R, N * H)))
+    dk, dv = launch(
+        kernel,
+        name="flash_backward" if with_dq else "flash_backward_dkv",
+        programs=col_tiles * K,
+        inputs={
+            "q": q,
+            "k": k,
+            "v": v,
+            "do": do,
+            "lse": lse_NR.reshape(-1),
+            "delta": delta_NR.reshape(-1),
+            "dq": dq_sum,
+            **block_map.inputs,
+        },
+        out={
+            "dk": jax.ShapeDtypeStruct((C, K * H), dtype),
+            "dv": jax.ShapeDtypeStruct((C, K * H), dtype),
+        },
+        scratch=scratch(H, dtype, tiles, with_dq=with_dq),
     )
-    dq = [(x[...] * scale).astype(dtype).reshape(R, N, H) for x in dq_sum]
-    return dq[0] if dq else None, dk.reshape(C, K, H), dv.reshape(C, K, H)
+    dk, dv = dk.reshape(C, K, H), dv.reshape(C, K, H)
+    if dq_sum is None:
+        return None, dk, dv
+    return (dq_sum[...] * scale).astype(dtype).reshape(R, N, H), dk, dv

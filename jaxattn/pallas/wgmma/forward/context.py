@@ -1,8 +1,7 @@
-"""What a program of the forward kernel works with: sizes that are known while tracing, and refs."""
+"""Context of a forward program: sizes that are known while tracing, and refs to memory."""
 
 import dataclasses
 import types
-from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -12,108 +11,96 @@ from jax import lax
 from jaxattn import block_map
 from jaxattn.pallas.tiles import CONSUMERS, ForwardTiles
 
-# Slots for what belongs to an item: its Q, its row of the work list, its rows' visible ranges. With
-# two, the producer fetches an item while the one before is still worked on.
-ITEM_SLOTS = 2
-# Keys of a short tile: the fewest that P V takes at a time from this layout of V.
-SHORT = 64
+# Slots for the Q, the work-list entry and the row bounds of a work tile. With two, the producer
+# fetches a work tile while the consumers still compute the one before.
+WORK_SLOTS = 2
+# Keys in a short KV tile: the fewest that P V takes at a time from this layout of V.
+SHORT_KV = 64
 
 
-class Gmem(NamedTuple):
-    """Refs to global memory.
-
-    Attributes:
-      q: [R, N, H].
-      k: [C, K, H].
-      v: [C, K, H].
-      schedule: `schedule.persistent_schedule`.
-      work: `BlockMap.work`.
-      ends: `BlockMap.ends`.
-      cols: the columns to visit, if there is a pattern.
-      ids: those of rows and of columns, if there are documents.
-      o: [R, N, H].
-      lse: [N, rows].
-    """
-
-    q: Any
-    k: Any
-    v: Any
-    schedule: Any
-    work: Any
-    ends: Any
-    cols: Any | None
-    ids: tuple[Any, Any] | None
-    o: Any
-    lse: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One program's view of the problem.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QueryContext:
+    """Context of a program that owns queries and loops over KV tiles: forward and dq kernels.
 
     Attributes:
       tiles: the tile sizes.
-      scale: of the scores.
+      scale: factor on the scores.
       head_dim: H.
-      group: query heads of a kv head.
-      row_tiles: how many of the queries there are; an item is head * row_tiles + place in the
-        work list, and a head of it is `tiles.heads` query heads.
-      two_passes: whether the first pass keeps its offsets, and a second looks after what that
-        cannot hold.
-      program: which of the grid.
-      items: how many it has.
-      gmem: refs to global memory.
-      smem: `forward.scratch`, by its names.
+      qheads_per_kvhead: query heads of a kv head, N / K.
+      row_tiles: row tiles of one head.
+      gmem: refs to global memory, by the names of the kernel's inputs and outputs.
+      smem: refs to shared memory and barriers, by the names of the kernel's `scratch`.
     """
 
     tiles: ForwardTiles
     scale: float
     head_dim: int
-    group: int
+    qheads_per_kvhead: int
     row_tiles: int
-    two_passes: bool
-    program: jax.Array
-    items: jax.Array
-    gmem: Gmem
+    gmem: types.SimpleNamespace
     smem: types.SimpleNamespace
 
-    @property
-    def flags(self) -> int:
-        """How many there are for items to be done again; one more says whether any is set."""
-        return self.smem.again_smem.shape[1] - 1
+    def kv_head(self, tile_head):
+        """Return the kv head of a group of query heads that share a tile."""
+        return lax.div(tile_head * self.tiles.qheads_per_tile, self.qheads_per_kvhead)
 
-    def column(self, start, j):
-        """First key of the j-th tile of an item: they are neighbours, or listed."""
+    def kv_column(self, start, j):
+        """Return the first key of the j-th KV tile; `start` is a work tile's START."""
         if self.gmem.cols is None:
             return start + j * self.tiles.block_kv
         return self.gmem.cols[start + j]
 
-    def ends_short(self, columns, j, careful: bool):
-        """Whether the j-th tile, where these columns may end, is a short one.
+    def qhead_blocks(self, row_tile, tile_head, consumer):
+        """Yield (query slice, query head, row slice in the tile) for each query head of the tile.
 
-        Never in the second pass, which runs too seldom for more code.
+        The rows of a warpgroup are head-major.
         """
-        if self.tiles.block_kv == SHORT or careful and self.two_passes:
+        queries = self.tiles.warpgroup_queries
+        token = row_tile * (CONSUMERS * queries) + consumer * queries
+        token = pl.multiple_of(token, block_map.ALIGN)
+        for h in range(self.tiles.qheads_per_tile):
+            q_head = tile_head * self.tiles.qheads_per_tile + h
+            yield pl.ds(token, queries), q_head, pl.ds(h * queries, queries)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelContext(QueryContext):
+    """Context of one program of the forward kernel.
+
+    Attributes:
+      two_passes: True if the first pass keeps its softmax offsets, and a second pass with a running
+        maximum recomputes the work tiles that overflowed.
+      program: index in the persistent grid.
+      num_work_tiles: work tiles of this program. A work tile is tile_head * row_tiles + row, where
+        `row` is the row tile's index in the work list, and `tile_head` counts groups of
+        `qheads_per_tile` query heads.
+    """
+
+    two_passes: bool
+    program: jax.Array
+    num_work_tiles: jax.Array
+
+    @property
+    def num_retry_flags(self) -> int:
+        """Number of per-tile retry flags. The element at this index is set if any flag is."""
+        return self.smem.retry_flags.shape[1] - 1
+
+    def is_short(self, columns, j, online: bool):
+        """Return True if the j-th KV tile, the last of `columns` keys, is a short one.
+
+        The second pass has no short tiles: it runs too rarely for more code.
+        """
+        if self.tiles.block_kv == SHORT_KV or online and self.two_passes:
             return False
-        return columns - j * self.tiles.block_kv <= SHORT
+        return columns - j * self.tiles.block_kv <= SHORT_KV
 
-    def item_slot(self, i, consumer):
-        """Index of the barriers of a consumer's part of the i-th item."""
-        return lax.rem(i, jnp.int32(ITEM_SLOTS)) * CONSUMERS + consumer
-
-    def by_head(self, row_tile, head, consumer):
-        """Of each query head: the consumer's queries, its number, and its rows in their tile.
-
-        A warpgroup's rows are head-major.
-        """
-        group = self.tiles.group
-        token = pl.multiple_of(row_tile * (CONSUMERS * group) + consumer * group, block_map.ALIGN)
-        for h in range(self.tiles.heads):
-            yield pl.ds(token, group), head * self.tiles.heads + h, pl.ds(h * group, group)
+    def q_barrier(self, i, consumer):
+        """Return the index of the q barriers of a consumer's part of the i-th work tile."""
+        return lax.rem(i, jnp.int32(WORK_SLOTS)) * CONSUMERS + consumer
 
 
-def either(condition, if_true, if_false, *operands):
-    """`lax.cond` that leaves out the branch which is known, while tracing, not to be taken."""
+def static_cond(condition, if_true, if_false, *operands):
+    """Do `lax.cond`, without the true branch if the condition is False while tracing."""
     if condition is False:
         return if_false(*operands)
     return lax.cond(condition, if_true, if_false, *operands)

@@ -1,4 +1,4 @@
-"""The forward kernel's producer: copies what the consumers compute with, as far ahead as fits."""
+"""Producer of the forward kernel: copies Q, K and V to shared memory, as far ahead as fits."""
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -6,60 +6,70 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxattn import block_map
+from jaxattn.block_map import WorkField
 from jaxattn.pallas.launch import PRODUCER_REGISTERS
 from jaxattn.pallas.smem import ring_slot
 from jaxattn.pallas.tiles import CONSUMERS
-from jaxattn.pallas.wgmma.forward.context import ITEM_SLOTS, SHORT, Job, either
-from jaxattn.pallas.wgmma.forward.work_loop import each_item
+from jaxattn.pallas.wgmma.forward.context import (
+    SHORT_KV,
+    WORK_SLOTS,
+    KernelContext,
+    static_cond,
+)
+from jaxattn.pallas.wgmma.forward.work_loop import work_loop
 
 
-def produce(job: Job) -> None:
-    """All that the producer warpgroup does."""
+def produce(ctx: KernelContext) -> None:
+    """Run the producer warpgroup."""
     plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
-    def load(row):
-        fields = (block_map.TILE, block_map.START, block_map.COUNT, block_map.COLUMNS)
-        return [job.gmem.work[row, 0, i] for i in fields]
+    def prefetch(row):
+        fields = (WorkField.ROW_TILE, WorkField.START, WorkField.COUNT, WorkField.COLUMNS)
+        return [ctx.gmem.work[row, 0, field] for field in fields]
 
-    def body(i, head, row, loaded, done, careful):
-        row_tile, start, count, columns = loaded
-        kv_head = lax.div(head * job.tiles.heads, job.group)
-        _copy_item(job, i, row, row_tile, head)
-        _copy_keys(job, start, count, columns, kv_head, done, careful)
+    def mainloop(i, tile_head, row, prefetched, kv_tiles_before, online):
+        row_tile, start, count, columns = prefetched
+        kv_head = ctx.kv_head(tile_head)
+        _copy_rows(ctx, i, row, row_tile, tile_head)
+
+        def is_short(j):
+            return ctx.is_short(columns, j, online)
+
+        _copy_kv(ctx, start, count, kv_head, kv_tiles_before, is_short)
         return count
 
-    each_item(job, body, load, between=lambda: None)
+    work_loop(ctx, mainloop, prefetch, between_passes=lambda: None)
 
 
-def _copy_item(job: Job, i, row, row_tile, head) -> None:
-    """Metadata, and Q by one copy a head, for each consumer."""
-    gmem, smem = job.gmem, job.smem
+def _copy_rows(ctx: KernelContext, i, row, row_tile, tile_head) -> None:
+    """Copy the work-list entry, the row bounds and Q of each consumer, Q head by head."""
+    gmem, smem = ctx.gmem, ctx.smem
     for consumer in range(CONSUMERS):
-        slot = job.item_slot(i, consumer)
-        full, parity = smem.q_full.at[slot], lax.rem(i, jnp.int32(ITEM_SLOTS))
-        plgpu.barrier_wait(smem.q_free.at[slot])
-        work = smem.work_smem.at[parity, consumer, pl.ds(0, block_map.FIELDS)]
+        barrier = ctx.q_barrier(i, consumer)
+        full, slot = smem.q_full.at[barrier], lax.rem(i, jnp.int32(WORK_SLOTS))
+        plgpu.barrier_wait(smem.q_free.at[barrier])
+        work = smem.work_smem.at[slot, consumer, pl.ds(0, block_map.WORK_FIELDS)]
         plgpu.copy_gmem_to_smem(gmem.work.at[row, consumer], work, full)
-        ends = smem.ends_smem.at[parity, consumer]
-        plgpu.copy_gmem_to_smem(gmem.ends.at[row, consumer], ends, full)
-        for tokens, q_head, rows in job.by_head(row_tile, head, consumer):
-            q = smem.q_smem.at[parity, consumer, rows]
-            plgpu.copy_gmem_to_smem(gmem.q.at[tokens, q_head], q, full)
+        row_bounds = smem.bounds_smem.at[slot, consumer]
+        plgpu.copy_gmem_to_smem(gmem.row_bounds.at[row, consumer], row_bounds, full)
+        for queries, q_head, rows in ctx.qhead_blocks(row_tile, tile_head, consumer):
+            q = smem.q_smem.at[slot, consumer, rows]
+            plgpu.copy_gmem_to_smem(gmem.q.at[queries, q_head], q, full)
 
 
-def _copy_keys(job: Job, start, count, columns, kv_head, done, careful: bool) -> None:
-    """K and V of every column tile that some row of the item sees.
+def _copy_kv(ctx: KernelContext, start, count, kv_head, kv_tiles_before, is_short) -> None:
+    """Copy K and V of every KV tile that some row of the work tile sees.
 
     V comes one tile behind K: its stage is free only after P V, a softmax later than the stage of
     K, and the next K, which is needed first, must not wait for that.
     """
-    gmem, smem, tiles = job.gmem, job.smem, job.tiles
+    gmem, smem, tiles = ctx.gmem, ctx.smem, ctx.tiles
 
     @pl.loop(0, count + 1)
     def _(j):
         def copy(j, source, target, full, free):
-            slot = ring_slot(done + j, tiles.stages)
-            col = pl.multiple_of(job.column(start, j), block_map.ALIGN)
+            slot = ring_slot(kv_tiles_before + j, tiles.stages)
+            col = pl.multiple_of(ctx.kv_column(start, j), block_map.ALIGN)
             plgpu.barrier_wait(free.at[slot])
 
             def keys(size):
@@ -69,8 +79,7 @@ def _copy_keys(job: Job, start, count, columns, kv_head, done, careful: bool) ->
                     full.at[slot],
                 )
 
-            short = job.ends_short(columns, j, careful)
-            either(short, lambda: keys(SHORT), lambda: keys(tiles.block_kv))
+            static_cond(is_short(j), lambda: keys(SHORT_KV), lambda: keys(tiles.block_kv))
 
         @pl.when(j < count)
         def _():

@@ -1,7 +1,7 @@
-"""A forward program's walk over its items, and over those again that the first pass could not hold.
+"""Loop over a program's work tiles, then over the tiles flagged for the second (running-max) pass.
 
-Which items go to which program is said by `schedule.persistent_schedule`, what is wrong with one
-by flags that the consumers set (`softmax.flag`).
+`tile_scheduler.persistent_schedule` assigns work tiles to programs. The consumers flag work tiles
+whose first pass overflowed (`softmax.set_flags`).
 """
 
 import jax.experimental.pallas as pl
@@ -9,56 +9,61 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from jaxattn.pallas.wgmma.forward.context import Job
+from jaxattn.pallas.wgmma.forward.context import KernelContext
 
 
-def each_item(job: Job, body, load, between) -> None:
-    """Runs body(i, head, place in the work list, loaded, column tiles before, careful).
+def work_loop(ctx: KernelContext, mainloop, prefetch, between_passes) -> None:
+    """Run mainloop(i, tile_head, row, prefetched, kv_tiles_before, online) for each work tile.
 
-    For all items, then `between`, and for those that are flagged: i goes on counting. Producer and
-    consumers all call this, and so take the same items in the same order.
+    Producer and consumers call this function, and so take the same work tiles in the same order.
+    In the second pass i goes on counting.
 
     Args:
-      job: the program's.
-      body: returns how many column tiles the item had. `careful` asks for a running maximum.
-      load: what to read of an item from its place in the work list, one item ahead.
-      between: runs before the second pass.
+      ctx: the program's context.
+      mainloop: returns the number of KV tiles of the work tile. With `online` it keeps a running
+        maximum. `kv_tiles_before` counts the KV tiles of all work tiles before.
+      prefetch: reads fields of the work list at `row`, one work tile ahead.
+      between_passes: called before the second pass.
     """
-    schedule, again = job.gmem.schedule, job.smem.again_smem
+    schedule, retry_flags = ctx.gmem.schedule, ctx.smem.retry_flags
 
-    def item(n):
-        # The load ahead of the last item is the filling of the schedule's row.
-        at = schedule[job.program, 1 + jnp.minimum(n, schedule.shape[1] - 2)]
-        row, head = lax.rem(at, job.row_tiles), lax.div(at, job.row_tiles)
-        return row, head, load(row)
+    def work_tile(n):
+        # Beyond the last work tile this reads the padding of the schedule.
+        index = schedule[ctx.program, 1 + jnp.minimum(n, schedule.shape[1] - 2)]
+        row, tile_head = lax.rem(index, ctx.row_tiles), lax.div(index, ctx.row_tiles)
+        return row, tile_head, prefetch(row)
 
     def step(i, carry):
-        (row, head, loaded), done = carry
-        ahead = item(i + 1)  # read now, so that the next item need not wait for it
-        return ahead, done + body(i, head, row, loaded, done, careful=not job.two_passes)
+        (row, tile_head, prefetched), kv_tiles = carry
+        ahead = work_tile(i + 1)  # read now, so that the next work tile need not wait for it
+        online = not ctx.two_passes
+        return ahead, kv_tiles + mainloop(i, tile_head, row, prefetched, kv_tiles, online=online)
 
-    _, done = lax.fori_loop(0, job.items, step, (item(jnp.int32(0)), jnp.int32(0)))
-    if not job.two_passes:
+    start = work_tile(jnp.int32(0)), jnp.int32(0)
+    _, kv_tiles = lax.fori_loop(0, ctx.num_work_tiles, step, start)
+    if not ctx.two_passes:
         return
 
-    def flagged(place):
-        return (again[0, place] | again[1, place]) != 0
+    def flagged(index):
+        return (retry_flags[0, index] | retry_flags[1, index]) != 0
 
-    def repeat(n, carry):
-        def run(i, done):
-            row, head, loaded = item(n)
-            return i + 1, done + body(i, head, row, loaded, done, careful=True)
+    def retry(n, carry):
+        def run(i, kv_tiles):
+            row, tile_head, prefetched = work_tile(n)
+            kv_tiles = kv_tiles + mainloop(i, tile_head, row, prefetched, kv_tiles, online=True)
+            return i + 1, kv_tiles
 
-        return lax.cond(flagged(flag_of(job, n)), run, lambda *carry: carry, *carry)
+        return lax.cond(flagged(retry_flag(ctx, n)), run, lambda *carry: carry, *carry)
 
-    between()
-    plgpu.barrier_wait(job.smem.again_full)
+    between_passes()
+    plgpu.barrier_wait(ctx.smem.retry_full)
 
-    @pl.when(flagged(job.flags))
+    @pl.when(flagged(ctx.num_retry_flags))
     def _():
-        lax.fori_loop(0, job.items, repeat, (job.items, done))
+        lax.fori_loop(0, ctx.num_work_tiles, retry, (ctx.num_work_tiles, kv_tiles))
 
 
-def flag_of(job: Job, n):
-    """Which flag is that of the program's n-th item."""
-    return lax.div(n, jnp.int32(-(-(job.gmem.schedule.shape[1] - 1) // job.flags)))
+def retry_flag(ctx: KernelContext, n):
+    """Return the index of the retry flag of the program's n-th work tile."""
+    tiles_per_flag = -(-(ctx.gmem.schedule.shape[1] - 1) // ctx.num_retry_flags)
+    return lax.div(n, jnp.int32(tiles_per_flag))

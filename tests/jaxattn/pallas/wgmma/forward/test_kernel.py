@@ -72,14 +72,14 @@ def test_scores_out_of_reach():
 
 def test_the_first_pass_alone_would_be_wrong():
     """So the second one has run in the test above."""
-    with interpreted(), mock.patch.object(softmax, "flag", lambda *_: None):
+    with interpreted(), mock.patch.object(softmax, "set_flags", lambda *_: None):
         with pytest.raises(AssertionError):
             check(rising())
 
 
 def test_flags_for_several_items():
     """Where a program has more items than flags, neighbours are done again together."""
-    with interpreted(), mock.patch.object(forward, "AGAIN", 1):
+    with interpreted(), mock.patch.object(forward, "RETRY_FLAGS", 1):
         check(rising())
 
 
@@ -94,9 +94,9 @@ def test_scores_within_reach_are_done_once(problem):
         check(problem)
 
 
-def test_fp16_has_only_the_careful_pass():
+def test_fp16_has_only_the_online_pass():
     """Its 5 bits of exponent hold no 2**64."""
-    with interpreted(), mock.patch.object(softmax, "flag", lambda *_: 1 / 0):
+    with interpreted(), mock.patch.object(softmax, "set_flags", lambda *_: 1 / 0):
         check(rising(jnp.float16))
 
 

@@ -1,0 +1,226 @@
+"""Bench harness: child processes, timing, results file and tables, for every bench of the project.
+
+A *cell* is a dict: the fields that identify a measurement, and its results; or a `why` that names
+the reason why it could not run. The harness is used in three places:
+
+1. The command of a bench calls `machine()` once, then `run_child(module, fields)` for each cell.
+   Each cell runs in a new process: it has the whole memory of the GPU, its own peak, and may die
+   without taking the table with it.
+2. The module of the child reads `child_fields()` and calls `report(measure, fields)`, which prints
+   the cell as one line of JSON. `milliseconds` times a function.
+3. The command merges each cell into the results of earlier calls: `read_cells`, `merge` after each
+   cell, `write_cells` after each cell (an interrupted bench keeps its results). `text_table` and
+   `markdown_table` format rows.
+
+`output_file` and `picture_file` are argparse types for the paths of results.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from jaxattn.errors import first_line, is_out_of_memory
+
+Cell = dict[str, Any]
+
+
+def run_child(module: str, fields: Cell, *flags: str, **environment: str) -> Cell:
+    """Run `python -m module FIELDS flags` and return the cell that it prints last.
+
+    Args:
+      module: calls `report`.
+      fields: fields of the cell, passed as JSON in the first argument.
+      flags: further arguments.
+      environment: variables that are added to the environment.
+
+    Returns:
+      The cell; `fields` with `why` if the process ended without one.
+    """
+    command = [sys.executable, "-m", module, json.dumps(fields), *flags]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=dict(os.environ) | environment
+    )
+    try:
+        return json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, json.JSONDecodeError):
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+        return fields | {"why": f"process ended with {done.returncode}: {lines[-1][:300]}"}
+
+
+def child_fields(argv: Sequence[str] | None = None) -> Cell:
+    """Return the fields that `run_child` passed to this process.
+
+    Args:
+      argv: arguments; None: those of the process.
+    """
+    return json.loads((sys.argv[1:] if argv is None else argv)[0])
+
+
+def report(
+    measure: Callable[[], Cell],
+    fields: Cell,
+    *,
+    out_of_memory: Callable[[], str] = lambda: "out of device memory",
+) -> None:
+    """Call `measure` and print `fields` with its results, or with `why`, as a line of JSON.
+
+    Args:
+      measure: returns the results.
+      fields: fields of the cell.
+      out_of_memory: returns the reason if jax runs out of memory.
+    """
+    try:
+        results = measure()
+    except (ValueError, NotImplementedError, OSError) as error:
+        results = {"why": first_line(error)}
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        results = {"why": out_of_memory()}
+    print(json.dumps(fields | results), flush=True)
+
+
+def machine() -> dict[str, str]:
+    """Return device, versions and date. A child process asks jax: this one must not hold a GPU.
+
+    Returns:
+      device: "cpu", or the number and kind of the GPUs; versions of jax and of its backend; date.
+
+    Raises:
+      subprocess.CalledProcessError: jax finds no device.
+    """
+    code = (
+        "import jax, json; d = jax.devices(); print(json.dumps({'device': "
+        "f'{len(d)} x {d[0].device_kind}' if d[0].platform == 'gpu' else d[0].platform, 'versions':"
+        " f'jax {jax.__version__}, {d[0].client.platform_version.splitlines()[0]}'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1]) | {"date": f"{datetime.date.today()}"}
+
+
+def milliseconds(
+    run: Callable[[], object],
+    wait: Callable[[object], object],
+    *,
+    seconds: float = 0.5,
+    repeats: int = 5,
+) -> float:
+    """Return the median over `repeats` of the mean time of back-to-back launches.
+
+    The launches of all repeats fill `seconds`. Slower work is launched once in each of 3 repeats.
+
+    Args:
+      run: launches the work, without waiting for it.
+      wait: waits for the result of `run`.
+      seconds: time to spend.
+      repeats: number of measurements.
+    """
+    for _ in range(2):  # compile, fill caches; the second time is an estimate
+        begin = time.perf_counter()
+        wait(run())
+    took = time.perf_counter() - begin
+    repeats = repeats if took < seconds else 3
+    launches = max(1, round(seconds / repeats / took))
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        for _ in range(launches):
+            out = run()
+        wait(out)
+        times.append((time.perf_counter() - begin) / launches * 1e3)
+    return statistics.median(times)
+
+
+def read_cells(path: pathlib.Path, device: str) -> list[Cell]:
+    """Read the cells that earlier calls wrote; none if there is no file.
+
+    Args:
+      path: file of `write_cells`.
+      device: `machine()["device"]` of the new cells.
+
+    Raises:
+      ValueError: the file has another content, or cells of another device.
+    """
+    if not path.exists():
+        return []
+    try:
+        cells = json.loads(path.read_text())["cells"]
+        others = {cell["device"] for cell in cells} - {device}
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not of this bench: {error!r}; choose another --out") from error
+    if others:
+        raise ValueError(f"{path} is of {', '.join(others)}, not {device}: choose another --out")
+    return cells
+
+
+def merge(cells: list[Cell], new: Cell, key: Callable[[Cell], Iterable[object]]) -> list[Cell]:
+    """Append a cell, and remove the cells that it replaces.
+
+    Args:
+      cells: cells so far.
+      new: the new cell.
+      key: returns the keys of a cell; the new cell replaces cells whose first key is one of its
+        keys.
+    """
+    replaced = list(key(new))
+    return [cell for cell in cells if next(iter(key(cell))) not in replaced] + [new]
+
+
+def write_cells(cells: list[Cell], path: pathlib.Path) -> None:
+    """Write the cells as JSON."""
+    path.write_text(json.dumps({"cells": cells}, indent=1) + "\n")
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> str:
+    """Format rows as text with aligned columns; the first row is the header."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Format rows as a Markdown table; the first row is the header."""
+    header, *body = rows
+    lines = [header, ["---"] * len(header), *body]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def output_file(text: str) -> pathlib.Path:
+    """Return a path that can be written; an argparse type.
+
+    Raises:
+      argparse.ArgumentTypeError: its directory does not exist, or the path is a directory.
+    """
+    path = pathlib.Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a directory, must be a file")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path.parent} is no directory: make it first")
+    return path
+
+
+def picture_file(text: str) -> pathlib.Path:
+    """Return an `output_file` in a format that matplotlib draws; an argparse type.
+
+    Raises:
+      argparse.ArgumentTypeError: matplotlib does not draw this format, or is not installed.
+    """
+    path = output_file(text)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise argparse.ArgumentTypeError(f"plots need matplotlib: {error}") from error
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise argparse.ArgumentTypeError(f"{path} must end in one of .{', .'.join(sorted(known))}")
+    return path
