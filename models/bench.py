@@ -1,12 +1,11 @@
-"""`python -m models.bench`: loading from HF files and generating, against the memory's bandwidth.
+"""`python -m models.bench`: time loading and generation with random weights.
 
-Random weights of a preset are written as sharded safetensors, loaded into the device as a
-checkpoint from the hub would be (in a process of its own, whose memory is watched), and then
-generate: a long prompt is read (prefill) through the model's own attention, and tokens are decoded
-one at a time at several batch sizes.
+Random weights of a preset are written as sharded safetensors, loaded onto the device in a process
+of its own, whose memory is measured, and then used for generation: prefill of a long prompt, and
+decoding at two batch sizes. Decoding is compared with the memory bandwidth of the device.
 """
 
-import argparse
+import dataclasses
 import datetime
 import json
 import shutil
@@ -17,85 +16,135 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import psutil
+import tyro
 
+from jaxattn.bench import harness
 from jaxattn.device import default_device, memory_bandwidth
-from models import bench_load
-from models.config import PRESETS
+from models.config import PRESETS, ModelConfig
+from models.execution import INFERENCE
 from models.generate import stream
 from models.internlm2 import InternLM2
 from models.sampling import Sampling
+from models.weights import run_layout
+from models.weights.abstract import abstract, named_params
 from models.weights.load import load_hf
+from models.weights.memory import largest_tensor_bytes
+from models.weights.save import write_hf
 
+# Weights to load. All of 20B has too many bytes for a bench; two layers have its widths.
+CASES = {
+    **PRESETS,
+    "internlm2-20b, 2 layers": dataclasses.replace(PRESETS["internlm2-20b"], num_layers=2),
+}
 GB = 1e9
+SHARD_BYTES = 2_000_000_000
+_WARM = dataclasses.replace(PRESETS["nano"], num_layers=1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints, and writes JSON; returns the exit code."""
-    args = _parser().parse_args(argv)
+    """Run the command; return its exit status."""
     try:
-        result = measure(args)
+        tyro.cli(
+            measure,
+            prog="python -m models.bench",
+            args=None if argv is None else list(argv),
+            use_underscores=True,
+        )
     except (ValueError, NotImplementedError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 
-def measure(args: argparse.Namespace) -> dict:
-    """Loads, generates, and prints a line for each; arguments as `_parser` says."""
+def measure(
+    *,
+    model: str = "internlm2-1.8b",
+    load: tuple[str, ...] = ("internlm2-20b, 2 layers",),
+    prompt: int = 32_512,
+    new: int = 128,
+    attn: str = "auto",
+    dir: str | None = None,
+    out: Path | None = None,
+) -> None:
+    """Time loading and generation with random weights; print, and write JSON.
+
+    Args:
+      model: Preset to load and generate with.
+      load: Further weights to load, for the host memory.
+      prompt: Tokens of the long prompt.
+      new: Tokens to decode.
+      attn: Attention implementation of the prefill.
+      dir: Directory for the weights while the bench runs. Default: the system's.
+      out: JSON file to write.
+
+    Raises:
+      ValueError: a name of weights is unknown, or `out` is in no directory.
+      RuntimeError: a process that loads failed.
+    """
+    if unknown := sorted({model, *load} - CASES.keys()):
+        raise ValueError(f"weights {unknown[0]!r} must be one of {', '.join(CASES)}")
+    if out and not out.parent.is_dir():  # before minutes of measuring
+        raise ValueError(f"--out={out}: {out.parent} is not a directory")
     loads = {}
-    with tempfile.TemporaryDirectory(dir=args.dir) as directory:
-        # Before this process takes the device's memory for itself.
-        for case in dict.fromkeys([args.model, *args.load]):
+    with tempfile.TemporaryDirectory(dir=dir) as directory:
+        # Before this process allocates the device's memory.
+        for case in dict.fromkeys([model, *load]):
             target = Path(directory, case)
-            bench_load.write(case, target)
-            loads[case] = bench_load.measure(case, target)
+            _in_process("write", CASES[case], target)
+            loads[case] = measure_load(CASES[case], target)
             print(_load_line(case, loads[case]), flush=True)
-            if case != args.model:
+            if case != model:
                 shutil.rmtree(target)
-        model = load_hf(Path(directory, args.model), attn=args.attn)
+        execution = dataclasses.replace(INFERENCE, attn=attn)
+        network = load_hf(Path(directory, model), execution=execution)
     kind = default_device().device_kind
-    about = {"model": args.model, "device": kind, "jax": jax.__version__}
+    about = {"model": model, "device": kind, "jax": jax.__version__}
     about["date"] = f"{datetime.date.today()}"
     print(", ".join(about.values()), flush=True)
     rows = []
-    for batch, prompt in [(1, args.prompt), (1, 512), (16, 512)]:
-        row = generate_speed(model, batch=batch, prompt=min(prompt, args.prompt), new=args.new)
-        bandwidth = memory_bandwidth(kind) or float("nan")
-        seconds = decode_bytes(model, batch, row["prompt"]) / bandwidth
-        row["floor_tokens_per_second"] = batch / seconds
+    bandwidth = memory_bandwidth(kind) or float("nan")
+    for batch, tokens in [(1, prompt), (1, 512), (16, 512)]:
+        row = generate_speed(network, batch=batch, prompt=min(tokens, prompt), new=new)
+        bound = batch * bandwidth / decode_bytes(network, batch, row["prompt"])
+        row["bound_tokens_per_second"] = bound
         rows.append(row)
         print(
             f"batch {batch}, prompt {row['prompt']:,}: first token after {row['first']:.3f} s "
             f"({batch * row['prompt'] / row['first']:,.0f} tokens/s), then "
-            f"{row['tokens_per_second']:,.0f} tokens/s; reading weights and cache once a token "
-            f"allows {row['floor_tokens_per_second']:,.0f}",
+            f"{row['tokens_per_second']:,.0f} tokens/s; the memory bandwidth allows "
+            f"{bound:,.0f}",
             flush=True,
         )
-    return about | {"load": loads, "generate": rows}
+    if out:
+        out.write_text(json.dumps(about | {"load": loads, "generate": rows}, indent=1) + "\n")
 
 
-def _load_line(case: str, load: dict) -> str:
-    line = (
-        f"load {case}: {load['bytes'] / GB:.2f} GB in {load['seconds']:.1f} s, "
-        f"{load['gb_per_second']:.2f} GB/s"
-    )
-    if load["peak_host_bytes"] is None:
-        return line
-    return (
-        f"{line}; peak host memory {load['peak_host_bytes'] / GB:.2f} GB above the "
-        f"{load['before_host_bytes'] / GB:.2f} of the process before, bound "
-        f"{load['bound_bytes'] / GB:.2f}"
-    )
+def measure_load(config: ModelConfig, directory: Path) -> dict:
+    """Load weights in a new process onto its default device.
+
+    Args:
+      config: the architecture.
+      directory: HF directory of the weights.
+
+    Returns:
+      device; bytes of the files; seconds; gb_per_second; before_host_bytes, memory of the process
+      after its imports and a load of a tiny model; peak_host_bytes above that, None where Linux's
+      /proc is missing; bound_bytes, the largest file, two tensors, and on a CPU the model.
+
+    Raises:
+      RuntimeError: the process failed.
+    """
+    return _in_process("load", config, directory)
 
 
 def generate_speed(model: InternLM2, *, batch: int, prompt: int, new: int) -> dict:
-    """Times greedy generation as a caller of `stream` sees it, after a first run that compiles.
+    """Time greedy generation with `stream`, after a first run that compiles.
 
     Returns:
-        first: seconds to the first tokens; tokens_per_second of those that follow, over all rows.
+      first: seconds to the first tokens; tokens_per_second of all others, over all rows.
     """
     rng = np.random.default_rng(0)
     prompts = rng.integers(3, model.config.vocab_size, (batch, prompt)).tolist()
@@ -115,36 +164,93 @@ def generate_speed(model: InternLM2, *, batch: int, prompt: int, new: int) -> di
 
 
 def decode_bytes(model: InternLM2, batch: int, length: int) -> int:
-    """What one decoding step must read: all weights but the embedding table, and the cache."""
+    """Return the bytes that a decoding step reads: the KV cache, and weights but the embedding."""
     c = model.config
     weights = c.num_params() - (0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size)
     cache = 2 * c.num_layers * batch * length * c.num_kv_heads * c.head_dim
-    return model.dtype.itemsize * (weights + cache)
+    return model.execution.dtype.itemsize * (weights + cache)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m models.bench",
-        description="Time loading and generating with random weights.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+def _in_process(step: str, config: ModelConfig, directory: Path) -> dict:
+    """Run `_write` or `_load` in a process of its own.
+
+    Memory for writing would count as memory of the load, and a process that has allocated a GPU's
+    memory leaves none to another.
+    """
+    fields = {"step": step, "directory": str(directory), "shard_bytes": SHARD_BYTES}
+    cell = harness.run_child("models.bench", fields | run_layout.model_identity(config))
+    if "why" in cell:
+        raise RuntimeError(f"could not {step} the weights: {cell['why']}")
+    return cell
+
+
+def _child(fields: dict) -> None:
+    config, directory = run_layout.model_of(fields), Path(fields["directory"])
+    if fields["step"] == "write":
+        harness.report(lambda: _write(config, directory, fields["shard_bytes"]), {})
+    else:
+        harness.report(lambda: _load(config, directory), {})
+
+
+def _write(config: ModelConfig, directory: Path, shard_bytes: int = SHARD_BYTES) -> dict:
+    # One million random numbers, repeated: drawing all of them would take most of the time.
+    drawn = np.random.default_rng(0).normal(0, config.initializer_range, 1 << 20)
+    drawn = drawn.astype(jnp.bfloat16)
+    shapes = named_params(abstract(config, INFERENCE))
+    parameters = ((path, jnp.asarray(np.resize(drawn, p.shape))) for path, p in shapes.items())
+    write_hf(config, parameters, directory, dtype="bfloat16", max_shard_bytes=shard_bytes)
+    return {}
+
+
+def _load(config: ModelConfig, directory: Path) -> dict:
+    execution = dataclasses.replace(INFERENCE, attn="xla")
+    with tempfile.TemporaryDirectory() as warm:
+        _write(_WARM, Path(warm, "weights"))
+        jax.block_until_ready(load_hf(Path(warm, "weights"), execution=execution))
+    before = psutil.Process().memory_info().rss
+    begun = time.perf_counter()
+    model = jax.block_until_ready(load_hf(directory, execution=execution))
+    seconds = time.perf_counter() - begun
+    peak, files = _peak_rss(), [f.stat().st_size for f in directory.glob("*.safetensors")]
+    device = default_device()
+    # A mapped file, as far as it was read, and a tensor as it was read and on its way.
+    bound = max(files) + 2 * largest_tensor_bytes(config, "bfloat16")
+    if device.platform == "cpu":
+        bound += sum(x.nbytes for x in jax.tree.leaves(model))
+    return {
+        "device": device.device_kind,
+        "bytes": sum(files),
+        "seconds": seconds,
+        "gb_per_second": sum(files) / GB / seconds,
+        "before_host_bytes": before,
+        "peak_host_bytes": None if peak is None else peak - before,
+        "bound_bytes": bound,
+    }
+
+
+def _peak_rss() -> int | None:
+    """Return the largest resident set of this process in bytes; None without Linux's /proc.
+
+    psutil has no peak on Linux, and ru_maxrss of getrusage includes the parent's before exec.
+    """
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((1024 * int(x.split()[1]) for x in lines if x.startswith("VmHWM:")), None)
+
+
+def _load_line(case: str, load: dict) -> str:
+    line = (
+        f"load {case}: {load['bytes'] / GB:.2f} GB in {load['seconds']:.1f} s, "
+        f"{load['gb_per_second']:.2f} GB/s"
     )
-    parser.add_argument("--model", default="internlm2-1.8b", choices=PRESETS, help="preset")
-    parser.add_argument(
-        "--load",
-        nargs="*",
-        default=["internlm2-20b, 2 layers"],
-        choices=bench_load.CASES,
-        help="what is loaded beside it, to measure the host's memory",
+    if load["peak_host_bytes"] is None:
+        return line
+    return (
+        f"{line}; peak host memory {load['peak_host_bytes'] / GB:.2f} GB above the "
+        f"{load['before_host_bytes'] / GB:.2f} GB before, bound {load['bound_bytes'] / GB:.2f} GB"
     )
-    parser.add_argument("--prompt", type=int, default=32_512, help="tokens of the long prompt")
-    parser.add_argument("--new", type=int, default=128, help="tokens to decode")
-    parser.add_argument("--attn", default="auto", help="attention implementation of the prefill")
-    parser.add_argument(
-        "--dir", help="where the weights are written for a while; else the system's"
-    )
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    return parser
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    is_child = sys.argv[1:] and sys.argv[1].startswith("{")
+    sys.exit(_child(harness.child_fields()) if is_child else main())

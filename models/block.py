@@ -1,4 +1,4 @@
-"""One layer of the model: attention and SwiGLU, each after a norm and added to the stream.
+"""One layer of the model: attention and SwiGLU, each after an RMSNorm, with residual connections.
 
 B batch, T query pos, N query heads, K kv heads, G = N / K, g = G + 2, H head dim, D embed.
 """
@@ -15,16 +15,17 @@ from jaxtyping import Array, Float
 from models import sharding
 from models.config import ModelConfig
 from models.layers import SwiGLU, constant, normal, rms_norm
-from models.qkv import rotated_heads
+from models.qkv import split_qkv_and_rope
+from models.xla_workarounds import project
 
-# (q_BTNH, k_BTKH, v_BTKH, carried) -> (o_BTNH, result): how a block attends. `carried` is what the
-# caller hands to this layer (its part of a cache), or None.
+# (q_BTNH, k_BTKH, v_BTKH, layer_cache) -> (o_BTNH, result): the attention of a block. `layer_cache`
+# is this layer's part of the KV cache, or None.
 Attend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
 Rope = tuple[Array, Array]
 
 
 class Attention(nnx.Module):
-    """Projections around attention; the attention itself is handed in.
+    """Query, key, value and output projections around an attention function from the caller.
 
     wqkv is fused as in HF: for each kv head its G query heads, then k, then v.
     """
@@ -42,38 +43,38 @@ class Attention(nnx.Module):
             self.wo_bias_D = constant(0.0, (D,), (None,), param_dtype)
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], rope: Rope, attend: Attend, carried: Any = None
+        self, x_BTD: Float[Array, "B T D"], rope: Rope, attend: Attend, layer_cache: Any = None
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """Projects, rotates, attends, projects back.
+        """Project to q, k, v, apply rotary embedding and attention, project back.
 
         Args:
-          x_BTD: normed input; the weights must have its type.
-          rope: cos, sin of `rope_table`.
-          attend: see `Attend`.
-          carried: handed to attend.
+          x_BTD: output of the norm; the weights must have its dtype.
+          rope: cos and sin from `rope_table`.
+          attend: attention function, see `Attend`.
+          layer_cache: passed to `attend`.
 
         Returns:
-          The output [B, T, D] and whatever attend returned beside its own.
+          The output [B, T, D] and the second result of `attend`.
         """
         wqkv_DKgH = sharding.gathered(self.wqkv_DKgH[...], "embed", "heads", None, None)
-        qkv_BTKgH = _project(
+        qkv_BTKgH = project(
             "BTD,DKgH->BTKgH", x_BTD, wqkv_DKgH, out=("batch", None, "heads", None, None)
         )
         if self.bias:
             qkv_BTKgH += self.wqkv_bias_KgH[...][None, None]
-        q_BTNH, k_BTKH, v_BTKH = checkpoint_name(rotated_heads(qkv_BTKgH, *rope), "qkv")
+        q_BTNH, k_BTKH, v_BTKH = checkpoint_name(split_qkv_and_rope(qkv_BTKgH, *rope), "qkv")
 
-        o_BTNH, result = attend(q_BTNH, k_BTKH, v_BTKH, carried)
+        o_BTNH, result = attend(q_BTNH, k_BTKH, v_BTKH, layer_cache)
 
         wo_NHD = sharding.gathered(self.wo_NHD[...], "heads", None, "embed")
-        y_BTD = _project("BTNH,NHD->BTD", o_BTNH, wo_NHD, out=("batch", None, None))
+        y_BTD = project("BTNH,NHD->BTD", o_BTNH, wo_NHD, out=("batch", None, None))
         if self.bias:
             y_BTD += self.wo_bias_D[...][None, None]
         return y_BTD, result
 
 
 class Block(nnx.Module):
-    """x += attention(norm(x)); x += ffn(norm(x))."""
+    """One transformer layer: x += attention(norm(x)); x += ffn(norm(x))."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
         D = config.hidden_size
@@ -84,27 +85,13 @@ class Block(nnx.Module):
         self.ffn = SwiGLU(config, rngs=rngs, param_dtype=param_dtype)
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], rope: Rope, attend: Attend, carried: Any = None
+        self, x_BTD: Float[Array, "B T D"], rope: Rope, attend: Attend, layer_cache: Any = None
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """One layer; arguments and results as `Attention`."""
+        """Apply the layer; arguments and results as for `Attention`."""
         with jax.named_scope("attention"):
             normed_BTD = rms_norm(x_BTD, self.attention_norm_D[...], eps=self.eps)
-            y_BTD, result = self.attention(normed_BTD, rope, attend, carried)
+            y_BTD, result = self.attention(normed_BTD, rope, attend, layer_cache)
             x_BTD = checkpoint_name(x_BTD + y_BTD, "ffn_input")
         with jax.named_scope("ffn"):
             x_BTD += self.ffn(rms_norm(x_BTD, self.ffn_norm_D[...], eps=self.eps))
         return x_BTD, result
-
-
-def _project(subscripts: str, x: Array, w: Array, *, out: sharding.Axes) -> Array:
-    """`sharding.einsum`; of a single token as one of two equal ones.
-
-    For one row XLA makes a matrix product of up to about 2^23 weights an elementwise one, which it
-    writes to memory and then sums: three times the weights' bytes, which are all that a decoding
-    step waits for (seen in the GPU compiler's output, jax 0.11.2, at 1.8B).
-    """
-    if x.shape[0] * x.shape[1] > 1:
-        return sharding.einsum(subscripts, x, w, out=out)
-    # The barriers keep the compiler from seeing that the rows are equal, and that one is dropped.
-    two = jax.lax.optimization_barrier(jnp.concatenate([x, x], axis=1))
-    return jax.lax.optimization_barrier(sharding.einsum(subscripts, two, w, out=out))[:, :1]

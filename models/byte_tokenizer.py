@@ -1,4 +1,4 @@
-"""The built-in tokenizer, bytes of UTF-8, behind the interface of `models.tokenizer.Tokenizer`."""
+"""Built-in tokenizer of UTF-8 bytes, with the interface `models.tokenizer.Tokenizer`."""
 
 import dataclasses
 import functools
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 BYTE = "byte"
-# The names of the six chat tokens in the order of their ids, which are the last six of the
-# vocabulary. In the published tokenizer.model these ids hold [UNUSED_TOKEN_141] .. _146.
+# The six chat tokens in the order of their ids, the last six of the vocabulary. In the published
+# tokenizer.model these ids are named [UNUSED_TOKEN_141] .. [UNUSED_TOKEN_146].
 CHAT_TOKENS = (
     "<|plugin|>",
     "<|interpreter|>",
@@ -25,10 +25,10 @@ _FIRST_CHAT = 259
 
 @dataclasses.dataclass
 class ByteTokenizer:
-    """Bytes of UTF-8 as ids, laid out like the head of InternLM2's vocabulary.
+    """Tokenizer of UTF-8 bytes, with the ids of the first tokens of InternLM2's vocabulary.
 
     0 <unk>, 1 <s>, 2 </s> (also padding), 3 .. 258 the bytes, 259 .. 264 the chat tokens in their
-    published order. Every text comes back exactly.
+    published order. Decoding returns every encoded text exactly.
     """
 
     name: str = BYTE
@@ -42,13 +42,13 @@ class ByteTokenizer:
     im_end_id: int | None = 263
 
     def encode(self, text: str) -> list[int]:
-        """See `Tokenizer`. Of the special tokens the six of a chat are recognised."""
+        """See `Tokenizer`. Of the special tokens the six chat tokens are recognised."""
         ids: list[int] = []
         for piece in _split_chat(text):
             if piece in CHAT_TOKENS:
                 ids.append(_FIRST_CHAT + CHAT_TOKENS.index(piece))
             else:
-                # surrogatepass: half a surrogate pair, which JSON can hold, is bytes like others.
+                # surrogatepass: JSON may contain half of a surrogate pair.
                 utf8 = np.frombuffer(piece.encode("utf-8", "surrogatepass"), np.uint8)
                 ids.extend((utf8.astype(np.int32) + _FIRST_BYTE).tolist())
         return ids
@@ -58,13 +58,13 @@ class ByteTokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
-        """See `Tokenizer`. Ids from 265, which only a padded vocabulary has, are U+FFFD."""
+        """See `Tokenizer`. Ids from 265, of a padded vocabulary, become U+FFFD."""
         parts = [_byte_piece(int(i), skip_special) for i in ids]
         return b"".join(parts).decode("utf-8", "replace")
 
 
 def _split_chat(text: str) -> list[str]:
-    """The text cut before and after every chat token in it."""
+    """Split a text before and after every chat token."""
     pieces = [text]
     for token in CHAT_TOKENS:
         pieces = [

@@ -1,10 +1,10 @@
-"""Attention over remembered keys and values: prefill of prompts, then one token at a time.
+"""KV cache: prefill of prompts, then decoding of one token at a time.
 
 B batch, T prompt slots, S cache slots, N query heads, K kv heads, H head dim, V vocab, L layers.
 
-Prompts of different lengths are padded on the left, so that all rows write the same slot. Each
-layer's keys and values are arrays of their own, which a step updates in place: of a stack of all
-layers it would read, write and read again every layer's part (as of stacked weights under a scan).
+Prompts of different lengths are padded on the left, so that all rows write the same slot. The keys
+and values of each layer are separate arrays, which a step updates in place. From a stack of all
+layers a step would read, write and read again the part of every layer.
 """
 
 import dataclasses
@@ -25,15 +25,15 @@ SLOTS = 64  # small caches, and prompts, are padded to a multiple of this
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KVCache:
-    """What a decoder remembers of its rows.
+    """Keys and values of the tokens so far, for each row of a batch.
 
     Attributes:
-      k_BKSH: for each layer, keys after rotary embedding, with the base that was current when they
-        were written (as in the original: a base that grows later does not turn them again).
+      k_BKSH: for each layer, keys after rotary embedding, with the base at the time they were
+        written (as in the original, which does not rotate them again when the base grows).
       v_BKSH: for each layer, values.
-      filled_BS: 1 where a slot holds a token, 0 where it is padding or still empty.
-      used: slots in use, the same in every row; the next token goes there.
-      lengths_B: tokens of each row, which is the position of its next one.
+      filled_BS: 1 for a slot with a token, 0 for padding and empty slots; int32.
+      used: number of used slots, the same in every row, and the slot of the next token.
+      lengths_B: tokens of each row, which is the position of the next one.
     """
 
     k_BKSH: tuple[Float[Array, "B K S H"], ...]
@@ -44,9 +44,9 @@ class KVCache:
 
 
 def capacity_for(slots: int) -> int:
-    """The least capacity of a cache that holds so many slots and is fast to attend to.
+    """Round a number of slots up to a capacity that attention reads efficiently.
 
-    Requests whose lengths are similar share it, and so one compilation.
+    Requests of similar lengths get the same capacity, and so share one compilation.
     """
     multiple = SLOTS if slots <= 2 * BLOCK else BLOCK
     return -(-slots // multiple) * multiple
@@ -59,16 +59,16 @@ def prefill(
     *,
     capacity: int,
 ) -> tuple[Float[Array, "B V"], KVCache]:
-    """Reads whole prompts with the model's own attention.
+    """Process whole prompts with the model's attention implementation.
 
     Args:
       model: the model.
       tokens_BT: prompts, padded on the left.
       filled_BT: 1 for a token, 0 for padding; the last column is all ones.
-      capacity: slots of the cache, at least T (static); see `capacity_for`.
+      capacity: slots of the cache (static), at least T; see `capacity_for`.
 
     Returns:
-      Logits after the last token, fp32, and the cache.
+      Logits [B, V] after the last token, fp32, and the cache.
 
     Raises:
       ValueError: capacity is below T.
@@ -82,7 +82,10 @@ def prefill(
         mask = model.prepare_mask(tokens_BT.shape, filled_BT)
 
         def attend(q_BTNH, k_BTKH, v_BTKH, _):
-            return attention(q_BTNH, k_BTKH, v_BTKH, mask, impl=model.attn), (k_BTKH, v_BTKH)
+            return attention(q_BTNH, k_BTKH, v_BTKH, mask, impl=model.execution.attn), (
+                k_BTKH,
+                v_BTKH,
+            )
 
         rope = rope_table(document_positions(filled_BT), model.config, segment_ids=filled_BT)
         x_BTD, (k_LBTKH, v_LBTKH) = model.run_blocks(model.embed(tokens_BT), rope, attend)
@@ -99,15 +102,15 @@ def prefill(
 def decode(
     model: InternLM2, cache: KVCache, tokens_B: Int[Array, " B"]
 ) -> tuple[Float[Array, "B V"], KVCache]:
-    """Reads one more token a row. The cache must have a free slot (the caller counts).
+    """Process one token of each row. The caller ensures that the cache has a free slot.
 
     Args:
       model: the model.
-      cache: donate it under jit: it is then updated in place.
-      tokens_B: the tokens that were chosen.
+      cache: the cache; donated under jit, it is updated in place.
+      tokens_B: the sampled tokens.
 
     Returns:
-      Logits after these tokens, fp32, and the cache with them.
+      Logits [B, V] after these tokens, fp32, and the cache with their keys and values.
     """
     with sharding.mesh_of(model.norm_D[...]):
         tokens_B1 = sharding.constrain(tokens_B[:, None], "batch", None)
@@ -122,7 +125,7 @@ def decode(
 
         rope = rope_table(cache.lengths_B[:, None], model.config)
         layers = list(zip(cache.k_BKSH, cache.v_BKSH, strict=True))
-        # Not as a scan, which copies every layer's weights out of their stack first.
+        # No scan, which first copies the weights of every layer out of their stack.
         x_B1D, layers = model.run_blocks(model.embed(tokens_B1), rope, attend, layers, scan=False)
         k_BKSH, v_BKSH = zip(*layers, strict=True)
         cache = KVCache(
@@ -136,7 +139,7 @@ def decode(
 
 
 def _by_layer(x_LBTKH: Array, capacity: int) -> tuple[Array, ...]:
-    """Keys or values of a prompt as a cache has them: an array a layer, with room to grow."""
+    """Split the keys or values of prompts into one array per layer, padded to the capacity."""
     room = [(0, 0), (0, 0), (0, capacity - x_LBTKH.shape[2]), (0, 0)]
     return tuple(jnp.pad(x_BTKH.swapaxes(1, 2), room) for x_BTKH in x_LBTKH)
 
@@ -146,5 +149,5 @@ def _write(cache, new, slot, *, axis):
 
 
 def _last_logits(model, x_BTD):
-    """Logits of the last slot, whole on every device: sampling needs all of a row."""
+    """Compute the logits of the last slot, not split over the vocabulary, as sampling needs."""
     return sharding.constrain(logits(x_BTD[:, -1:], model.unembedding())[:, 0], "batch", None)

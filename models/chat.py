@@ -1,30 +1,52 @@
-"""InternLM2's conversation format."""
+"""Chat format of InternLM2."""
 
 from collections.abc import Sequence
 
+from models.byte_tokenizer import CHAT_TOKENS
 from models.tokenizer import Tokenizer
 
 
 def encode_chat(
     messages: Sequence[tuple[str, str]], tokenizer: Tokenizer, *, generate: bool = True
 ) -> list[int]:
-    r"""Ids of a conversation: bos, then <|im_start|>role\ncontent<|im_end|>\n for each message.
+    r"""Encode a chat: bos, then <|im_start|>role\ncontent<|im_end|>\n for each message.
 
     Args:
       messages: (role, content); roles are system, user, assistant, environment.
-      tokenizer: with chat tokens.
-      generate: end with the opening of the assistant's turn.
+      tokenizer: a tokenizer with chat tokens.
+      generate: append the beginning of the assistant's answer.
 
     Raises:
-      ValueError: the tokenizer has no chat tokens.
+      ValueError: the tokenizer lacks chat tokens.
 
     References:
       The chat_template in the published tokenizer_config.json.
     """
-    if tokenizer.im_start_id is None or tokenizer.im_end_id is None:
-        raise ValueError(f"tokenizer {tokenizer.name} has no <|im_start|> and <|im_end|>")
+    check_chat_tokens(tokenizer)
     text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in messages)
     return [
         tokenizer.bos_id,
         *tokenizer.encode(text + "<|im_start|>assistant\n" if generate else text),
     ]
+
+
+def missing_chat_tokens(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Return the names of InternLM2's six chat tokens that a tokenizer lacks."""
+    ids = {"<|im_start|>": tokenizer.im_start_id, "<|im_end|>": tokenizer.im_end_id}
+    return tuple(
+        name for name in CHAT_TOKENS if len(tokenizer.encode(name)) != 1 or ids.get(name, 0) is None
+    )
+
+
+def check_chat_tokens(tokenizer: Tokenizer) -> None:
+    """Check that a tokenizer has the tokens that open and close a chat message.
+
+    Raises:
+      ValueError: <|im_start|> or <|im_end|> is missing.
+    """
+    missing = missing_chat_tokens(tokenizer)
+    if "<|im_start|>" in missing or "<|im_end|>" in missing:
+        raise ValueError(
+            f"tokenizer {tokenizer.name} lacks the chat tokens {', '.join(missing)}: take the "
+            "tokenizer of an internlm2-chat model, or its tokenizer.model alone (--tokenizer)"
+        )

@@ -1,19 +1,19 @@
-"""The architecture of an InternLM2 model, and nothing about how it is run.
+"""Architecture of an InternLM2 model: `ModelConfig`, and `PRESETS` of the released sizes.
 
-`ModelConfig.from_hf` reads a HF config.json as transformers 4 and 5 write it; `PRESETS` holds the
-released sizes and one that trains on a laptop.
+`ModelConfig.from_hf` reads a HF config.json as transformers 4 and 5 write it. Options that do not
+change the architecture are in `models.execution`.
 """
 
 import dataclasses
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from models.rope_scaling import RopeScaling, rope_from_hf
 
-# What the original's configuration class assumes when config.json has no such key. No released
-# checkpoint relies on them (all of them differ from the released values), but a key left out
-# means exactly this. Source: InternLM2 configuration_internlm2.py, InternLM2Config.__init__.
+# Defaults of the original for keys that config.json lacks. Many differ from the released values;
+# no released checkpoint relies on them. Source: InternLM2 configuration_internlm2.py,
+# InternLM2Config.__init__.
 HF_DEFAULTS: Mapping[str, Any] = {
     "vocab_size": 103168,
     "hidden_size": 4096,
@@ -25,6 +25,7 @@ HF_DEFAULTS: Mapping[str, Any] = {
     "max_position_embeddings": 2048,
     "initializer_range": 0.02,
     "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -34,13 +35,27 @@ HF_DEFAULTS: Mapping[str, Any] = {
 
 
 NO_ID = -1
-"""In place of a token that a model does not have."""
-NAMES = {int: "a whole number", float: "a finite number", bool: "true or false"}
+"""Id of a special token that a model does not have."""
+
+_TYPE_NAMES = {int: "a whole number", float: "a finite number", bool: "true or false"}
+# Upper bounds, far above every model that exists: they refuse a damaged config.json before a loop
+# over 10^9 layers, or an array that no machine can hold.
+_BOUNDS = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 20,
+    "num_layers": 1 << 12,
+    "num_heads": 1 << 14,
+    "num_kv_heads": 1 << 14,
+    "intermediate_size": 1 << 22,
+    "max_position_embeddings": (1 << 31) - 1,
+    "rope_theta": 1e30,
+    "rms_norm_eps": 1.0,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The shape of an InternLM2 model. Defaults are those of all releases.
+    """Architecture of an InternLM2 model. The defaults are the values of all releases.
 
     Attributes:
       vocab_size: rows of the embedding (V).
@@ -49,19 +64,19 @@ class ModelConfig:
       num_heads: query heads (N); a multiple of num_kv_heads.
       num_kv_heads: key/value heads (K).
       intermediate_size: width of the feed-forward layer (F).
-      rms_norm_eps: added to the mean square.
+      rms_norm_eps: added to the mean square in RMSNorm.
       rope_theta: base of the rotary frequencies.
       rope_scaling: None: plain rotary embedding at every length.
-      max_position_embeddings: tokens; beyond it dynamic scaling changes the base.
-      bias: biases in wqkv and wo (the feed-forward layer and the output never have any).
+      max_position_embeddings: trained length in tokens; beyond it dynamic scaling changes the base.
+      bias: wqkv and wo have biases (the feed-forward layer and the output matrix never have any).
       tie_word_embeddings: the output matrix is the embedding.
       pad_token_id: row of the embedding that gets no gradient, see `models.internlm2`; or NO_ID.
-      bos_token_id: begins a text; or NO_ID.
-      eos_token_id: ends a document; or NO_ID.
+      bos_token_id: first token of a text; or NO_ID.
+      eos_token_id: last token of a document; or NO_ID.
       initializer_range: standard deviation of random weights.
 
     Raises:
-      ValueError: a size is not positive, or heads do not divide.
+      ValueError: a size is not positive or absurdly large, or the heads do not divide.
     """
 
     vocab_size: int
@@ -82,12 +97,14 @@ class ModelConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self):
-        for field in (
-            "vocab_size hidden_size num_layers num_heads num_kv_heads intermediate_size "
-            "max_position_embeddings rope_theta rms_norm_eps"
-        ).split():
+        for field, most in _BOUNDS.items():
             if not getattr(self, field) > 0:
                 raise ValueError(f"{field}={getattr(self, field)} must be positive")
+            if not getattr(self, field) <= most:
+                raise ValueError(f"{field}={getattr(self, field)!r:.40} must be at most {most:,}")
+        for field in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            if abs(getattr(self, field)) >= 1 << 31:
+                raise ValueError(f"{field}={getattr(self, field)!r:.40} must be below 2^31")
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} must be a multiple of num_heads={self.num_heads}"
@@ -104,16 +121,16 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
-        """Width of one head (H)."""
+        """Return the width of one head (H)."""
         return self.hidden_size // self.num_heads
 
     @property
     def group_size(self) -> int:
-        """Query heads that share one key/value head (G)."""
+        """Return the number of query heads per key/value head (G)."""
         return self.num_heads // self.num_kv_heads
 
     def num_params(self) -> int:
-        """Parameters, each counted once (a tied output matrix is the embedding)."""
+        """Return the number of parameters; a tied output matrix is not counted again."""
         D, F, H, L = self.hidden_size, self.intermediate_size, self.head_dim, self.num_layers
         wqkv_width = (self.num_heads + 2 * self.num_kv_heads) * H
         layer = D * wqkv_width + D * D + 3 * D * F + 2 * D
@@ -124,22 +141,22 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "ModelConfig":
-        """Reads the contents of a HF config.json.
+        """Create a configuration from the contents of a HF config.json.
 
-        Both spellings are known: rope_scaling beside rope_theta (transformers 4) and
-        rope_parameters holding both (transformers 5). A missing key means the default of the
-        original's configuration class, `HF_DEFAULTS`, not a released value. The stored weight
-        type (torch_dtype, dtype) is not architecture: the tensors themselves say what they are.
+        Both formats are accepted: rope_scaling and rope_theta (transformers 4), or rope_parameters
+        with both (transformers 5). A missing key means the default of the original's configuration
+        class, `HF_DEFAULTS`, not a released value. The dtype of the stored weights (torch_dtype,
+        dtype) is not read: the weights files name the dtype of each tensor.
 
         Args:
           hf: parsed JSON.
 
         Returns:
-          The configuration. Of a list of eos ids it keeps the first; the list stops generation,
-          see `models.generate.stop_ids_of`.
+          The configuration. Of a list of eos ids it keeps the first; all of the list stop
+          generation, see `models.generate.stop_ids_of`.
 
         Raises:
-          ValueError: another model_type or activation, or a value the original refuses too.
+          ValueError: another model_type or activation, or a value that the original refuses.
         """
         if (found := hf.get("model_type")) != "internlm2":
             raise ValueError(f"model_type={found!r} in config.json must be 'internlm2'")
@@ -159,7 +176,7 @@ class ModelConfig:
             num_kv_heads=heads if kv_heads is None else kv_heads,
             intermediate_size=value["intermediate_size"],
             rms_norm_eps=value["rms_norm_eps"],
-            rope_theta=theta,
+            rope_theta=HF_DEFAULTS["rope_theta"] if theta is None else theta,
             rope_scaling=scaling,
             max_position_embeddings=value["max_position_embeddings"],
             bias=value["bias"],
@@ -174,13 +191,13 @@ class ModelConfig:
         return cls(**fields)
 
     def to_hf(self, *, dtype: str = "bfloat16") -> dict[str, Any]:
-        """Contents of a config.json as the released checkpoints have it (transformers 4 keys).
+        """Return the contents of a config.json like those of the releases (transformers 4 keys).
 
         Args:
-          dtype: type of the stored weights, written as torch_dtype.
+          dtype: dtype of the stored weights, written as torch_dtype.
 
         Returns:
-          JSON-able dict; `from_hf` of it gives this configuration back.
+          A dict for JSON; `from_hf` returns this configuration from it.
         """
         scaling = self.rope_scaling
         return {
@@ -216,68 +233,44 @@ class ModelConfig:
 
 
 def _checked(name: str, value: Any, kind: Any) -> Any:
-    """A field's value from JSON; raises ValueError where it is of another type."""
+    """Return a field's value from JSON; raise ValueError if it has another type."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     right = {
         int: number and isinstance(value, int),
-        float: number and math.isfinite(value),
+        float: number and abs(value) <= sys.float_info.max,
         bool: isinstance(value, bool),
     }
     if not right.get(kind, True):
-        raise ValueError(f"{name}={value!r} in config.json must be {NAMES[kind]}")
+        raise ValueError(f"{name}={value!r:.40} in config.json must be {_TYPE_NAMES[kind]}")
     return float(value) if kind is float else value
 
 
 def _id(value: Any) -> Any:
-    """HF's null as NO_ID."""
+    """Convert HF's null to NO_ID."""
     return NO_ID if value is None else value
 
 
 def _null(token_id: int) -> int | None:
-    """The inverse of `_id`."""
+    """Convert NO_ID to HF's null."""
     return None if token_id == NO_ID else token_id
 
 
-def _dynamic(factor: float) -> RopeScaling:
-    return RopeScaling(type="dynamic", factor=factor)
+def _preset(V: int, D: int, L: int, N: int, K: int, F: int, rope_factor: float) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=V,
+        hidden_size=D,
+        num_layers=L,
+        num_heads=N,
+        num_kv_heads=K,
+        intermediate_size=F,
+        rope_scaling=RopeScaling(type="dynamic", factor=rope_factor),
+    )
 
 
 PRESETS: Mapping[str, ModelConfig] = {
-    # 3.3 million parameters for CPU. 320 rows hold the byte tokenizer's 265 ids and divide by 64.
-    "nano": ModelConfig(
-        vocab_size=320,
-        hidden_size=256,
-        num_layers=4,
-        num_heads=4,
-        num_kv_heads=2,
-        intermediate_size=768,
-        rope_scaling=_dynamic(2.0),
-    ),
-    "internlm2-1.8b": ModelConfig(
-        vocab_size=92544,
-        hidden_size=2048,
-        num_layers=24,
-        num_heads=16,
-        num_kv_heads=8,
-        intermediate_size=8192,
-        rope_scaling=_dynamic(2.0),
-    ),
-    "internlm2-7b": ModelConfig(
-        vocab_size=92544,
-        hidden_size=4096,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=8,
-        intermediate_size=14336,
-        rope_scaling=_dynamic(2.0),
-    ),
-    "internlm2-20b": ModelConfig(
-        vocab_size=92544,
-        hidden_size=6144,
-        num_layers=48,
-        num_heads=48,
-        num_kv_heads=8,
-        intermediate_size=16384,
-        rope_scaling=_dynamic(3.0),
-    ),
+    # 3.3 million parameters, for a CPU. 320 ids: the byte tokenizer's 265, rounded up to 64s.
+    "nano": _preset(V=320, D=256, L=4, N=4, K=2, F=768, rope_factor=2.0),
+    "internlm2-1.8b": _preset(V=92544, D=2048, L=24, N=16, K=8, F=8192, rope_factor=2.0),
+    "internlm2-7b": _preset(V=92544, D=4096, L=32, N=32, K=8, F=14336, rope_factor=2.0),
+    "internlm2-20b": _preset(V=92544, D=6144, L=48, N=48, K=8, F=16384, rope_factor=3.0),
 }

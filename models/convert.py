@@ -1,27 +1,34 @@
-"""python -m models.convert SRC DST: HF weights to an orbax checkpoint, or back.
+"""`python -m models.convert SRC DST`: convert weights between HF, orbax and training runs.
 
-What SRC is decides: a HF directory becomes an orbax one, which loads straight onto any mesh
-(config.json, params/ in the type they are stored in, and what else lay beside the weights);
-an orbax one, or the checkpoint of a training run, becomes HF.
+The type of SRC decides. A HF directory becomes an orbax directory, which loads directly onto any
+mesh: config.json, params/ in the stored dtype, and the sidecar files. An orbax directory, or a
+checkpoint of a training run, becomes a HF directory.
 """
 
-import argparse
+import contextlib
+import logging
 import math
+import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
+import tyro
 
+from models.byte_tokenizer import ByteTokenizer
 from models.config import ModelConfig
+from models.files import write_json
+from models.terminal import escape_unencodable
 from models.weights import sidecar_files
-from models.weights.load import hf_parameters
+from models.weights.load import check_loadable, hf_parameters
 from models.weights.memory import check_memory
-from models.weights.orbax_checkpoint import converted_parameters, is_converted, save_orbax
-from models.weights.safetensors_file import DTYPES
-from models.weights.save import LAYOUTS, MAX_SHARD_BYTES, write_hf
-from models.weights.train_checkpoint import find_checkpoint, trained_parameters
+from models.weights.orbax_checkpoint import is_orbax, orbax_parameters, save_orbax
+from models.weights.orbax_errors import quiet_orbax
+from models.weights.run_layout import find_checkpoint
+from models.weights.save import MAX_SHARD_BYTES, write_hf
+from models.weights.train_checkpoint import read_checkpoint
 
 
 def convert(
@@ -32,120 +39,157 @@ def convert(
     assets_from: str | Path | None = None,
     progress: bool = False,
     **kwargs: Any,
-) -> None:
-    """Converts a checkpoint; the destination is complete or absent.
+) -> str:
+    """Convert a checkpoint; the destination is complete or absent.
 
     Args:
-      source: HF InternLM2 directory, directory that this made, or a training run's directory or
-        one of its checkpoints.
-      destination: must not exist; its parent is created.
-      layout: of a HF destination, see `save_hf`; given one, a HF source becomes HF again. None:
-        orbax of a HF source, else "internlm2".
-      assets_from: directory whose tokenizer, code and other files go along; None: source.
+      source: HF InternLM2 directory, orbax directory, or a training run or one of its checkpoints.
+      destination: directory to create; must not exist. Its parents are created.
+      layout: layout of a HF destination, see `save_hf`. With a layout, a HF source becomes HF
+        again. None: orbax for a HF source, else "internlm2".
+      assets_from: directory whose tokenizer, code and other files are copied; None: source.
       progress: show progress bars.
       **kwargs: dtype and max_shard_bytes of `save_hf`, for a HF destination.
 
-    Raises:
-      FileExistsError: the destination exists.
-      FileNotFoundError, ValueError: as `load_hf`, `load_orbax`, `save_hf`.
-      OSError: the disk is full, or refuses.
-      MemoryError: this machine has less memory than that, before anything is written.
+    Returns:
+      A remark on the tokenizer of the destination, or "".
 
-    Memory: on the host three times the largest parameter of all layers (`models.weights.memory`).
+    Raises:
+      FileExistsError: the destination exists, or another process is writing it.
+      FileNotFoundError, ValueError: as for `load_hf`, `load_orbax` and `save_hf`; or the tokenizer
+        in assets_from is not the tokenizer of the run.
+      OSError: a file cannot be written, for example because the disk is full.
+      MemoryError: the host has less free memory than the conversion needs.
+
+    Memory: on the host three times the largest parameter, all layers (`models.weights.memory`).
     """
     source, destination = Path(source), Path(destination)
     if destination.exists():  # before minutes of reading
         raise FileExistsError(f"{destination} exists: choose another name or remove it")
-    checkpoint = find_checkpoint(source)
     if assets_from is not None and (str(assets_from) == "" or not Path(assets_from).is_dir()):
-        raise FileNotFoundError(f"assets_from={str(assets_from)!r} is not a directory")
-    assets_from = Path(assets_from) if assets_from is not None else None if checkpoint else source
-    # The host's memory is the larger one, and a conversion computes nothing.
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        if checkpoint is not None:
-            config, stored, parameters = trained_parameters(checkpoint)
-        elif is_converted(source):
-            config, stored, parameters = converted_parameters(source)
-        else:
-            if layout is None and kwargs.get("dtype") is not None:
-                raise ValueError(
-                    f"dtype={kwargs['dtype']}: orbax keeps the stored type; add a layout to write "
-                    "HF weights"
-                )
-            # One bar is enough: of what is read where that is all, else of what is written.
-            config, stored, parameters = hf_parameters(source, progress=progress and not layout)
-        check_memory(config, stored)
-        if layout is None and checkpoint is None and not is_converted(source):
-            assert assets_from is not None  # source, if nothing else
-            return _write_orbax(config, stored, parameters, assets_from, destination)
-        kwargs["dtype"] = kwargs.get("dtype") or stored
-        layout = layout or "internlm2"
-        write_hf(
-            config,
-            parameters,
-            destination,
-            assets_from=assets_from,
-            layout=layout,
-            progress=progress,
-            **kwargs,
+        raise FileNotFoundError(f"--assets_from={str(assets_from)!r} is not a directory")
+    found, remark = find_checkpoint(source), ""
+    if found is None:
+        check_loadable(source)
+    assets_from = Path(assets_from) if assets_from is not None else None if found else source
+    to_orbax = layout is None and found is None and not is_orbax(source)
+    if to_orbax and kwargs.get("dtype") is not None:
+        raise ValueError(
+            f"--dtype={kwargs['dtype']}: orbax keeps the stored dtype; add --layout to write HF "
+            "weights"
         )
+    # The host has more memory, and a conversion computes nothing.
+    with jax.default_device(jax.local_devices(backend="cpu")[0]), quiet_orbax():
+        if found is not None:
+            checkpoint = read_checkpoint(found)
+            config, stored, parameters = checkpoint.config, "float32", checkpoint.parameters()
+            if assets_from is not None:
+                sidecar_files.check_tokenizer(checkpoint.tokenizer, assets_from)
+            else:
+                remark = _without_tokenizer(checkpoint.tokenizer, destination)
+        elif is_orbax(source):
+            config, stored, parameters = orbax_parameters(source)
+        else:
+            # One bar: for reading if everything is read at first, else for writing.
+            config, stored, parameters = hf_parameters(source, progress=progress and to_orbax)
+        check_memory(config, stored)
+        with contextlib.closing(parameters):  # an error ends the progress bar, too
+            if to_orbax:
+                assert assets_from is not None  # the source, if no other
+                _write_orbax(config, stored, parameters, assets_from, destination)
+            else:
+                kwargs["dtype"] = kwargs.get("dtype") or stored
+                write_hf(
+                    config,
+                    parameters,
+                    destination,
+                    assets_from=assets_from,
+                    layout=layout or "internlm2",
+                    progress=progress,
+                    **kwargs,
+                )
+    return remark
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m models.convert",
-        description="Convert a HF InternLM2 checkpoint (config.json, and safetensors or "
-        "pytorch_model*.bin) to an orbax checkpoint that loads straight onto any mesh; or an "
-        "orbax checkpoint, or a training run, to HF safetensors. What SRC is decides.",
-    )
-    parser.add_argument("src", metavar="SRC", help="HF directory, orbax directory, or training run")
-    parser.add_argument("dst", metavar="DST", help="directory to create; must not exist")
-    parser.add_argument(
-        "--layout",
-        choices=LAYOUTS,
-        help="write HF weights, with these names; llama: un-fused, for LlamaForCausalLM",
-    )
-    parser.add_argument(
-        "--assets_from",
-        metavar="DIR",
-        help="HF directory whose tokenizer and code go along (default: SRC; a training run has "
-        "neither)",
-    )
-    parser.add_argument(
-        "--dtype", choices=DTYPES.values(), help="type of HF weights (default: as stored)"
-    )
-    parser.add_argument(
-        "--max_shard_gb",
-        type=_gigabytes,
-        default=MAX_SHARD_BYTES,
-        metavar="GB",
-        help=f"largest HF file (default: {MAX_SHARD_BYTES / 1e9:g})",
-    )
-    args = parser.parse_args(argv)
+    """Run the command; return its exit status."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    escape_unencodable()
     try:
-        convert(
-            args.src,
-            args.dst,
-            layout=args.layout,
-            assets_from=args.assets_from,
-            dtype=args.dtype,
-            max_shard_bytes=args.max_shard_gb,
-            progress=True,
-        )
+        with _exit_on_signal():
+            tyro.cli(
+                _convert,
+                prog="python -m models.convert",
+                args=None if argv is None else list(argv),
+                use_underscores=True,
+            )
     except (ValueError, OSError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"wrote {args.dst}")
     return 0
 
 
-def _gigabytes(text: str) -> int:
-    """Bytes."""
-    size = float(text) * 1e9
-    if not 1 <= size < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} must be above 0 and finite")
-    return int(size)
+def _convert(
+    src: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SRC")],
+    dst: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")],
+    *,
+    layout: Literal["internlm2", "llama"] | None = None,
+    assets_from: str | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    max_shard_gb: float = MAX_SHARD_BYTES / 1e9,
+) -> None:
+    """Convert InternLM2 weights between HF, orbax and training runs.
+
+    A HF directory (config.json, and safetensors or pytorch_model*.bin) becomes an orbax directory,
+    which loads directly onto any mesh. An orbax directory, or a training run, becomes a HF
+    directory with safetensors.
+
+    Args:
+      src: HF directory, orbax directory, or training run.
+      dst: Directory to create; must not exist.
+      layout: Write HF weights in this layout; llama: wqkv split, names of LlamaForCausalLM.
+      assets_from: HF directory whose tokenizer, code and other files are copied. Default: SRC; a
+        training run has none of these files.
+      dtype: Dtype of the HF weights. Default: the stored dtype.
+      max_shard_gb: Largest HF file in GB (10^9 bytes).
+    """
+    if not 1 <= max_shard_gb * 1e9 < math.inf:
+        raise ValueError(f"--max_shard_gb={max_shard_gb} must be above 0 and finite")
+    remark = convert(
+        src,
+        dst,
+        layout=layout,
+        assets_from=assets_from,
+        dtype=dtype,
+        max_shard_bytes=int(max_shard_gb * 1e9),
+        progress=True,
+    )
+    print(f"wrote {dst}{remark}")
+
+
+@contextlib.contextmanager
+def _exit_on_signal() -> Iterator[None]:
+    """Raise SystemExit on SIGTERM and SIGINT, so that a partial destination is removed."""
+
+    def stop(signum, _):
+        sys.exit(128 + signum)
+
+    previous = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+def _without_tokenizer(fingerprint: str | None, destination: Path) -> str:
+    """Return a remark for weights of a run that are written without a tokenizer."""
+    if fingerprint == ByteTokenizer.fingerprint:
+        return (
+            f"; the run was trained on bytes: python -m models.generate {destination} "
+            "--tokenizer=byte"
+        )
+    return ", without a tokenizer: --assets_from HF_DIR copies the tokenizer of the run"
 
 
 def _write_orbax(
@@ -159,7 +203,7 @@ def _write_orbax(
         save_orbax(parameters, partial)
         sidecar_files.copy_sidecar_files(assets_from, partial)
         hf = sidecar_files.sidecar_config(assets_from, config, dtype=dtype)
-        sidecar_files.write_json(partial / sidecar_files.CONFIG, hf)
+        write_json(partial / sidecar_files.CONFIG, hf)
 
 
 if __name__ == "__main__":

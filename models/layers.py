@@ -1,4 +1,4 @@
-"""The parts of a block that are not attention: RMSNorm, rotary embedding, SwiGLU.
+"""Layers other than attention: RMSNorm, rotary position embedding, SwiGLU.
 
 B batch, T query pos, N heads, H head dim, D embed, F ffn.
 """
@@ -17,10 +17,10 @@ from models.config import ModelConfig
 def rms_norm(
     x_BTD: Float[Array, "B T D"], weight_D: Float[Array, " D"], *, eps: float
 ) -> Float[Array, "B T D"]:
-    """Computes x / rms(x) * weight.
+    """Compute RMSNorm: x / rms(x) * weight, in the dtype of x.
 
-    Statistics and the division are fp32; the quotient is rounded to the type of x before the
-    weight multiplies it, in that type: the order of the original.
+    The statistics and the division are fp32. The quotient is rounded to the dtype of x and then
+    multiplied by the weight in that dtype, in the order of the original.
 
     References:
       Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4; InternLM2 modeling_internlm2.py,
@@ -39,24 +39,25 @@ def rope_table(
     *,
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]:
-    """Cosines and sines of the rotary angles, fp32, for all layers at once.
+    """Compute cosines and sines of the rotary angles (RoPE), fp32, for all layers at once.
 
     none:    angle = position * theta^(-2j/H), j = 0 .. H/2 - 1.
     linear:  the position is divided by factor, at every length.
     dynamic: for a document of length n > M = max_position_embeddings, theta becomes
              theta * (factor * n / M - (factor - 1))^(H / (H - 2)); up to M it is plain.
 
-    n is a matter of each document: 1 + the largest position among the neighbours in its row with
-    the same segment id, or in the whole row without segment ids. The original takes one n for the
-    whole batch (the padded length, or the largest position, by generation of its code): there a
-    long row changes what its neighbours compute. Here a document's result does not depend on what
-    it is packed or batched with; both agree wherever no document exceeds M. In cached decoding n
-    counts the tokens so far, and keys keep the base they were written with, as in the original.
+    n belongs to each document: 1 + the largest position in its run of equal segment ids, or in
+    the whole row without segment ids. The original takes one n for the whole batch (the padded
+    length or the largest position, depending on the version of its code), so that a long row
+    changes the results of the other rows. Here the result of a document does not depend on the
+    documents that it is packed or batched with. Both agree if no document is longer than M. In
+    cached decoding n counts the tokens so far, and cached keys keep the base with which they were
+    computed, as in the original.
 
     Args:
       positions_BT: position of each token in its document, from 0.
-      config: head_dim, rope_theta, rope_scaling, max_position_embeddings.
-      segment_ids: documents; runs of equal ids.
+      config: head_dim, rope_theta, rope_scaling and max_position_embeddings are read.
+      segment_ids: a document is a run of equal ids; None: one document a row.
 
     Returns:
       (cos, sin), each [B, T, 1, H/2].
@@ -67,8 +68,8 @@ def rope_table(
     """
     H, M, scaling = config.head_dim, config.max_position_embeddings, config.rope_scaling
     exponents = np.arange(0, H, 2, dtype=np.float32) / np.float32(H)
-    # The operations of the original in its order and precision: one ulp here is a visible angle
-    # at position 32,768.
+    # The same operations as the original, in its order and precision: one ulp here is a visible
+    # angle at position 32,768.
     frequencies = 1 / np.float32(config.rope_theta) ** exponents
     positions = positions_BT.astype(jnp.float32)[..., None]
     if scaling is not None and scaling.type == "linear":
@@ -87,10 +88,10 @@ def rotate(
     cos: Float[Array, "B T 1 half"],
     sin: Float[Array, "B T 1 half"],
 ) -> Float[Array, "B T N H"]:
-    """Turns the pairs (x_j, x_{j + H/2}) by their angles (the half-split layout of HF).
+    """Rotate the pairs (x_j, x_{j + H/2}) by their angles (the half-split layout of HF).
 
-    The rotation is fp32 and its result is rounded once. (The original rounds cos and sin to the
-    model's type first, which in bf16 leaves 8 bits of the angle's cosine.)
+    The rotation is fp32 and its result is rounded once. (The original first rounds cos and sin to
+    the dtype of the model, which in bf16 leaves 8 bits of the cosine.)
     """
     low, high = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
@@ -98,7 +99,7 @@ def rotate(
 
 
 def document_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Position of each token in its document, from 0: a document is a run of equal ids."""
+    """Compute the position of each token in its document (a run of equal ids), from 0."""
     index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1])[None], segment_ids.shape)
     return index - jax.lax.cummax(jnp.where(_starts(segment_ids), index, 0), axis=1)
 
@@ -106,13 +107,13 @@ def document_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
 def document_lengths(
     positions_BT: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None
 ) -> Int[Array, "B T"]:
-    """1 + the largest position of the token's document (of its row without segment ids)."""
+    """Compute 1 + the largest position in each token's document, or row without segment ids."""
     if segment_ids is None:
         longest = positions_BT.max(axis=1, keepdims=True)
         return jnp.broadcast_to(longest + 1, positions_BT.shape)
     starts_BT = _starts(segment_ids)
-    # A maximum over each run, in two scans that begin anew at every run: from its start to the
-    # token, and from the token to its end.
+    # The maximum over each run, in two scans that restart at every run: from the start of the run
+    # to the token, and from the token to the end of the run.
     ends_BT = jnp.pad(starts_BT[:, 1:], [(0, 0), (0, 1)], constant_values=True)
     before_BT = _running_max(starts_BT, positions_BT, reverse=False)
     after_BT = _running_max(ends_BT, positions_BT, reverse=True)
@@ -120,7 +121,7 @@ def document_lengths(
 
 
 class SwiGLU(nnx.Module):
-    """w2(silu(w1 x) * w3 x), without biases.
+    """Feed-forward layer w2(silu(w1 x) * w3 x), without biases.
 
     References:
       Shazeer 2020, arXiv:2002.05202, eq. 6.
@@ -133,7 +134,7 @@ class SwiGLU(nnx.Module):
         self.w2_FD = normal(rngs, (F, D), ("ffn", "embed"), std, param_dtype)
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """[B, T, D] -> [B, T, D], in the type of x (the weights must have it too)."""
+        """Apply the layer, in the dtype of x; the weights must have this dtype too."""
         w1_DF = sharding.gathered(self.w1_DF[...], "embed", "ffn")
         w3_DF = sharding.gathered(self.w3_DF[...], "embed", "ffn")
         w2_FD = sharding.gathered(self.w2_FD[...], "ffn", "embed")
@@ -149,23 +150,23 @@ class SwiGLU(nnx.Module):
 def normal(
     rngs: nnx.Rngs, shape: tuple[int, ...], axes: sharding.Axes, std: float, dtype
 ) -> nnx.Param:
-    """A parameter drawn from a normal distribution, with the logical axes it is sharded by."""
+    """Create a parameter from N(0, std), with the logical axes that it is sharded by."""
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, dtype), axes=axes)
 
 
 def constant(value: float, shape: tuple[int, ...], axes: sharding.Axes, dtype) -> nnx.Param:
-    """A parameter that starts as one value: norms at 1, biases at 0."""
+    """Create a parameter with one initial value: 1 for norms, 0 for biases."""
     return nnx.Param(jnp.full(shape, value, dtype), axes=axes)
 
 
 def _starts(segment_ids):
-    """True at the first token of each run of equal ids."""
+    """Mark the first token of each run of equal ids."""
     changes = segment_ids[:, 1:] != segment_ids[:, :-1]
     return jnp.pad(changes, [(0, 0), (1, 0)], constant_values=True)
 
 
 def _running_max(resets_BT, values_BT, *, reverse):
-    """Running maximum along the row that starts anew where resets is true."""
+    """Compute the running maximum along each row, restarted where resets_BT is true."""
 
     def combine(left, right):
         (reset_l, value_l), (reset_r, value_r) = left, right

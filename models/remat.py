@@ -1,7 +1,7 @@
-"""What the backward pass finds in memory; the rest of a block it recomputes.
+"""Rematerialization policies: the activations that the forward pass saves for the backward pass.
 
-Names are given where a value is made: "attn_out" and "attn_lse" by jaxattn's kernel, "gate_up"
-and "norm_scale" in models/layers.py, "block_input" in models/internlm2.py, the others in
+The names are given by `checkpoint_name`: "attn_out" and "attn_lse" in jaxattn, "gate_up" and
+"norm_scale" in models/layers.py, "block_input" in models/internlm2.py, the others in
 models/block.py.
 """
 
@@ -10,21 +10,21 @@ from collections.abc import Callable
 import jax
 
 _POLICIES = jax.checkpoint_policies
-# From the most memory on the device to the least; then what takes the host's.
-REMAT: dict[str, Callable | None] = {
+# From the most device memory to the least; "offload" takes host memory.
+REMAT: dict[str, Callable] = {
     "none": _POLICIES.everything_saveable,
-    # What matrix products and attention gave, the last one with the residual added; norms and
-    # SwiGLU are cheap to repeat, but the norms' scales (4 bytes a token) would take a pass more.
+    # Save outputs of matrix products and attention, the last one with the residual added. Norms
+    # and SwiGLU are cheap to recompute, but the norms' scales (4 bytes a token) need another pass.
     "dots": _POLICIES.save_only_these_names(
         "attn_out", "attn_lse", "qkv", "ffn_input", "gate_up", "norm_scale"
     ),
-    # As "attention", and the rotated q, k, v: their projection is not recomputed either.
+    # As "attention", and q, k, v after rotary embedding: their projection is not recomputed.
     "qkv": _POLICIES.save_only_these_names("attn_out", "attn_lse", "qkv"),
-    # The attention kernel does not run again in the backward pass.
+    # Save the output of attention: the attention kernel does not run again in the backward pass.
     "attention": _POLICIES.save_only_these_names("attn_out", "attn_lse"),
-    # Only the input of each block.
+    # Save only the input of each block.
     "full": _POLICIES.nothing_saveable,
-    # As "attention", but in the host's memory: only one block's at a time on the device.
+    # As "attention", but in host memory; the device holds the activations of one block at a time.
     "offload": _POLICIES.save_and_offload_only_these_names(
         names_which_can_be_saved=["attn_lse"],
         names_which_can_be_offloaded=["attn_out", "block_input"],

@@ -1,4 +1,4 @@
-"""How the next token is chosen from its logits.
+"""Sampling of the next token: temperature, top-k, top-p.
 
 B batch, V vocab.
 """
@@ -12,12 +12,12 @@ from jaxtyping import Array, Float, Int
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen.
+    """Options of sampling.
 
     Attributes:
-      temperature: 0 takes the most likely token; otherwise logits are divided by it.
-      top_k: only the k most likely; 0: all.
-      top_p: only the most likely that together reach this probability; 1: all.
+      temperature: divisor of the logits, at least 1e-6; 0: take the most likely token (greedy).
+      top_k: sample from the k most likely tokens; 0: from all.
+      top_p: sample from the most likely tokens that together reach this probability; 1: from all.
 
     Raises:
       ValueError: a value is out of its range.
@@ -39,7 +39,7 @@ class Sampling:
 
 
 def sample(logits_BV: Float[Array, "B V"], key: Array, sampling: Sampling) -> Int[Array, " B"]:
-    """The next token of each row, int32; top_k applies before top_p, both after temperature.
+    """Sample the next token of each row, int32: temperature, then top_k, then top_p.
 
     References:
       Holtzman et al. 2020, arXiv:1904.09751 (top-p).
@@ -53,7 +53,7 @@ def sample(logits_BV: Float[Array, "B V"], key: Array, sampling: Sampling) -> In
     if sampling.top_p < 1:
         sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
         p_BV = jax.nn.softmax(sorted_BV, axis=-1)
-        # A token stays while those before it have not reached top_p: the first always does.
+        # A token is kept while the tokens before it have not reached top_p; the first always is.
         stays_BV = jnp.cumsum(p_BV, axis=-1) - p_BV < sampling.top_p
         smallest_B1 = jnp.where(stays_BV, sorted_BV, jnp.inf).min(axis=-1, keepdims=True)
         logits_BV = jnp.where(logits_BV < smallest_B1, -jnp.inf, logits_BV)

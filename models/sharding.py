@@ -1,12 +1,12 @@
-"""Where arrays live: the one place that knows mesh axis names.
+"""Sharding of weights and activations by logical axes; no other module names mesh axes.
 
 Weights and activations name logical axes; `RULES` maps these to the axes of a mesh made of
-"data", "fsdp" and "tensor" (any of them may be missing). Everything here is a no-op where there
-is no mesh: the same model code runs on one device and on many.
+"data", "fsdp" and "tensor" (any of them may be missing). Without a mesh every function here is a
+no-op: the same model code runs on one device and on many.
 
-Layout: the batch is split over data and fsdp together. Weights are split over fsdp where they
-are stored and gathered right before use (`gathered`); heads, feed-forward and vocabulary columns
-stay split over tensor while they are used.
+Layout: the batch is split over data and fsdp together. Stored weights are split over fsdp and
+gathered right before use (`gathered`). Heads, feed-forward and vocabulary columns stay split over
+tensor in use.
 
 References:
   Zhao et al. 2023, arXiv:2304.11277 (FSDP); Shoeybi et al. 2019, arXiv:1909.08053 (tensor
@@ -28,32 +28,32 @@ Axes = tuple[str | None, ...]
 
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
-    "embed": ("fsdp",),  # weights' model width: split where stored, gathered for use
+    "embed": ("fsdp",),  # model width of weights: split in storage, gathered for use
     "heads": ("tensor",),  # query heads, or kv heads with the query heads of their groups
     "ffn": ("tensor",),
     "vocab": ("tensor",),  # columns of the output matrix, logits
-    # Columns of the embedding table. Not its rows: looking up a column slice is local, and any
-    # vocabulary size fits.
+    # Columns of the embedding table. Not its rows: the lookup in a column slice is local, and any
+    # vocabulary size divides.
     "table": ("tensor", "fsdp"),
-    "table_in_use": ("tensor",),  # what is looked up has these columns
+    "table_in_use": ("tensor",),  # columns of the embeddings that were looked up
 }
 STORAGE_ONLY = ("fsdp",)  # mesh axes that `gathered` removes from a weight
 
 
 def spec(axes: Sequence[str | None], mesh: Mesh | AbstractMesh) -> P:
-    """The PartitionSpec of an array whose dimensions have these logical names.
+    """Return the PartitionSpec of an array with these logical axes.
 
     Args:
       axes: a name from `RULES` or None (not split) for every dimension.
-      mesh: axes that it lacks, or that have one device, split nothing.
+      mesh: missing axes, and axes with one device, split nothing.
 
     Raises:
-      ValueError: an unknown name, or two dimensions on one mesh axis.
+      ValueError: a name is unknown, or two dimensions use one mesh axis.
     """
     if unknown := {a for a in axes if a is not None} - RULES.keys():
         raise ValueError(f"unknown logical axes {sorted(unknown)}: RULES has {sorted(RULES)}")
-    # A mesh axis of size 1 splits nothing. Left in the type, it makes slices of a batch of one row
-    # lose it (jax 0.11, 0.12), and the next concatenation fails.
+    # A mesh axis of size 1 splits nothing. Named in the type, it is lost by slices of a batch of
+    # one row (jax 0.11, 0.12), and the next concatenation fails.
     sizes = mesh.shape
     entries = [tuple(m for m in RULES.get(a or "", ()) if sizes.get(m, 1) > 1) for a in axes]
     used = [m for entry in entries for m in entry]
@@ -63,19 +63,19 @@ def spec(axes: Sequence[str | None], mesh: Mesh | AbstractMesh) -> P:
 
 
 def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """A NamedSharding for every array of a tree that holds parameters.
+    """Return a NamedSharding for every array of a tree that contains parameters.
 
     Args:
       tree: a model, its gradients, an optimizer state over it, or `jax.eval_shape` of those.
-        Parameters carry their logical axes; any other leaf is replicated.
-      mesh: where they are to live.
+        Parameters have logical axes; any other leaf is replicated.
+      mesh: devices to shard over.
 
     Returns:
       The same tree with a NamedSharding for each array: for `jit(out_shardings=...)`,
-      `jax.device_put`, or a checkpoint restore.
+      `jax.device_put`, or the restore of a checkpoint.
 
     Raises:
-      ValueError: a dimension does not divide by its mesh axes; all such are named at once.
+      ValueError: dimensions do not divide by their mesh axes; the message names all of them.
     """
     problems: list[str] = []
 
@@ -95,16 +95,16 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
 
 
 def weight_axes(weight: nnx.Variable) -> Axes:
-    """Logical axes of a parameter; a leading layer axis added by stacking is never split."""
+    """Return the logical axes of a parameter; the leading layer axis of a stack is never split."""
     axes = weight.get_metadata().get("axes", ())
     return (None,) * (len(weight.shape) - len(axes)) + axes
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Moves an array (or states that it lies) where its logical axes say.
+    """Reshard an array by its logical axes.
 
     Raises:
-      ValueError: the batch does not divide by the mesh.
+      ValueError: a dimension does not divide by its mesh axes.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -115,7 +115,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def gathered(w: jax.Array, *axes: str | None) -> jax.Array:
-    """All-gathers a stored weight over fsdp; its transpose reduce-scatters the gradient."""
+    """All-gather a stored weight over fsdp; the transpose reduce-scatters the gradient."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return w
@@ -123,7 +123,7 @@ def gathered(w: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def einsum(subscripts: str, *operands: jax.Array, out: Axes, **kwargs) -> jax.Array:
-    """`jnp.einsum` whose result lies where `out` says: needed where it contracts a split axis."""
+    """Compute `jnp.einsum` with the logical axes `out`; needed where it contracts a split axis."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return jnp.einsum(subscripts, *operands, **kwargs)
@@ -131,7 +131,7 @@ def einsum(subscripts: str, *operands: jax.Array, out: Axes, **kwargs) -> jax.Ar
 
 
 def take_rows(table: jax.Array, ids: jax.Array, *axes: str | None) -> jax.Array:
-    """table[ids], the result laid out by its logical axes."""
+    """Look up table[ids], sharded by the logical axes of the result."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return table.at[ids].get(mode="clip")
@@ -139,7 +139,7 @@ def take_rows(table: jax.Array, ids: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def struct(shape: Sequence[int], dtype: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
-    """An array's shape, type and place, without the array."""
+    """Return a ShapeDtypeStruct, with the sharding on the current mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -147,7 +147,7 @@ def struct(shape: Sequence[int], dtype: Any, *axes: str | None) -> jax.ShapeDtyp
 
 
 def mesh_of(weight: jax.Array) -> contextlib.AbstractContextManager:
-    """A context in which the mesh of a weight is current, where the caller has set none."""
+    """Make the mesh of a weight current inside the context, unless the caller has set a mesh."""
     mesh = jax.typeof(weight).sharding.mesh
     if mesh.empty or not jax.sharding.get_abstract_mesh().empty:
         return contextlib.nullcontext()
@@ -155,13 +155,13 @@ def mesh_of(weight: jax.Array) -> contextlib.AbstractContextManager:
 
 
 def batch_multiple(weight: jax.Array) -> int:
-    """What the batch size must be a multiple of, on the mesh of a weight."""
+    """Return the number that the batch size must be a multiple of, on the mesh of a weight."""
     mesh = jax.typeof(weight).sharding.mesh
     return math.prod(mesh.shape[m] for m in RULES["batch"] if m in mesh.axis_names)
 
 
 def _in_use(entry: Any) -> Any:
-    """A PartitionSpec entry without the mesh axes that split weights only in storage."""
+    """Remove the mesh axes that split weights only in storage from a PartitionSpec entry."""
     names = entry if isinstance(entry, tuple) else (entry,)
     kept = tuple(n for n in names if n is not None and n not in STORAGE_ONLY)
     return kept[0] if len(kept) == 1 else (kept or None)
@@ -170,7 +170,7 @@ def _in_use(entry: Any) -> Any:
 def _indivisible(
     name: str, shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh | AbstractMesh
 ) -> list[str]:
-    """One sentence per dimension that the mesh cannot split evenly."""
+    """Return one sentence for each dimension that the mesh cannot split evenly."""
     problems = []
     for dim, (size, axis) in enumerate(zip(shape, axes, strict=True)):
         used = [m for m in RULES.get(axis or "", ()) if m in mesh.axis_names]

@@ -1,1 +1,1 @@
-"""Weights, in and out: HF's files, directories of converted weights, checkpoints of runs."""
+"""Reading and writing weights: HF files, orbax directories, checkpoints of training runs."""

@@ -1,7 +1,7 @@
-"""InternLM2's weights and config as a Llama model has them, for tools that know only Llama.
+"""Weights and config of InternLM2 in the layout of Llama, for tools that support only Llama.
 
-The architectures are the same: wqkv un-fused is q, k and v, and the rest has other names. The
-heads' rotary halves are ordered alike, so no row moves inside of a head.
+The architectures are the same: wqkv is split into q, k and v, and the other tensors are renamed.
+The rotary halves of a head are in the same order, so no row moves within a head.
 
 N query heads, K kv heads, G = N / K, H head dim, D embed.
 """
@@ -26,11 +26,11 @@ _NAMES = {
 
 
 def shapes(name: str, shape: tuple[int, ...], config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Llama's tensors, names and shapes, of one of InternLM2's.
+    """Return names and shapes of the Llama tensors that one InternLM2 tensor becomes.
 
     Args:
-      name: HF name of the tensor in InternLM2.
-      shape: its shape.
+      name: HF name of the InternLM2 tensor.
+      shape: shape of the InternLM2 tensor.
       config: the architecture.
     """
     if "attention.wqkv" not in name:
@@ -48,7 +48,7 @@ def shapes(name: str, shape: tuple[int, ...], config: ModelConfig) -> dict[str, 
 
 
 def tensors(name: str, x: np.ndarray, config: ModelConfig) -> Iterator[np.ndarray]:
-    """The tensors that `shapes` names, in its order."""
+    """Yield the Llama tensors of one InternLM2 tensor, in the order of `shapes`."""
     if "attention.wqkv" not in name:
         yield x
         return
@@ -59,7 +59,7 @@ def tensors(name: str, x: np.ndarray, config: ModelConfig) -> Iterator[np.ndarra
 
 
 def hf_config(config: ModelConfig, *, dtype: str) -> dict[str, Any]:
-    """Contents of a config.json for LlamaForCausalLM, as `ModelConfig.to_hf` for InternLM2."""
+    """Return the contents of a config.json for LlamaForCausalLM, see `ModelConfig.to_hf`."""
     hf = config.to_hf(dtype=dtype)
     del hf["auto_map"], hf["attn_implementation"]
     # One key for the biases of all four projections, as in InternLM2.

@@ -1,7 +1,7 @@
-"""A HF checkpoint tensor by tensor into sharded device arrays."""
+"""Loading of HF checkpoints into sharded device arrays, one tensor at a time."""
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,50 +14,73 @@ from tqdm import tqdm
 from jaxattn.device import default_device
 from models import sharding
 from models.config import ModelConfig
+from models.execution import INFERENCE, Execution
 from models.internlm2 import InternLM2
 from models.weights.abstract import abstract, fill
-from models.weights.hf_files import HFDirectory
-from models.weights.orbax_checkpoint import is_converted, load_orbax
-from models.weights.table import Weight, hf_tensors, is_known_extra, resolve, table
-from models.weights.train_checkpoint import find_checkpoint
+from models.weights.hf_files import BIN_INDEX, BIN_SINGLE, INDEX, SINGLE, HFDirectory
+from models.weights.orbax_checkpoint import is_orbax, load_orbax
+from models.weights.run_layout import find_checkpoint
+from models.weights.table import Weight, find_param, hf_tensors, is_known_extra, table
+
+MOST_NAMED = 20  # tensors in an error message
 
 
-def load(directory: str | Path, **kwargs: Any) -> InternLM2:
-    """The model of a HF directory (`load_hf`) or of a converted one (`load_orbax`).
+def load(
+    directory: str | Path,
+    *,
+    execution: Execution = INFERENCE,
+    mesh: Mesh | None = None,
+    progress: bool = False,
+) -> InternLM2:
+    """Load a HF directory (`load_hf`) or an orbax directory (`load_orbax`), with their arguments.
 
     Raises:
-      ValueError: it is a training run; or as those.
+      ValueError: the directory is a training run or a LoRA adapter; or as for `load_hf` and
+        `load_orbax`.
     """
     directory = Path(directory)
-    if not is_converted(directory) and find_checkpoint(directory) is not None:
+    check_loadable(directory)
+    loader = load_orbax if is_orbax(directory) else load_hf
+    return loader(directory, execution=execution, mesh=mesh, progress=progress)
+
+
+def check_loadable(directory: Path) -> None:
+    """Check that a directory is not one that people take for weights by mistake.
+
+    Raises:
+      ValueError: the directory is a training run, or a LoRA adapter.
+    """
+    names = {p.name for p in directory.iterdir()} if directory.is_dir() else set()
+    if "adapter_config.json" in names and not names & {SINGLE, INDEX, BIN_SINGLE, BIN_INDEX}:
         raise ValueError(
-            f"{directory} is a training run: python -m models.convert {directory} DIR "
-            "--assets_from HF_DIR makes weights of it"
+            f"{directory} contains a LoRA adapter (adapter_config.json), not the weights of a "
+            "model: merge the adapter into its base model (peft: merge_and_unload) and take the "
+            "result"
         )
-    return (load_orbax if is_converted(directory) else load_hf)(directory, **kwargs)
+    if not is_orbax(directory) and find_checkpoint(directory) is not None:
+        raise ValueError(
+            f"{directory} is a training run: convert it with `python -m models.convert {directory} "
+            "DIR --assets_from HF_DIR` (without --assets_from if it was trained on bytes) and take "
+            "DIR"
+        )
 
 
 def load_hf(
     directory: str | Path,
     *,
-    dtype: Any = "bfloat16",
-    param_dtype: Any = None,
-    attn: str = "auto",
+    execution: Execution = INFERENCE,
     mesh: Mesh | None = None,
-    remat: str = "full",
     progress: bool = False,
 ) -> InternLM2:
-    """Reads a local HF InternLM2 checkpoint: config.json and weights, one file or sharded.
+    """Load a local HF InternLM2 checkpoint: config.json and weights, one file or sharded.
 
-    The weights are safetensors or pytorch_model*.bin, of which no code is run.
+    The weights are safetensors or pytorch_model*.bin; no code in them is run.
 
     Args:
-      directory: where it lies.
-      dtype: type of compute.
-      param_dtype: type of the stored weights; None: dtype. Training wants "float32".
-      attn: attention implementation, a name that `jaxattn.attention` knows.
-      mesh: the devices to spread the weights over; None: the default device.
-      remat: as for `InternLM2`.
+      directory: directory of the checkpoint.
+      execution: dtypes, attention implementation, rematerialization, scan. Training wants
+        param_dtype="float32".
+      mesh: devices to shard the weights over; None: the default device.
       progress: show a progress bar.
 
     Returns:
@@ -65,21 +88,19 @@ def load_hf(
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: the config is not InternLM2's, or tensors are missing, unknown or misshapen (all
-        of them named at once), or the mesh does not divide the model.
+      ValueError: the config is not of InternLM2, or tensors are missing, unknown or of another
+        shape (one message names them), or the mesh does not divide the model.
 
-    Memory: on the host one tensor (of a mesh of several devices, and its parts); on devices the
-    model and one tensor, as it is stored and as it will be used.
+    Memory: on the host one tensor (on a mesh of several devices, and its shards); on devices the
+    model and one tensor, in its stored and in its final dtype.
     """
     files = HFDirectory(directory)
     config = ModelConfig.from_hf(files.config)
     _check_tensors(files, config)
-    model = abstract(
-        config, mesh=mesh, dtype=dtype, param_dtype=param_dtype, attn=attn, remat=remat
-    )
+    model = abstract(config, execution, mesh=mesh)
     rows = {name: (weight, i) for name, weight, i in hf_tensors(config)}
     slots = {weight.path: _Slot(model, weight, mesh) for weight in table(config)}
-    # In the order of the files: a disk reads best from front to back.
+    # In the order of the files, because a disk reads best from front to back.
     tensors = tqdm(
         files.read(rows), desc="loading", total=len(rows), unit="tensor", disable=not progress
     )
@@ -91,29 +112,29 @@ def load_hf(
 
 def hf_parameters(
     directory: str | Path, *, progress: bool = False
-) -> tuple[ModelConfig, str, Iterator[tuple[str, jax.Array]]]:
-    """The parameters of a HF checkpoint one after the other, for a model too large for memory.
+) -> tuple[ModelConfig, str, Generator[tuple[str, jax.Array]]]:
+    """Read the parameters of a HF checkpoint one after the other, for models larger than memory.
 
     Args:
       directory: as for `load_hf`.
       progress: show a progress bar.
 
     Returns:
-      The config; the widest type among the tensors, so that none is rounded; and an iterator of
-      (path, parameter in that type, on the default device).
+      The config; the widest dtype among the tensors, so that none is rounded; and an iterator of
+      (path, parameter in this dtype, on the default device).
 
     Raises:
-      FileNotFoundError, ValueError: as `load_hf`.
+      FileNotFoundError, ValueError: as for `load_hf`.
 
-    Memory: one parameter, of all layers where they are stacked, and one tensor; a caller that
-    still holds the last one when it asks for the next holds two.
+    Memory: one parameter, of all layers if they are stacked, and one tensor. A caller that still
+    refers to a parameter when it asks for the next needs memory for two.
     """
     files = HFDirectory(directory)
     config = ModelConfig.from_hf(files.config)
     _check_tensors(files, config)
-    types = set(files.dtypes.values())
-    dtype = types.pop() if len(types) == 1 else "float32"
-    model = abstract(config, mesh=None, dtype=dtype)
+    dtypes = set(files.dtypes.values())
+    dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+    model = abstract(config, Execution(param_dtype=dtype))
     layers: dict[Weight, dict[str, int | None]] = {}
     for name, weight, i in hf_tensors(config):
         layers.setdefault(weight, {})[name] = i
@@ -127,7 +148,7 @@ def hf_parameters(
                     slot.put(x, names[name] or 0)
                     bar.update()
                 value = slot.value
-                del slot  # nothing but the caller holds it now
+                del slot  # so that only the caller refers to the parameter
                 yield weight.path, value
                 del value
 
@@ -135,36 +156,41 @@ def hf_parameters(
 
 
 def _check_tensors(files: HFDirectory, config: ModelConfig) -> None:
-    """Every tensor is there, is known, and has its shape; or one error names all that are not."""
+    """Check names and shapes of all tensors; one error names all problems."""
     expected = {name: weight.hf_shape(config) for name, weight, _ in hf_tensors(config)}
     found = {n: s for n, s in files.shapes.items() if not is_known_extra(n, config)}
     problems = {
         "missing": [f"{n} {list(s)}" for n, s in expected.items() if n not in found],
         "unknown": [f"{n} {list(s)}" for n, s in found.items() if n not in expected],
-        "of another shape than config.json says": [
+        "of another shape": [
             f"{n} {list(found[n])} instead of {list(s)}"
             for n, s in expected.items()
             if n in found and found[n] != s
         ],
     }
     if any(problems.values()):
-        told = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
-        raise ValueError(f"tensors of {files.path} do not fit its config.json; {told}")
+        named = "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
+        raise ValueError(f"tensors of {files.path} do not fit its config.json; {named}")
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 class _Slot:
-    """A parameter that is being filled, with what it takes to put a HF tensor into it."""
+    """A parameter that is being filled from HF tensors."""
 
     def __init__(self, model: InternLM2, weight: Weight, mesh: Mesh | None):
-        owner, name = resolve(model, weight.path)
+        owner, name = find_param(model, weight.path)
         param = getattr(owner, name)
         axes = sharding.weight_axes(param)[int(weight.stacked) :]
-        # Merged axes are split by the first of them, the outermost: only that is ever sharded.
+        # Merged axes are split by the first of them, the outermost, which alone is ever sharded.
         logical = dict(zip(weight.axes, axes, strict=True))
-        self._at: Any = default_device()
+        self._sharding: Any = default_device()
         if mesh is not None:
             outer = [logical[dim[0]] for dim in weight.hf_axes.split(",")]
-            self._at = NamedSharding(mesh, sharding.spec(outer, mesh))
+            self._sharding = NamedSharding(mesh, sharding.spec(outer, mesh))
         self._place = _placer(weight, logical, model.config, param.dtype)
         self.value: Any = None
         if weight.stacked:
@@ -174,15 +200,15 @@ class _Slot:
             )()
 
     def put(self, x: np.ndarray, layer: int) -> None:
-        """Writes one layer, or the whole of a parameter that is not stacked."""
-        # As it is stored, and already split the way its parameter is.
-        on_device = jax.device_put(x, self._at)
-        # Waiting keeps what is under way, and so the host's memory, to one tensor.
+        """Write one layer, or the whole of a parameter that is not stacked."""
+        # In the stored dtype, and already split like its parameter.
+        on_device = jax.device_put(x, self._sharding)
+        # Waiting limits the tensors in flight, and so the host memory, to one.
         self.value = jax.block_until_ready(self._place(self.value, on_device, jnp.int32(layer)))
 
 
 def _placer(weight: Weight, logical: Mapping[str, str | None], config: ModelConfig, dtype: Any):
-    """Jitted (parameter, HF tensor, layer) -> parameter with that layer written, in place.
+    """Return a jitted (parameter, HF tensor, layer) -> parameter with the layer set, in place.
 
     A parameter that is not stacked is None before.
     """

@@ -1,85 +1,103 @@
-"""The directory that models.convert writes: config.json, and params/ with orbax checkpoints.
+"""Orbax directories, as models.convert writes them: config.json and params/.
 
-Each parameter is a checkpoint of its own, params/<path>: so neither writing nor reading them ever
-needs more than one in memory. (Orbax writes a tree of arrays only as a whole.)
+Each parameter is an orbax checkpoint of its own, params/<path>, because orbax writes a tree of
+arrays only as a whole: so writing and reading need memory for one parameter.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
-from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 from models.config import ModelConfig
+from models.execution import INFERENCE, Execution
+from models.files import read_json
 from models.internlm2 import InternLM2
 from models.weights.abstract import abstract, fill, named_params
-from models.weights.hf_files import read_json
+from models.weights.orbax_errors import cause
+from models.weights.safetensors_file import DTYPES
 
 PARAMS = "params"
 CONFIG = "config.json"
 
 
-def is_converted(directory: Path) -> bool:
-    """Whether it is such a directory."""
+def is_orbax(directory: Path) -> bool:
+    """Return True for a directory that models.convert wrote with orbax."""
     return (directory / PARAMS).is_dir()
 
 
 def save_orbax(parameters: Iterable[tuple[str, jax.Array]], directory: Path) -> None:
-    """Writes parameters, by path, into an existing directory; config.json belongs beside them.
+    """Write parameters, by path, into an existing directory; config.json belongs beside them.
 
-    Memory: one parameter, and what orbax copies of it.
+    Raises:
+      OSError: orbax cannot write, for example because the disk is full.
+
+    Memory: one parameter, and the copies that orbax makes of it.
     """
     with ocp.StandardCheckpointer() as checkpointer:
         for path, value in parameters:
-            checkpointer.save((directory / PARAMS / path).resolve(), {path: value})
-            checkpointer.wait_until_finished()
+            try:
+                checkpointer.save((directory / PARAMS / path).resolve(), {path: value})
+                checkpointer.wait_until_finished()
+            except Exception as error:  # orbax and tensorstore raise many types
+                raise OSError(f"cannot write {path} with orbax: {cause(error)}") from error
             del value  # before the next one is made
 
 
 def load_orbax(
     directory: str | Path,
     *,
-    dtype: Any = "bfloat16",
-    param_dtype: Any = None,
-    attn: str = "auto",
+    execution: Execution = INFERENCE,
     mesh: Mesh | None = None,
-    remat: str = "full",
+    progress: bool = False,
 ) -> InternLM2:
-    """Reads what `python -m models.convert` wrote; arguments as `load_hf`.
+    """Load an orbax directory that models.convert wrote; arguments as for `load_hf`.
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: the checkpoint does not fit its config, or the mesh not the model.
+      ValueError: the weights do not fit config.json, or the mesh does not divide the model.
     """
     directory = Path(directory)
     config = ModelConfig.from_hf(read_json(directory / CONFIG))
-    model = abstract(
-        config, mesh=mesh, dtype=dtype, param_dtype=param_dtype, attn=attn, remat=remat
+    model = abstract(config, execution, mesh=mesh)
+    total = len(named_params(model))
+    parameters = tqdm(
+        _read(directory, model), "loading", total, unit="parameter", disable=not progress
     )
-    return fill(model, dict(_read(directory, model)))
+    return fill(model, dict(parameters))
 
 
-def converted_parameters(
+def orbax_parameters(
     directory: str | Path,
-) -> tuple[ModelConfig, str, Iterator[tuple[str, jax.Array]]]:
-    """The parameters one after the other, as `models.weights.load.hf_parameters`.
+) -> tuple[ModelConfig, str, Generator[tuple[str, jax.Array]]]:
+    """Read the parameters one after the other; results as of `models.weights.load.hf_parameters`.
 
-    Memory: one parameter, and what orbax copies of it.
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: the weights do not fit config.json.
+
+    Memory: one parameter, and the copies that orbax makes of it.
     """
     directory = Path(directory)
     hf = read_json(directory / CONFIG)
     config = ModelConfig.from_hf(hf)
-    dtype = str(hf.get("dtype", hf.get("torch_dtype", "float32")))
-    return config, dtype, _read(directory, abstract(config, mesh=None, dtype=dtype))
+    dtype = hf.get("dtype", hf.get("torch_dtype", "float32"))
+    if dtype not in DTYPES.values():
+        raise ValueError(
+            f"{directory / CONFIG}: torch_dtype={dtype!r:.40} must be one of "
+            f"{', '.join(DTYPES.values())}"
+        )
+    return config, dtype, _read(directory, abstract(config, Execution(param_dtype=dtype)))
 
 
-def _read(directory: Path, model: InternLM2) -> Iterator[tuple[str, jax.Array]]:
+def _read(directory: Path, model: InternLM2) -> Generator[tuple[str, jax.Array]]:
     if (directory / PARAMS / "_METADATA").exists():
         raise ValueError(
-            f"{directory / PARAMS} holds all parameters as one checkpoint, as earlier versions "
-            "wrote it: convert the HF weights again"
+            f"{directory / PARAMS} is one checkpoint of all parameters, as earlier versions wrote "
+            "it: convert the HF weights again"
         )
     with ocp.StandardCheckpointer() as checkpointer:
         for path, like in named_params(model).items():
@@ -88,10 +106,9 @@ def _read(directory: Path, model: InternLM2) -> Iterator[tuple[str, jax.Array]]:
                 raise FileNotFoundError(f"{where} is missing")
             try:
                 value = checkpointer.restore(where, {path: like}).pop(path)
-            except Exception as error:  # orbax and tensorstore raise many kinds
-                first = (str(error).splitlines() or [type(error).__name__])[0]
+            except Exception as error:  # orbax and tensorstore raise many types
                 raise ValueError(
-                    f"cannot read {where}, or it is not {like.dtype} {list(like.shape)} as "
-                    f"config.json has it: convert the HF weights again ({first:.200})"
+                    f"cannot read {where}, or it is not {like.dtype} {list(like.shape)} as in "
+                    f"config.json: convert the HF weights again ({cause(error):.200})"
                 ) from error
             yield path, value

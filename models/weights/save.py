@@ -1,4 +1,4 @@
-"""A model as a HF checkpoint, tensor by tensor: the inverse of `models.weights.load`."""
+"""Writing of HF checkpoints, one tensor at a time: the inverse of `models.weights.load`."""
 
 import contextlib
 import functools
@@ -14,11 +14,12 @@ from tqdm import tqdm
 
 from models import sharding
 from models.config import ModelConfig
+from models.files import write_json
 from models.internlm2 import InternLM2
 from models.weights import llama, sidecar_files
 from models.weights.abstract import named_params
 from models.weights.hf_files import INDEX, SINGLE
-from models.weights.safetensors_file import DTYPES, SafetensorsWriter, size
+from models.weights.safetensors_file import DTYPES, SafetensorsWriter, nbytes
 from models.weights.table import Weight, hf_tensors, table
 
 LAYOUTS = ("internlm2", "llama")
@@ -37,28 +38,29 @@ def save_hf(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: bool = False,
 ) -> None:
-    """Writes a directory that transformers, vLLM or LMDeploy load.
+    """Write a HF directory that transformers, vLLM and LMDeploy load.
 
-    It holds config.json, generation_config.json, and model.safetensors or shards with an index.
-    Exact: loaded and saved in one dtype, every tensor has the bytes that it had.
+    The directory contains config.json, generation_config.json, and model.safetensors or shards with
+    an index. A model that is loaded and saved in one dtype has the same bytes in every tensor.
 
     Args:
-      model: on any devices.
-      directory: must not exist; it appears when it is complete.
-      assets_from: directory whose tokenizer, code and other files go along: the checkpoint that the
-        model comes from. These tools know InternLM2 only by the code that lies beside its weights.
-      layout: "internlm2", or "llama": wqkv un-fused and named for LlamaForCausalLM, no code.
-      dtype: type to store: "float32", "bfloat16" or "float16"; None: as the model stores it.
-      max_shard_bytes: a file holds no more, unless one tensor does.
+      model: a model on any devices.
+      directory: destination; must not exist, and appears when it is complete.
+      assets_from: directory whose tokenizer, code and other files are copied: the checkpoint that
+        the model was fine-tuned from. Other tools load InternLM2 only with this code.
+      layout: "internlm2", or "llama": wqkv split and names of LlamaForCausalLM, without code.
+      dtype: dtype to store: "float32", "bfloat16" or "float16"; None: the model's param_dtype.
+      max_shard_bytes: largest file, unless one tensor is larger.
       progress: show a progress bar.
 
     Raises:
       FileExistsError: the destination exists.
       FileNotFoundError: assets_from does not exist.
-      ValueError: an unknown layout or dtype, or a tokenizer beside it that cannot be read.
-      OSError: the disk is full, or refuses.
+      ValueError: layout or dtype is unknown, a weight overflows in dtype, the tokenizer in
+        assets_from cannot be read, or an eos id is outside of the vocabulary.
+      OSError: a file cannot be written, for example because the disk is full.
 
-    Memory: on the host one tensor; on a device one more than the model.
+    Memory: on the host one tensor; on a device one tensor more than the model.
     """
     write_hf(
         model.config,
@@ -83,14 +85,15 @@ def write_hf(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: bool = False,
 ) -> None:
-    """`save_hf` of parameters that need not all exist at the same time.
+    """Write a HF directory from an iterator of parameters, which need not all be in memory.
+
+    Raises the same errors as `save_hf`.
 
     Args:
-      config: the model's.
-      parameters: every parameter with its path, in any order; each may be made when it is asked
-        for, and is not held on to.
-      directory: as for `save_hf`, like the other arguments and what is raised.
-      dtype: type to store.
+      config: the architecture.
+      parameters: (path, array) of every parameter, in any order; no reference to an array is kept.
+      directory: as for `save_hf`.
+      dtype: dtype to store.
       assets_from: as for `save_hf`.
       layout: as for `save_hf`.
       max_shard_bytes: as for `save_hf`.
@@ -116,18 +119,18 @@ def write_hf(
             file = files.enter_context(SafetensorsWriter(partial / name, shard, dtype))
             file_of |= dict.fromkeys(shard, file)
         tensors = _tensors(config, parameters, layout, dtype)
-        # What cannot be read is said before a bar is shown.
+        # The first tensor is read before the bar is shown, so that an error comes first.
         tensors = itertools.chain([next(tensors)], tensors)
         for name, x in tqdm(tensors, "writing", len(shapes), unit="tensor", disable=not progress):
             file_of[name].put(name, x)
 
 
 def _shards(directory: Path, shapes: Shapes, dtype: str, limit: int) -> dict[str, Shapes]:
-    """What each file holds, as full as the limit allows; writes the index of several."""
+    """Assign tensors to files up to the limit; write the index if there are several files."""
     shards: list[Shapes] = [{}]
     filled = 0
     for name, shape in shapes.items():
-        bytes_ = size(shape, dtype)
+        bytes_ = nbytes(shape, dtype)
         if shards[-1] and filled + bytes_ > limit:
             shards.append({})
             filled = 0
@@ -137,23 +140,34 @@ def _shards(directory: Path, shapes: Shapes, dtype: str, limit: int) -> dict[str
         return {SINGLE: shapes}
     n = len(shards)
     files = {f"model-{i:05}-of-{n:05}.safetensors": s for i, s in enumerate(shards, start=1)}
-    total = sum(size(shape, dtype) for shape in shapes.values())
+    total = sum(nbytes(shape, dtype) for shape in shapes.values())
     weight_map = {name: file for file, shard in files.items() for name in shard}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    sidecar_files.write_json(directory / INDEX, index)
+    write_json(directory / INDEX, index)
     return files
 
 
 def _tensors(
     config: ModelConfig, parameters: Iterable[tuple[str, jax.Array]], layout: str, dtype: str
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of the checkpoint with its name, made when it is asked for."""
+    """Yield (name, tensor) for every tensor of the checkpoint.
+
+    Raises:
+      ValueError: a finite weight becomes infinite in dtype.
+    """
     rows = {weight.path: weight for weight in table(config)}
     for path, value in parameters:
         weight = rows.pop(path)
         for i in range(config.num_layers) if weight.stacked else (0,):
             name, shape = weight.hf.format(i=i), weight.hf_shape(config)
-            x = np.asarray(_layer(value, jnp.int32(i), weight, dtype)).reshape(shape)
+            x, overflows, largest = _layer(value, jnp.int32(i), weight, dtype)
+            if overflows:
+                raise ValueError(
+                    f"{name}: {int(overflows)} of {x.size} values overflow in {dtype} (largest "
+                    f"{float(largest):.6g}, limit {float(jnp.finfo(dtype).max):.6g}): take "
+                    "--dtype=bfloat16 or float32"
+                )
+            x = np.asarray(x).reshape(shape)
             if layout == "llama":
                 names = llama.shapes(name, shape, config)
                 yield from zip(names, llama.tensors(name, x, config), strict=True)
@@ -164,17 +178,24 @@ def _tensors(
 
 
 @functools.partial(jax.jit, static_argnames=("weight", "dtype"))
-def _layer(value: jax.Array, layer: jax.Array, weight: Weight, dtype: str) -> jax.Array:
-    """One layer of a parameter, its axes in HF's order, not merged yet."""
+def _layer(
+    value: jax.Array, layer: jax.Array, weight: Weight, dtype: str
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return one layer of a parameter, its overflows in dtype, and its largest finite value.
+
+    The axes are in the order of HF and not merged: merging axes that are split over devices would
+    move data, so the host does it.
+    """
     with sharding.mesh_of(value):
         if weight.stacked:
             value = jax.lax.dynamic_index_in_dim(value, layer, 0, keepdims=False)
-        # Merging axes is left to the host: where they are split over devices, it would move.
-        return value.transpose(weight.order).astype(dtype)
+        finite, x = jnp.isfinite(value), value.astype(dtype)
+        overflows = (finite & jnp.isinf(x)).sum()
+        return x.transpose(weight.order), overflows, jnp.abs(value).max(where=finite, initial=0)
 
 
 def _by_layer(config: ModelConfig) -> list[tuple[str, Weight, int | None]]:
-    """All tensors in the order in which a forward pass meets them."""
+    """Return all tensors in the order in which a forward pass uses them."""
 
     def key(entry):
         _, weight, i = entry
@@ -187,7 +208,7 @@ def _by_layer(config: ModelConfig) -> list[tuple[str, Weight, int | None]]:
 def _write_sidecar_files(
     source: Path | None, directory: Path, config: ModelConfig, layout: str, dtype: str
 ) -> None:
-    """Everything but the weights."""
+    """Write all files other than the weights."""
     if layout == "llama":
         hf = llama.hf_config(config, dtype=dtype)
         copy = sidecar_files.copy_for_llama
@@ -196,5 +217,6 @@ def _write_sidecar_files(
         copy = sidecar_files.copy_sidecar_files
     if source is not None:
         copy(source, directory)
-    sidecar_files.write_json(directory / sidecar_files.CONFIG, hf)
-    sidecar_files.write_generation_config(source, directory, config)
+    write_json(directory / sidecar_files.CONFIG, hf)
+    generation = sidecar_files.generation_config(source, config)
+    write_json(directory / sidecar_files.GENERATION, generation)

@@ -1,7 +1,7 @@
-"""The one table that relates HF's tensors to the model's parameters, in both directions.
+"""Table of HF tensors and the model's parameters; conversions in both directions use it.
 
-A parameter's name ends in its axes (wqkv_DKgH); HF stores the same axes in another order, some of
-them merged into one. The table says which; shapes, conversion and its inverse follow from it.
+The name of a parameter ends in its axes (wqkv_DKgH). HF stores the same axes in another order, some
+of them merged into one. Shapes, conversion and its inverse follow from the axes in the table.
 
 D embed, F ffn, H head dim, K kv heads, N query heads, V vocab, g = N / K + 2: for each kv head its
 query heads, then k, then v.
@@ -25,7 +25,7 @@ class Weight:
 
     Attributes:
       hf: name of the tensor in a HF checkpoint; {i} is the layer.
-      path: attributes that lead to the parameter in `InternLM2`; those of blocks are stacked.
+      path: attribute path of the parameter in `InternLM2`; parameters of blocks are stacked.
       hf_axes: axes of the HF tensor: "KgH,D" is a matrix of K * g * H rows and D columns.
     """
 
@@ -35,64 +35,64 @@ class Weight:
 
     @property
     def axes(self) -> str:
-        """Axes of the parameter (of one layer of it): the ending of its name."""
+        """Return the axes of the parameter (of one layer): the ending of its name."""
         return self.path.rpartition("_")[2]
 
     @property
     def stacked(self) -> bool:
-        """Whether every layer has one, stacked in a leading axis of the parameter."""
+        """Return True if the parameter has a leading axis over layers."""
         return "{i}" in self.hf
 
     @property
     def order(self) -> tuple[int, ...]:
-        """Axes of the parameter (of one layer) in the order in which HF has them."""
+        """Return the axes of the parameter (of one layer) in the order of HF."""
         return tuple(self.axes.index(a) for a in self.hf_axes.replace(",", ""))
 
     def hf_shape(self, config: ModelConfig) -> tuple[int, ...]:
-        """Shape of the HF tensor."""
+        """Return the shape of the HF tensor."""
         sizes = _sizes(config)
         return tuple(math.prod(sizes[a] for a in dim) for dim in self.hf_axes.split(","))
 
     def from_hf(self, x: jax.Array, config: ModelConfig, **kwargs) -> jax.Array:
-        """The parameter (of one layer) that a HF tensor holds: split axes, reorder them.
+        """Convert a HF tensor to the parameter (of one layer): split axes, reorder them.
 
         Args:
-          x: shape `hf_shape`.
+          x: HF tensor of shape `hf_shape`.
           config: sizes of the axes.
-          **kwargs: of reshape (out_sharding, in the order of hf_axes).
+          **kwargs: arguments of reshape (out_sharding, in the order of hf_axes).
         """
         sizes, flat = _sizes(config), self.hf_axes.replace(",", "")
         split = x.reshape(tuple(sizes[a] for a in flat), **kwargs)
         return split.transpose([flat.index(a) for a in self.axes])
 
     def to_hf(self, x: np.ndarray, config: ModelConfig) -> np.ndarray:
-        """The HF tensor of a parameter (of one layer): the inverse of `from_hf`."""
+        """Convert a parameter (of one layer) to the HF tensor: the inverse of `from_hf`."""
         return x.transpose(self.order).reshape(self.hf_shape(config))
 
 
 def table(config: ModelConfig) -> tuple[Weight, ...]:
-    """The rows that a model of this configuration has."""
+    """Return the rows of the parameters that a model of this configuration has."""
     rows = (*_ALWAYS, *(_BIAS if config.bias else ()))
     return rows if config.tie_word_embeddings else (*rows, _OUTPUT)
 
 
 def hf_tensors(config: ModelConfig) -> Iterator[tuple[str, Weight, int | None]]:
-    """Every HF tensor of a model: (name, row of the table, layer or None)."""
+    """Yield (name, row of the table, layer or None) for every HF tensor of a model."""
     for weight in table(config):
         for i in range(config.num_layers) if weight.stacked else (None,):
             yield weight.hf.format(i=i), weight, i
 
 
-def resolve(model: Any, path: str) -> tuple[Any, str]:
-    """(module, attribute) of a parameter's path."""
+def find_param(model: Any, path: str) -> tuple[Any, str]:
+    """Return (module, attribute name) for the path of a parameter."""
     owner, _, name = path.rpartition(".")
     return (operator.attrgetter(owner)(model) if owner else model), name
 
 
 def is_known_extra(name: str, config: ModelConfig) -> bool:
-    """Tensors that some checkpoints hold and no model needs.
+    """Return True for tensors that some checkpoints contain and no model needs.
 
-    Rotary tables are recomputed; a tied model's output matrix is its embedding.
+    Rotary tables are recomputed; the output matrix of a tied model is its embedding.
     """
     rotary = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
     return name.endswith(rotary) or (config.tie_word_embeddings and name == _OUTPUT.hf)

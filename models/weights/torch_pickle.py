@@ -1,9 +1,9 @@
-"""A pytorch_model.bin read without PyTorch, and without running anything it contains.
+"""Reader of pytorch_model.bin without PyTorch, which runs no code of the file.
 
-The file is a zip: data.pkl, a pickle of {name: tensor}, and the bytes of each storage beside it,
-uncompressed. A pickle is a program that may call whatever it names. The reader here lets it name
-the few things that a dictionary of tensors needs, and gives it stand-ins for those: it can do
-nothing but describe where each tensor lies.
+The file is a zip: data.pkl, a pickle of {name: tensor}, and the bytes of each storage. A pickle is
+a program that may call any function that it names. This reader allows only the few names that a
+dictionary of tensors needs, and substitutes own classes for them, which record the storage, offset,
+shape and strides of each tensor and do nothing else.
 
 References:
   docs.python.org/3/library/pickle.html#restricting-globals;
@@ -13,37 +13,44 @@ References:
 import contextlib
 import dataclasses
 import pickle
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (registers bfloat16)
 import numpy as np
 
+from models.files import check_file
+
 
 class BinFile(contextlib.ExitStack):
-    """An open file of tensors; a context manager that closes it. One tensor is read at a time.
+    """Reader of one file, one tensor at a time; a context manager that closes the file.
 
     Attributes:
       shapes: shape of every tensor by name.
-      dtypes: type of every tensor by name, a numpy name ("bfloat16").
+      dtypes: dtype of every tensor by name, a numpy name ("bfloat16").
 
     Raises:
-      ValueError: it is truncated, of another format, or holds more than tensors of weights' types.
+      FileNotFoundError: there is no such file.
+      ValueError: the file is damaged, encrypted, of another format, or contains anything but
+        tensors of floating-point dtypes.
     """
 
     def __init__(self, path: Path):
         super().__init__()
+        check_file(path)
         self._path = path
         try:
             self._zip = self.enter_context(zipfile.ZipFile(path))
-        except zipfile.BadZipFile as error:
+        except (*_BROKEN, ValueError, struct.error) as error:
             raise ValueError(
                 f"{path} is not a complete zip of torch.save ({error}): download it again, or, if "
                 "torch before 1.6 wrote it, save it as safetensors"
             ) from error
         try:
-            self._tensors = self._described()
+            self._tensors = self._descriptions()
         except BaseException:
             self.close()
             raise
@@ -51,45 +58,57 @@ class BinFile(contextlib.ExitStack):
         self.dtypes = {name: t.storage.dtype for name, t in self._tensors.items()}
 
     def tensor(self, name: str) -> np.ndarray:
-        """The tensor of this name, in the type it is stored in."""
+        """Return a tensor in the dtype that it is stored in."""
         tensor = self._tensors[name]
         dtype = np.dtype(tensor.storage.dtype)
+        begin, size = tensor.offset * dtype.itemsize, tensor.extent * dtype.itemsize
         try:
-            with self._zip.open(f"{self._root}/data/{tensor.storage.key}") as file:
-                if tensor.offset:
-                    file.seek(tensor.offset * dtype.itemsize)
-                data = file.read(tensor.extent * dtype.itemsize)
-        except (KeyError, zipfile.BadZipFile, EOFError) as error:
+            storage = self._zip.getinfo(f"{self._root}/data/{tensor.storage.key}")
+            there = max(0, storage.file_size - begin)
+            if there < size:
+                raise ValueError(
+                    f"{self._path}: {name} needs {size} bytes, its storage has {there}"
+                )
+            with self._zip.open(storage) as file:
+                if begin:
+                    file.seek(begin)
+                data = file.read(size)
+        except _BROKEN as error:
             raise ValueError(f"{self._path}: the bytes of {name} are broken: {error}") from error
-        if len(data) != tensor.extent * dtype.itemsize:
-            raise ValueError(
-                f"{self._path}: {name} needs {tensor.extent * dtype.itemsize} bytes, its storage "
-                f"has {len(data)}"
-            )
+        if len(data) != size:
+            raise ValueError(f"{self._path}: the bytes of {name} are broken: the file is too short")
         strides = [s * dtype.itemsize for s in tensor.stride]
         return np.ndarray(tensor.shape, dtype, buffer=data, strides=strides)
 
-    def _described(self) -> dict[str, "_Tensor"]:
-        """What data.pkl says, once it has been checked."""
+    def _descriptions(self) -> dict[str, "_Tensor"]:
+        """Read and check the descriptions of the tensors in data.pkl."""
         found = [n for n in self._zip.namelist() if n.count("/") == 1 and n.endswith("/data.pkl")]
         if len(found) != 1:
             raise ValueError(f"{self._path} is a zip, but not one of torch.save: no data.pkl in it")
         self._root = found[0].partition("/")[0]
         order = f"{self._root}/byteorder"
-        if order in self._zip.namelist() and self._zip.read(order) != b"little":
+        try:
+            byteorder = self._zip.read(order) if order in self._zip.namelist() else b"little"
+        except _BROKEN as error:
+            raise ValueError(f"{self._path} is damaged: {error}") from error
+        if byteorder != b"little":
             raise ValueError(f"{self._path} has big-endian numbers: save it as safetensors")
         try:
             with self._zip.open(found[0]) as file:
                 state = _Restricted(file).load()
-        except Exception as error:  # a broken pickle raises nearly anything
-            raise ValueError(f"{self._path} holds more than tensors: {error}") from error
+        except _BROKEN as error:
+            raise ValueError(f"{self._path} is damaged: {error}") from error
+        except Exception as error:  # a broken pickle raises many types
+            raise ValueError(f"{self._path} contains more than tensors: {error}") from error
         if not isinstance(state, dict):
-            raise ValueError(f"{self._path} holds a {type(state).__name__}, must hold a dictionary")
+            raise ValueError(
+                f"{self._path} contains a {type(state).__name__}, must contain a dictionary"
+            )
         wrong = [str(n) for n, t in state.items() if not isinstance(n, str) or not _is_tensor(t)]
         if wrong:
             raise ValueError(
-                f"{self._path} holds what is not a tensor of {', '.join(_STORAGES.values())}: "
-                f"{', '.join(wrong)}"
+                f"{self._path} contains values that are not tensors of "
+                f"{', '.join(_STORAGES.values())}: {', '.join(wrong)}"
             )
         return state
 
@@ -107,7 +126,7 @@ class _Storage:
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-    """Where a tensor lies; offset and strides in elements."""
+    """Position of a tensor in a storage; offset and strides in elements."""
 
     storage: _Storage
     offset: int
@@ -116,18 +135,20 @@ class _Tensor:
 
     @property
     def extent(self) -> int:
-        """Elements from its first to its last, inclusive."""
+        """Return the number of elements from the first to the last, inclusive."""
         if 0 in self.shape:
             return 0
         return 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
 
 
+# Raised by zipfile for a bad CRC, broken deflate, truncation, encryption, unknown compression.
+_BROKEN = (KeyError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)
 _STORAGES = {"FloatStorage": "float32", "BFloat16Storage": "bfloat16", "HalfStorage": "float16"}
 
 
 class _Restricted(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        """Stand-ins for the names that a dictionary of tensors needs, and no others."""
+        """Return an own class for a name that a dictionary of tensors needs; refuse other names."""
         if module == "torch" and name in _STORAGES:
             return _StorageType(_STORAGES[name])
         allowed = {
@@ -140,7 +161,7 @@ class _Restricted(pickle.Unpickler):
         return allowed[module, name]
 
     def persistent_load(self, pid: Any) -> Any:
-        """A storage, which the pickle refers to by key."""
+        """Return the storage that the pickle refers to by key."""
         match pid:
             case ("storage", _StorageType(dtype=dtype), str(key), _, int()):
                 return _Storage(dtype, key)
@@ -148,7 +169,7 @@ class _Restricted(pickle.Unpickler):
 
 
 class _Dict(dict):
-    """An OrderedDict's stand-in; torch hangs an attribute _metadata on the real one."""
+    """Substitute for OrderedDict; torch sets an attribute _metadata on it."""
 
 
 def _rebuild_tensor(storage, offset, shape, stride, *_) -> _Tensor:
@@ -160,11 +181,11 @@ def _rebuild_parameter(tensor, *_) -> Any:
 
 
 def _is_tensor(value: Any) -> bool:
-    """Whether it is a tensor that lies inside of a storage: numpy trusts strides."""
+    """Return True for a tensor within a storage; numpy does not check strides."""
     if not isinstance(value, _Tensor) or not isinstance(value.storage, _Storage):
         return False
-    # A pickle can set what the stand-ins hold, too (BUILD). A dtype of its own would make numpy
-    # take the file's bytes for pointers.
+    # A pickle can also set attributes of these classes (BUILD). With the dtype "O" numpy would take
+    # the bytes of the file for pointers.
     if value.storage.dtype not in _STORAGES.values() or type(value.storage.key) is not str:
         return False
     if type(value.shape) is not tuple or type(value.stride) is not tuple:

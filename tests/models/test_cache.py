@@ -9,6 +9,7 @@ import pytest
 
 from models.cache import decode, prefill
 from models.config import RopeScaling
+from models.execution import Execution
 from models.weights.load import load_hf
 
 ATOL = 1e-4  # fp32, as the goldens' README suggests
@@ -16,7 +17,7 @@ ATOL = 1e-4  # fp32, as the goldens' README suggests
 
 @pytest.fixture(scope="module")
 def model(tiny_dir):
-    return load_hf(tiny_dir, dtype="float32", attn="xla")
+    return load_hf(tiny_dir, execution=Execution(dtype="float32", attn="xla"))
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -137,10 +138,18 @@ def test_null_is_no_token(key):
         ({"hidden_size": None}, "hidden_size=None in config.json must be a whole number"),
         ({"rms_norm_eps": None}, "rms_norm_eps=None in config.json must be a finite number"),
         ({"bias": "false"}, "bias='false' in config.json must be true or false"),
+        ({"num_hidden_layers": 10**9}, "num_layers=1000000000 must be at most 4,096"),
+        ({"vocab_size": 10**18}, "vocab_size=1000000000000000000 must be at most 16,777,216"),
+        ({"hidden_size": 10**400}, "hidden_size=1000000000"),
+        ({"max_position_embeddings": 1 << 31}, "must be at most 2,147,483,647"),
+        ({"eos_token_id": 10**30}, "must be below 2^31"),
+        ({"rope_theta": 10**400}, "rope_theta=inf in config.json must be a finite number"),
+        ({"rms_norm_eps": 10**400}, "in config.json must be a finite number"),
+        ({"rope_scaling": {"type": "linear", "factor": 1e308}}, "at most 1e+06"),
         ({"pad_token_id": True}, "pad_token_id=True in config.json must be a whole number"),
     ],
 )
 def test_from_hf_refuses(keys, message):
-    with pytest.raises(ValueError, match=message.replace("(", r"\(")) as error:
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
         ModelConfig.from_hf({"model_type": "internlm2", **keys})
     assert "\n" not in str(error.value)

@@ -2,19 +2,27 @@
 
 import json
 import os
+import resource
 import shutil
+import signal
+import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from models import convert
-from models.weights import memory
+from models.execution import Execution
+from models.tokenizer import load_tokenizer
 from models.weights.hf_files import HFDirectory
-from models.weights.load import load, load_hf
+from models.weights.load import hf_parameters, load, load_hf
 from models.weights.orbax_checkpoint import load_orbax
+
+SPM = Path(__file__).parents[1] / "data" / "tokenizer_tiny_spm"
 
 
 @pytest.fixture
@@ -31,9 +39,9 @@ def test_a_converted_model_is_the_same(source, tmp_path, make_mesh, capsys):
     destination = tmp_path / "new" / "dst"
     assert convert.main([str(source), str(destination)]) == 0
     assert f"wrote {destination}" in capsys.readouterr().out
-    want = load_hf(source, dtype="float32")
+    want = load_hf(source, execution=Execution(dtype="float32"))
     for mesh in (None, make_mesh(1, 4, 2)):
-        got = load(destination, dtype="float32", mesh=mesh)
+        got = load(destination, mesh=mesh, execution=Execution(dtype="float32"))
         jax.tree.map(np.testing.assert_array_equal, got, want)
     assert got.output_DV.get_value().sharding.num_devices == 8
     assert {p.name for p in destination.iterdir()} == {
@@ -83,7 +91,7 @@ def test_a_layout_turns_hf_into_hf(source, tmp_path):
 
 def test_orbax_takes_no_dtype(source, tmp_path, capsys):
     assert convert.main([str(source), str(tmp_path / "dst"), "--dtype=float16"]) == 1
-    assert "error: dtype=float16: orbax keeps the stored type" in capsys.readouterr().err
+    assert "error: --dtype=float16: orbax keeps the stored dtype" in capsys.readouterr().err
 
 
 def test_an_existing_destination_is_refused(source, tmp_path, capsys):
@@ -123,12 +131,13 @@ def test_too_little_memory_is_one_line_and_nothing_is_written(
     source, tmp_path, monkeypatch, capsys
 ):
     """Three times the largest parameter: the embedding, 512 x 64 in float32."""
-    monkeypatch.setattr(memory, "available", lambda: 3 * 512 * 64 * 4 - 1)
+    free = types.SimpleNamespace(available=3 * 512 * 64 * 4 - 1)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
     assert convert.main([str(source), str(tmp_path / "dst")]) == 1
     err = capsys.readouterr().err
     assert err.startswith("error: converting needs 0.0 GB of memory") and err.count("\n") == 1
     assert not (tmp_path / "dst").exists()
-    monkeypatch.setattr(memory, "available", lambda: 3 * 512 * 64 * 4)
+    free.available += 1
     assert convert.main([str(source), str(tmp_path / "dst")]) == 0
 
 
@@ -163,7 +172,7 @@ def test_beside_is_a_directory(source, tmp_path, capsys, beside):
     """Of an unset variable nothing is made: Path("") would be the current directory."""
     argv = [str(source), str(tmp_path / "dst"), "--assets_from", beside, "--layout=internlm2"]
     assert convert.main(argv) == 1
-    assert f"assets_from={beside!r} is not a directory" in capsys.readouterr().err
+    assert f"--assets_from={beside!r} is not a directory" in capsys.readouterr().err
 
 
 def test_eos_ids_of_a_list_go_along(source, tmp_path):
@@ -178,9 +187,8 @@ def test_eos_ids_of_a_list_go_along(source, tmp_path):
 
 @pytest.mark.parametrize("size", ["0", "-1", "inf", "nan"])
 def test_shards_have_a_size(capsys, size):
-    with pytest.raises(SystemExit):
-        convert.main(["a", "b", f"--max_shard_gb={size}"])
-    assert f"{size} must be above 0 and finite" in capsys.readouterr().err
+    assert convert.main(["a", "b", f"--max_shard_gb={size}"]) == 1
+    assert "must be above 0 and finite" in capsys.readouterr().err
 
 
 def test_usage_errors_exit_2(capsys):
@@ -203,3 +211,71 @@ def assert_same_json_or_text(got, want):
         assert json.loads(got.read_text()) == json.loads(want.read_text())
     else:
         assert got.read_bytes() == want.read_bytes()
+
+
+def test_sigterm_removes_what_was_written(source, tmp_path, monkeypatch):
+    """And ends with the status of a process that the signal ended; its handler is as before."""
+    before, handler = sorted(tmp_path.iterdir()), signal.getsignal(signal.SIGTERM)
+    save = convert.save_orbax
+
+    def save_and_stop(parameters, directory):
+        save([next(iter(parameters))], directory)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(convert, "save_orbax", save_and_stop)
+    with pytest.raises(SystemExit) as stop:
+        convert.main([str(source), str(tmp_path / "dst")])
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert sorted(tmp_path.iterdir()) == before
+    assert signal.getsignal(signal.SIGTERM) == handler
+
+
+@pytest.mark.parametrize("flags", [[], ["--layout=internlm2"]])
+def test_a_full_disk_is_one_line(source, tmp_path, capfd, flags):
+    """A limit of the size of files stands for the disk; orbax logs four tracebacks of its own."""
+    before, limits = sorted(tmp_path.iterdir()), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        assert convert.main([str(source), str(tmp_path / "dst"), *flags]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    lines = capfd.readouterr().err.splitlines()
+    (error,) = [line for line in lines if line and "tensor/s" not in line]
+    assert error.startswith("error: ") and error.endswith("File too large")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "assets", "message"),
+    [
+        ("byte-1", None, "trained on bytes: python -m models.generate {} --tokenizer=byte"),
+        ("other", None, "wrote {}, without a tokenizer: --assets_from HF_DIR"),
+        ("byte-1", SPM, "is not the run's tokenizer: the run was trained on bytes"),
+        ("other", SPM, "is not the run's tokenizer: give --assets_from the directory"),
+        ("same", SPM, "wrote {}\n"),
+    ],
+)
+def test_the_tokenizer_of_a_run(source, tmp_path, monkeypatch, capsys, tokenizer, assets, message):
+    """Another one is refused, with which the exported model would not stop; none is named."""
+    run = tmp_path / "run"
+    (run / "checkpoints" / "8").mkdir(parents=True)
+    config, stored, parameters = hf_parameters(source)
+    fingerprint = load_tokenizer(SPM).fingerprint if tokenizer == "same" else tokenizer
+    checkpoint = types.SimpleNamespace(
+        config=config, tokenizer=fingerprint, parameters=lambda: parameters
+    )
+    monkeypatch.setattr(convert, "read_checkpoint", lambda _: checkpoint)
+    flags = [f"--assets_from={assets}"] if assets else []
+    status = convert.main([str(run), str(tmp_path / "dst"), *flags])
+    captured = capsys.readouterr()
+    assert message.format(tmp_path / "dst") in captured.out + captured.err
+    assert status == int("is not the run's" in message)
+    assert (tmp_path / "dst").exists() == (status == 0)
+
+
+@pytest.mark.parametrize("text", ["[]", '"x"', "null", '{"a": ' + "[" * 100_000])
+def test_a_config_that_is_no_object_is_one_line(source, tmp_path, capsys, text):
+    (source / "config.json").write_text(text)
+    assert convert.main([str(source), str(tmp_path / "dst")]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and "config.json" in err and err.count("\n") == 1

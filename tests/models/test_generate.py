@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from models import cache
 from models import generate as command
+from models.execution import Execution
 from models.generate import generate, stop_ids_of
 from models.sampling import Sampling
 from models.tokenizer import ByteTokenizer
@@ -19,7 +21,7 @@ SPM = Path(__file__).parents[1] / "data" / "tokenizer_tiny_spm"
 
 @pytest.fixture(scope="module")
 def model(tiny_dir):
-    return load_hf(tiny_dir, dtype="float32", attn="xla")
+    return load_hf(tiny_dir, execution=Execution(dtype="float32", attn="xla"))
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def test_a_long_cache_is_summed_in_blocks(model, prompts, expected, exact):
 
 def test_consuming_the_model_changes_no_id(tiny_dir, prompts, expected, exact):
     """And leaves nothing of it to use."""
-    model = load_hf(tiny_dir, dtype="float32", attn="xla")
+    model = load_hf(tiny_dir, execution=Execution(dtype="float32", attn="xla"))
     steps = command.stream(model, prompts, max_new_tokens=16, sampling=Sampling(), consume=True)
     assert [list(ids) for ids in zip(*steps, strict=True)] == expected
     with pytest.raises(RuntimeError, match="deleted"):
@@ -61,7 +63,9 @@ def test_consuming_the_model_changes_no_id(tiny_dir, prompts, expected, exact):
 
 def test_greedy_ids_over_a_mesh(tiny_dir, prompts, expected, exact, make_mesh):
     """Two rows over four batch shards: filler rows make up the batch."""
-    model = load_hf(tiny_dir, dtype="float32", attn="xla", mesh=make_mesh(2, 2, 2))
+    model = load_hf(
+        tiny_dir, mesh=make_mesh(2, 2, 2), execution=Execution(dtype="float32", attn="xla")
+    )
     assert generate(model, prompts, max_new_tokens=16) == expected
 
 
@@ -123,7 +127,10 @@ def test_a_training_run_has_to_be_converted(directory, tmp_path, capsys):
     (tmp_path / "run" / "checkpoints" / "8").mkdir(parents=True)
     argv = [str(tmp_path / "run"), "--prompt=a", "--tokenizer=byte"]
     assert command.main(argv) == 1
-    assert "run is a training run: python -m models.convert" in capsys.readouterr().err
+    assert (
+        "run is a training run: convert it with `python -m models.convert"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.fixture
@@ -139,7 +146,7 @@ def test_command_prints_what_generate_returns(directory, capsys):
     assert command.main(argv) == 0
     out = capsys.readouterr().out
     tokenizer = command.load_tokenizer(directory)
-    model = load_hf(directory, dtype="float32")
+    model = load_hf(directory, execution=Execution(dtype="float32"))
     (new,) = generate(
         model,
         [[1, *tokenizer.encode("Hello")]],
@@ -164,3 +171,41 @@ def test_command_errors_are_one_line(directory, capsys):
         assert command.main(argv) == 1
         err = capsys.readouterr().err
         assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_an_error(tiny_dir, prompts, bad):
+    """Not an empty line: in one row's weights alone, and later in a run too."""
+    model = load_hf(tiny_dir, execution=Execution(dtype="float32", attn="xla"))
+    model.norm_D[...] = model.norm_D[...].at[3].set(bad)
+    with pytest.raises(FloatingPointError, match="the logits of token 1 are NaN or infinite"):
+        generate(model, prompts, max_new_tokens=4)
+
+
+def test_no_tokenizer_is_one_line_with_a_remedy(tiny_dir, tmp_path, capsys):
+    shutil.copytree(tiny_dir, tmp_path / "model")
+    assert command.main([str(tmp_path / "model"), "--prompt=a"]) == 1
+    assert "name one with --tokenizer ('byte' for" in capsys.readouterr().err
+
+
+def test_a_run_is_named_before_its_lack_of_a_tokenizer(tmp_path, capsys):
+    (tmp_path / "run" / "checkpoints" / "8").mkdir(parents=True)
+    assert command.main([str(tmp_path / "run"), "--prompt=a"]) == 1
+    assert "run is a training run" in capsys.readouterr().err
+
+
+def test_a_lora_adapter_is_named(tmp_path, capsys):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert command.main([str(tmp_path), "--prompt=a"]) == 1
+    assert "contains a LoRA adapter" in capsys.readouterr().err
+
+
+def test_escape_sequences_are_not_sent_to_a_terminal(directory, monkeypatch, capsys):
+    """To a file the text goes as it is."""
+    monkeypatch.setattr(command, "stream", lambda *args, **kwargs: iter([[3 + 27], [3 + ord("c")]]))
+    argv = [str(directory), "--prompt=a", "--dtype=float32", "--tokenizer=byte"]
+    assert command.main(argv) == 0
+    assert capsys.readouterr().out == "\x1bc\n"
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda _: True)
+    assert command.main(argv) == 0
+    assert capsys.readouterr().out == "\\x1bc\n"

@@ -15,6 +15,7 @@ import optax
 import pytest
 
 from models.config import ModelConfig
+from models.execution import Execution
 from models.generate import generate
 from models.internlm2 import InternLM2, init
 from models.weights.load import load_hf
@@ -85,7 +86,7 @@ def weights(group: int) -> InternLM2:
 def model_of(group: int, attn: str, dtype) -> InternLM2:
     """The same weights, in fp32, for any implementation and compute type."""
     model = jax.tree.map(lambda x: x, weights(group))
-    model.attn, model.dtype = attn, jnp.dtype(dtype)
+    model.execution = Execution(attn=attn, dtype=dtype)
     return model
 
 
@@ -134,7 +135,7 @@ def test_bf16_is_as_near_to_fp32_as_eager_is(attn, packed, group):
 @pytest.mark.parametrize("case", ["basic", "packed"])
 def test_logits_loss_and_gradients_of_the_original(tiny_dir, golden, exact, attn, case):
     """In fp32, within what the CPU is held to."""
-    model = load_hf(tiny_dir, dtype="float32", attn=attn)
+    model = load_hf(tiny_dir, execution=Execution(dtype="float32", attn=attn))
     segments = segments_of(golden, case)
 
     def loss(model):
@@ -154,7 +155,7 @@ def test_logits_loss_and_gradients_of_the_original(tiny_dir, golden, exact, attn
 
 def test_greedy_ids_are_the_originals(tiny_dir, golden, exact):
     """Through prefill, cache and decoding as the GPU's compiler makes them."""
-    model = load_hf(tiny_dir, dtype="float32", attn="xla")
+    model = load_hf(tiny_dir, execution=Execution(dtype="float32", attn="xla"))
     prompts = [golden[f"generate{i}/prompt_ids"].tolist() for i in (0, 1)]
     want = [golden[f"generate{i}/new_ids"].tolist() for i in (0, 1)]
     assert generate(model, prompts, max_new_tokens=16) == want

@@ -7,7 +7,7 @@ import pytest
 
 from models.config import PRESETS
 from models.layers import rope_table, rotate
-from models.qkv import rotated_heads
+from models.qkv import split_qkv_and_rope
 
 B, T, K, H = 2, 7, 2, 16
 
@@ -31,7 +31,7 @@ def test_gradient_is_the_derived_one(group, dtype):
     draw = np.random.default_rng(1).standard_normal
     qkv_BTKgH = jnp.asarray(draw((B, T, K, group + 2, H)), dtype)
     tables = _tables()
-    out, back = jax.vjp(lambda x: rotated_heads(x, *tables), qkv_BTKgH)
+    out, back = jax.vjp(lambda x: split_qkv_and_rope(x, *tables), qkv_BTKgH)
     want, derived = jax.vjp(lambda x: _plain(x, *tables), qkv_BTKgH)
     for a, b in zip(out, want, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -51,5 +51,5 @@ def test_turning_back_undoes_the_rotation():
     cos, sin = rope_table(positions_BT, config)
     shape = (B, T, config.num_kv_heads, config.group_size + 2, config.head_dim)
     qkv_BTKgH = jnp.asarray(np.random.default_rng(2).standard_normal(shape), jnp.float32)
-    out, back = jax.vjp(lambda x: rotated_heads(x, cos, sin), qkv_BTKgH)
+    out, back = jax.vjp(lambda x: split_qkv_and_rope(x, cos, sin), qkv_BTKgH)
     np.testing.assert_allclose(back(out)[0], qkv_BTKgH, atol=1e-6)

@@ -2,11 +2,14 @@
 
 import json
 import multiprocessing
+import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import sentencepiece
 
 from models.tokenizer import CHAT_TOKENS, ByteTokenizer, load_tokenizer
 
@@ -113,7 +116,7 @@ def test_refusals(tmp_path):
     with pytest.raises(FileNotFoundError, match="neither tokenizer.json nor tokenizer.model"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": "x.Y"}}')
-    with pytest.raises(ValueError, match="needs the code that lies beside it"):
+    with pytest.raises(ValueError, match="needs code of that directory"):
         load_tokenizer(tmp_path)
     (tmp_path / "broken.model").write_bytes(b"\xff\xff\xff")
     with pytest.raises(ValueError, match="is not a SentencePiece model"):
@@ -123,3 +126,74 @@ def test_refusals(tmp_path):
         load_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="give its directory"):
         load_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_old_names_of_chat_tokens_are_the_tokens(tokenizer):
+    """As SentencePiece itself gives: [UNUSED_TOKEN_141..146] in the published model."""
+    published = sentencepiece.SentencePieceProcessor(model_file=str(SPM / "tokenizer.model"))
+    old = [f"[UNUSED_TOKEN_{i}]" for i in range(141, 147)]
+    assert [published.piece_to_id(name) for name in old] == [*range(506, 512)]
+    assert [tokenizer.encode(name) for name in old] == [[i] for i in range(506, 512)]
+    text = "[UNUSED_TOKEN_146]user\nhi[UNUSED_TOKEN_145]\n"
+    new = "<|im_start|>user\nhi<|im_end|>\n"
+    assert tokenizer.encode(text) == tokenizer.encode(new)
+    assert tokenizer.encode_batch([text, "a"]) == tokenizer.encode_batch([new, "a"])
+    for other in ("[UNUSED_TOKEN_147]", "[UNUSED_TOKEN_1460]", "[UNUSED_TOKEN_14]"):
+        assert not set(tokenizer.encode(other)) & {*range(506, 512)}
+
+
+@pytest.fixture
+def first_release(tmp_path):
+    """A tokenizer.model whose config names no added tokens."""
+    shutil.copyfile(SPM / "tokenizer.model", tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "InternLM2Tokenizer"}')
+    return tmp_path
+
+
+def test_added_tokens_json_is_read(first_release):
+    """New ids at the end, and names for unused tokens of the vocabulary."""
+    path = first_release / "added_tokens.json"
+    path.write_text('{"<|think|>": 512, "<|endthink|>": 513, "<|im_end|>": 510}')
+    tokenizer = load_tokenizer(first_release)
+    assert tokenizer.vocab_size == 514
+    assert tokenizer.encode("<|think|>a<|endthink|>")[::2] == [512, 513]
+    assert (tokenizer.im_end_id, tokenizer.encode("<|im_start|>")) == (510, [511])
+    assert tokenizer.decode([512]) == "<|think|>"
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        ('{"<|think|>": 600}', "gives '<|think|>' the id 600, but the tokenizer gives it 512"),
+        ('{"<|im_end|>": 512}', "gives '<|im_end|>' the id 512, but the tokenizer gives it 510"),
+        ('{"<|think|>": "x"}', "must contain an id for every name"),
+        ("[]", "must contain a JSON object"),
+    ],
+)
+def test_added_tokens_that_cannot_be_read_are_refused(first_release, added, message):
+    (first_release / "added_tokens.json").write_text(added)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        load_tokenizer(first_release)
+    assert "added_tokens.json" in str(error.value)
+
+
+def test_added_tokens_beside_a_tokenizer_json_are_checked(tmp_path):
+    shutil.copytree(JSON, tmp_path / "json")
+    (tmp_path / "json" / "added_tokens.json").write_text('{"<|im_end|>": 510}')
+    assert load_tokenizer(tmp_path / "json").im_end_id == 510
+    (tmp_path / "json" / "added_tokens.json").write_text('{"<|think|>": 512}')
+    with pytest.raises(ValueError, match="the id 512, but the tokenizer gives it none"):
+        load_tokenizer(tmp_path / "json")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json", "tokenizer_config.json"])
+def test_pointers_and_fifos_are_refused(tmp_path, name):
+    """Instead of advice to install packages, or a wait without end."""
+    shutil.copytree(JSON if name == "tokenizer.json" else SPM, tmp_path / "t")
+    (tmp_path / "t" / name).write_text("version https://git-lfs.github.com/spec/v1\noid a\n")
+    with pytest.raises(ValueError, match=f"{name} is a Git LFS pointer"):
+        load_tokenizer(tmp_path / "t")
+    (tmp_path / "t" / name).unlink()
+    os.mkfifo(tmp_path / "t" / name)
+    with pytest.raises(ValueError, match=f"{name} is not a regular file"):
+        load_tokenizer(tmp_path / "t")

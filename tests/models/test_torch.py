@@ -16,12 +16,13 @@ import pytest
 from safetensors.numpy import load_file
 
 from models.config import ModelConfig, RopeScaling
+from models.execution import Execution
 from models.generate import generate
 from models.internlm2 import init
 from models.weights import llama
 from models.weights.load import load_hf
 from models.weights.save import save_hf
-from models.weights.table import hf_tensors, resolve
+from models.weights.table import find_param, hf_tensors
 
 try:
     import torch
@@ -84,7 +85,9 @@ def exported(tmp_path_factory):
     def make(config, attn):
         if (config, attn) not in made:
             directory = tmp_path_factory.mktemp("pair") / "llama"
-            model = perturbed(init(config, seed=1, dtype=jnp.float32, attn=attn))
+            model = perturbed(
+                init(config, seed=1, execution=Execution(dtype=jnp.float32, attn=attn))
+            )
             save_hf(model, directory, layout="llama", max_shard_bytes=100_000)
             made[config, attn] = model, directory
         return made[config, attn]
@@ -191,7 +194,11 @@ def test_transformers_loads_the_shards_of_its_own_layout(tmp_path, tiny_dir):
                 owner.register_parameter(last, torch.nn.Parameter(torch.zeros(x.shape)))
             self.post_init()
 
-    save_hf(load_hf(tiny_dir, dtype="float32"), tmp_path / "hf", max_shard_bytes=150_000)
+    save_hf(
+        load_hf(tiny_dir, execution=Execution(dtype="float32")),
+        tmp_path / "hf",
+        max_shard_bytes=150_000,
+    )
     assert (tmp_path / "hf" / "model.safetensors.index.json").exists()
     config = PretrainedConfig.from_dict(json.loads((tiny_dir / "config.json").read_text()))
     model, report = Named.from_pretrained(tmp_path / "hf", config=config, output_loading_info=True)
@@ -218,7 +225,7 @@ def test_files_that_torch_saves_are_read(tmp_path, tiny_dir, dtype, shards):
     if shards > 1:
         index = tmp_path / "pytorch_model.bin.index.json"
         index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    model = load_hf(tmp_path, dtype="float32")
+    model = load_hf(tmp_path, execution=Execution(dtype="float32"))
     for name, weight, i in hf_tensors(model.config):
         got = hf_tensor(model, weight, i)
         want = torch.tensor(tensors[name]).to(kind).float().numpy()
@@ -269,7 +276,7 @@ def loss_of(model, tokens):
 
 
 def hf_tensor(tree, weight, layer):
-    owner, name = resolve(tree, weight.path)
+    owner, name = find_param(tree, weight.path)
     x = np.asarray(getattr(owner, name).get_value())
     return weight.to_hf(x if layer is None else x[layer], tree.config)
 

@@ -1,21 +1,27 @@
 """Models taken apart for decoding: the same weights, in the compute type, layer by layer."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.unstack import gradients_together, taken_apart, unstacked
+from models.execution import Execution
+from models.unstack import unstack_layers
 from models.weights.load import load_hf
+from models.xla_workarounds import grad_barrier, unstack
 
 
 @pytest.fixture
 def model(tiny_dir):
-    return load_hf(tiny_dir, dtype="bfloat16", param_dtype="float32", attn="eager")
+    return load_hf(
+        tiny_dir, execution=Execution(dtype="bfloat16", param_dtype="float32", attn="eager")
+    )
 
 
 def test_every_layer_is_its_slice_in_the_compute_type(model):
-    apart = taken_apart(model)
+    apart = unstack_layers(model)
     assert {x.dtype for x in jax.tree.leaves(apart)} == {jnp.dtype("bfloat16")}
     for i, block in enumerate(apart.blocks):
         want = jax.tree.map(lambda x, i=i: x[i].astype(jnp.bfloat16), model.blocks)
@@ -26,15 +32,16 @@ def test_every_layer_is_its_slice_in_the_compute_type(model):
 
 def test_it_computes_the_same(model):
     tokens = jnp.arange(8)[None]
-    apart = taken_apart(model)
-    apart.scan = model.scan = False  # as decoding runs: the list is not a stack to scan over
+    apart = unstack_layers(model)
+    apart.execution = model.execution = dataclasses.replace(model.execution, scan=False)
+    # as decoding runs: the list is not a stack to scan over
     run = jax.jit(lambda m: m(tokens))
     np.testing.assert_array_equal(run(apart), run(model))
 
 
 def test_consuming_frees_the_stacks(model):
-    kept = taken_apart(model)
-    consumed = taken_apart(model, consume=True)
+    kept = unstack_layers(model)
+    consumed = unstack_layers(model, consume=True)
     jax.tree.map(np.testing.assert_array_equal, consumed, kept)
     assert all(x.is_deleted() for x in jax.tree.leaves(model.blocks))
     assert not model.embed_VD.get_value().is_deleted()
@@ -45,7 +52,7 @@ def test_the_gradient_of_slices_is_a_stack():
     x = jnp.arange(6.0).reshape(3, 2)
 
     def f(x):
-        a, b, c = unstacked({"w": x}, 3)
+        a, b, c = unstack({"w": x}, 3)
         return (a["w"] * 2 + c["w"] ** 2 + 0 * b["w"]).sum()
 
     np.testing.assert_array_equal(jax.grad(f)(x), [[2, 2], [0, 0], [8, 10]])
@@ -55,7 +62,7 @@ def test_gradients_are_formed_together_and_are_the_same():
     """A barrier in the backward pass, none in the forward one, and no number changed."""
 
     def together(x, w):
-        x, weights = gradients_together(x, {"w": w})
+        x, weights = grad_barrier(x, {"w": w})
         return jnp.sin(x * weights["w"]).sum()
 
     def plain(x, w):
@@ -68,9 +75,9 @@ def test_gradients_are_formed_together_and_are_the_same():
     assert str(jax.make_jaxpr(jax.grad(together))(*args)).count("optimization_barrier") == 1
 
 
-def test_every_layer_forms_its_gradients_together(model):
+def test_every_layer_forms_its_grad_barrier(model):
     """Where each is compiled on its own: else XLA puts those of the weights off."""
-    model.scan = False
+    model.execution = dataclasses.replace(model.execution, scan=False)
     tokens = jnp.arange(8)[None]
     program = jax.make_jaxpr(jax.grad(lambda m: m.hidden(tokens).astype(jnp.float32).sum()))
     of_blocks = [e for e in program(model).eqns if e.primitive.name == "optimization_barrier"]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from models.config import PRESETS, ModelConfig
+from models.execution import Execution
 from models.internlm2 import InternLM2, init
 from train.config.config import Config
 from train.config.sections import DataConfig, OptimConfig
@@ -43,7 +44,7 @@ def tiny() -> Iterator[ModelConfig]:
 @pytest.fixture(scope="session")
 def tiny_model(tiny) -> InternLM2:
     """Its weights, drawn once, on one device, in float32."""
-    return init(tiny, dtype=jnp.float32, attn="eager")
+    return init(tiny, execution=Execution(dtype=jnp.float32, attn="eager"))
 
 
 @pytest.fixture(scope="session")

@@ -9,10 +9,11 @@ import orbax.checkpoint as ocp
 import pytest
 
 from models import convert
+from models.execution import Execution
 from models.weights.hf_files import HFDirectory
 from models.weights.load import load_hf
+from models.weights.run_layout import find_checkpoint
 from models.weights.table import hf_tensors
-from models.weights.train_checkpoint import find_checkpoint
 from train.checkpoint.checkpoints import Checkpoints
 from train.run import loop
 
@@ -27,7 +28,7 @@ def test_a_run_becomes_hf_weights(finished, tiny, tmp_path, capsys):
     assert json.loads((tmp_path / "hf" / "config.json").read_text()) == {
         k: v for k, v in tiny.to_hf(dtype="float32").items() if k != "auto_map"
     }
-    model = load_hf(tmp_path / "hf", dtype="float32")
+    model = load_hf(tmp_path / "hf", execution=Execution(dtype="float32"))
     assert model.config == tiny
     params = raw_params(finished / "checkpoints" / "8")
     for name, weight, i in hf_tensors(tiny):

@@ -20,6 +20,7 @@ from jaxattn import ALIASES
 from jaxattn.device import device_memory
 from jaxattn.errors import is_out_of_memory
 from models.config import PRESETS
+from models.execution import Execution
 from models.internlm2 import InternLM2, init
 from train.attention import resolve_attention
 from train.bench.shapes import Cell, batches, outcome, time_steps
@@ -81,11 +82,13 @@ class Program:
             return InternLM2(
                 self._model,
                 rngs=nnx.Rngs(params=0),
-                attn=attn,
-                dtype=dtype,
-                param_dtype=PARAM_DTYPES[cell.param_dtype],
-                remat=cell.remat or REMAT_BY_SPEED[-1],
-                scan=cell.scan_layers,
+                execution=Execution(
+                    attn=attn,
+                    dtype=dtype,
+                    param_dtype=PARAM_DTYPES[cell.param_dtype],
+                    remat=cell.remat or REMAT_BY_SPEED[-1],
+                    scan=cell.scan_layers,
+                ),
             )
 
         batch = batch_struct(rows=self.rows, seq_len=cell.seq_len, grad_accum=1, mesh=self._mesh)

@@ -89,7 +89,7 @@ def _of_described(config: Config, gpu: DeviceSpec) -> None:
     model, weights = read_model(name)
     model = extended(model, config.rope_factor, config.seq_len)
     dtype, have = jnp.dtype(config.dtype or "bfloat16"), device_memory(gpu)
-    abstract(model, mesh=mesh, dtype=dtype)  # raises where the mesh does not divide it
+    abstract(model, mesh=mesh)  # raises where the mesh does not divide it
     q, k = (
         jax.ShapeDtypeStruct(
             (rows // config.grad_accum // row_shards(mesh), config.seq_len, heads, model.head_dim),

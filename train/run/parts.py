@@ -11,6 +11,7 @@ from typing import Literal
 from flax import nnx
 
 from models import load
+from models.execution import Execution
 from models.internlm2 import InternLM2, init
 from train.config.config import MOST_STEPS, Config
 from train.data import Loader, Packing, default_cache, open_data
@@ -100,19 +101,25 @@ def model_maker(config: Config, settled: Settled):
     return lambda: InternLM2(
         settled.model,
         rngs=nnx.Rngs(params=config.seed),
-        attn=settled.attn,
-        deterministic=config.deterministic,
-        dtype=settled.dtype,
-        param_dtype=settled.param_dtype,
-        remat=settled.remat,
-        scan=settled.scan,
+        execution=Execution(
+            attn=settled.attn,
+            deterministic=config.deterministic,
+            dtype=settled.dtype,
+            param_dtype=settled.param_dtype,
+            remat=settled.remat,
+            scan=settled.scan,
+        ),
     )
 
 
 def first_params(config: Config, settled: Settled, like: TrainState) -> Params:
     """The weights that a new run begins with: loaded, or random; in `like`'s shards."""
     if settled.weights is not None:
-        model = load(settled.weights, param_dtype=settled.param_dtype.name, mesh=settled.mesh)
+        model = load(
+            settled.weights,
+            execution=Execution(param_dtype=settled.param_dtype),
+            mesh=settled.mesh,
+        )
         say(f"loaded the weights of {settled.weights}")
     else:
         model = init(settled.model, seed=config.seed, mesh=settled.mesh)

@@ -1,10 +1,10 @@
 """Whether a run begins or goes on, and that its directory allows it."""
 
-import dataclasses
 import os
 from pathlib import Path
 from typing import Any
 
+from models.weights import run_layout
 from train.checkpoint.checkpoints import Checkpoints
 from train.config.config import Config
 from train.log import say
@@ -19,8 +19,8 @@ LOGS = {".log", ".txt", ".out", ".err"}
 def identity_of(config: Config, settled: Settled) -> dict[str, Any]:
     """What a checkpoint must share for a run to go on from it; `Loader.restore` adds the data."""
     return {
-        **{f"model.{k}": v for k, v in dataclasses.asdict(settled.model).items()},
-        "tokenizer": settled.tokenizer.fingerprint,
+        **run_layout.model_identity(settled.model),
+        run_layout.TOKENIZER: settled.tokenizer.fingerprint,
         "seq_len": config.seq_len,
         "seed": config.seed,
         "optim.name": config.optim.name,

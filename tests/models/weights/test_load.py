@@ -1,6 +1,7 @@
 """HF directories into models: files, types, meshes, and every way a checkpoint can be wrong."""
 
 import json
+import os
 import shutil
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from models.config import ModelConfig
+from models.execution import Execution
 from models.weights import hf_files
 from models.weights.load import load, load_hf
 from models.weights.table import hf_tensors
@@ -59,29 +61,29 @@ def same_as(model, tensors):
 
 
 def test_every_weight_is_its_tensor(tiny_dir, tensors):
-    assert same_as(load_hf(tiny_dir, dtype="float32"), tensors)
+    assert same_as(load_hf(tiny_dir, execution=Execution(dtype="float32")), tensors)
 
 
 def test_default_is_bfloat16_and_masters_can_be_wider(tiny_dir, tensors):
     model = load_hf(tiny_dir)
-    assert model.dtype == jnp.bfloat16 and model.embed_VD.dtype == jnp.bfloat16
+    assert model.execution.dtype == jnp.bfloat16 and model.embed_VD.dtype == jnp.bfloat16
     assert same_as(model, tensors)
-    model = load_hf(tiny_dir, param_dtype="float32")
-    assert model.dtype == jnp.bfloat16 and model.embed_VD.dtype == jnp.float32
+    model = load_hf(tiny_dir, execution=Execution(param_dtype="float32"))
+    assert model.execution.dtype == jnp.bfloat16 and model.embed_VD.dtype == jnp.float32
 
 
 def test_shards_with_an_index(write, tensors):
-    assert same_as(load(write(tensors, shards=3), dtype="float32"), tensors)
+    assert same_as(load(write(tensors, shards=3), execution=Execution(dtype="float32")), tensors)
 
 
 @pytest.mark.parametrize("stored", [ml_dtypes.bfloat16, np.float16])
 def test_stored_types(write, tensors, stored):
     rounded = {name: x.astype(stored) for name, x in tensors.items()}
-    assert same_as(load_hf(write(rounded), dtype="float32"), rounded)
+    assert same_as(load_hf(write(rounded), execution=Execution(dtype="float32")), rounded)
 
 
 def test_onto_a_mesh(tiny_dir, tensors, make_mesh):
-    model = load_hf(tiny_dir, dtype="float32", mesh=make_mesh(2, 2, 2))
+    model = load_hf(tiny_dir, mesh=make_mesh(2, 2, 2), execution=Execution(dtype="float32"))
     w1 = model.blocks.ffn.w1_DF.get_value()
     assert {s.data.shape for s in w1.addressable_shards} == {(2, 32, 64)}
     assert same_as(model, tensors)
@@ -93,7 +95,7 @@ def test_biases_and_tied_embeddings(write, tensors):
         if name not in tensors:
             tensors[name] = rng.normal(size=weight.hf_shape(_tiny())).astype(np.float32)
     config = {"bias": True, "tie_word_embeddings": True}
-    model = load_hf(write(tensors, config=config), dtype="float32")
+    model = load_hf(write(tensors, config=config), execution=Execution(dtype="float32"))
     assert not hasattr(model, "output_DV") and same_as(model, tensors)
     np.testing.assert_array_equal(model.unembedding(), np.asarray(model.embed_VD).T)
 
@@ -176,7 +178,7 @@ def test_one_file_is_open_at_a_time(write, tensors, monkeypatch):
         return opened[-1]
 
     monkeypatch.setattr(hf_files, "_open", record)
-    assert same_as(load_hf(write(tensors, shards=3), dtype="float32"), tensors)
+    assert same_as(load_hf(write(tensors, shards=3), execution=Execution(dtype="float32")), tensors)
     assert len(opened) == 6  # each once to look, once to read
 
 
@@ -192,10 +194,12 @@ def _tiny(**kwargs) -> ModelConfig:
     )
 
 
-def test_arrays_land_on_the_default_device(tiny_dir):
-    with jax.default_device(jax.devices()[3]):
+@pytest.mark.parametrize(("default", "index"), [(3, 3), ("cpu", 0)])
+def test_arrays_land_on_the_default_device(tiny_dir, default, index):
+    """The default is a device, or the name of a platform."""
+    with jax.default_device(jax.devices()[default] if default == 3 else default):
         model = load_hf(tiny_dir)
-    assert model.norm_D.get_value().devices() == {jax.devices()[3]}
+    assert model.norm_D.get_value().devices() == {jax.devices()[index]}
 
 
 def test_the_default_device_may_be_the_name_of_a_platform(tiny_dir, monkeypatch):
@@ -206,3 +210,39 @@ def test_the_default_device_may_be_the_name_of_a_platform(tiny_dir, monkeypatch)
     with jax.default_device("cpu"):
         model = load_hf(tiny_dir)
     assert model.norm_D.get_value().devices() == {cpus[0]}
+
+
+def test_a_lora_adapter_is_named(write, tensors, tmp_path):
+    """Beside whole weights it is no matter."""
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ValueError, match="contains a LoRA adapter .* merge_and_unload"):
+        load(tmp_path)
+    load(write(tensors))
+
+
+@pytest.mark.parametrize("shard", [1, None, ["a"], "../model.safetensors", "/etc/passwd", ""])
+def test_a_weight_map_names_files_of_its_directory(write, tensors, shard):
+    path = write(tensors, shards=2)
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.norm.weight"] = shard
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"weight_map\['model.norm.weight'\]=.* must be the name"):
+        load_hf(path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_fifo_or_a_pointer_as_weights(tiny_dir, tmp_path, name):
+    shutil.copyfile(tiny_dir / "config.json", tmp_path / "config.json")
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name} is not a regular file"):
+        load_hf(tmp_path)
+    (tmp_path / name).unlink()
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid a\n")
+    with pytest.raises(ValueError, match=f"{name} is a Git LFS pointer"):
+        load_hf(tmp_path)
+
+
+def test_many_missing_tensors_are_counted(write, tensors):
+    with pytest.raises(ValueError, match=r"missing: .* and 22 more$") as error:
+        load_hf(write(tensors, config={"num_hidden_layers": 8}))
+    assert str(error.value).count("model.layers.") == 20

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from models.config import ModelConfig, RopeScaling
+from models.execution import Execution
 from models.internlm2 import init
 from models.tokenizer import load_tokenizer
 from models.weights import llama
@@ -32,7 +33,7 @@ SMALL = ModelConfig(
 
 @pytest.fixture(scope="module")
 def tiny(tiny_dir):
-    return load_hf(tiny_dir, dtype="float32")
+    return load_hf(tiny_dir, execution=Execution(dtype="float32"))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def assert_same(got, want):
 def test_every_tensor_has_the_bytes_it_had(tiny_dir, tensors, make_mesh, tmp_path, mesh_shape):
     """From one device and from a mesh that splits every axis it can."""
     mesh = mesh_shape and make_mesh(*mesh_shape)
-    save_hf(load_hf(tiny_dir, dtype="float32", mesh=mesh), tmp_path / "dst")
+    save_hf(load_hf(tiny_dir, mesh=mesh, execution=Execution(dtype="float32")), tmp_path / "dst")
     assert_same(tensors_of(tmp_path / "dst"), tensors)
 
 
@@ -96,9 +97,9 @@ def test_shards_hold_what_they_may_and_the_index_names_all(tiny, tensors, tmp_pa
 def test_every_configuration_goes_out_and_in(tmp_path, change):
     """Biases, tied embeddings, every rope scaling, groups of 6, an odd vocabulary."""
     config = dataclasses.replace(SMALL, rms_norm_eps=1e-6, **change)
-    model = init(config, dtype=jnp.float32)
+    model = init(config, execution=Execution(dtype=jnp.float32))
     save_hf(model, tmp_path / "dst")
-    again = load_hf(tmp_path / "dst", dtype="float32")
+    again = load_hf(tmp_path / "dst", execution=Execution(dtype="float32"))
     assert again.config == config
     jax.tree.map(np.testing.assert_array_equal, again, model)
     hf = json.loads((tmp_path / "dst" / "config.json").read_text())
@@ -109,7 +110,7 @@ def test_every_configuration_goes_out_and_in(tmp_path, change):
 def test_llama_layout_un_fuses_wqkv(tmp_path):
     """Rows of q, k and v come from the slots of their kv head; everything else is renamed."""
     config = dataclasses.replace(SMALL, num_kv_heads=2, bias=True)
-    model = init(config, dtype=jnp.float32)
+    model = init(config, execution=Execution(dtype=jnp.float32))
     save_hf(model, tmp_path / "ours")
     save_hf(model, tmp_path / "llama", layout="llama")
     ours = load_file(tmp_path / "ours" / "model.safetensors")
@@ -175,9 +176,11 @@ def test_what_lay_beside_the_weights_goes_along(tiny, beside, tmp_path):
 
 def test_another_sidecar_config_does_not_win(beside, tmp_path):
     """A model that is not what lies there is described as it is, with the code there."""
-    save_hf(init(SMALL, dtype=jnp.float32), tmp_path / "dst", assets_from=beside)
+    config = dataclasses.replace(SMALL, vocab_size=513)
+    model = init(config, execution=Execution(dtype=jnp.float32))
+    save_hf(model, tmp_path / "dst", assets_from=beside)
     hf = json.loads((tmp_path / "dst" / "config.json").read_text())
-    assert ModelConfig.from_hf(hf) == SMALL and "AutoModel" in hf["auto_map"]
+    assert ModelConfig.from_hf(hf) == config and "AutoModel" in hf["auto_map"]
 
 
 def test_a_chat_model_stops_at_im_end(tiny, beside, tmp_path):
@@ -244,3 +247,21 @@ def test_a_full_disk_leaves_nothing(tiny, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         save_hf(tiny, tmp_path / "dst", max_shard_bytes=150_000)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("layout", ["internlm2", "llama"])
+def test_overflow_is_refused_with_tensor_count_and_value(tiny_dir, tmp_path, layout):
+    """Values that are not finite before are no overflow: they are written as they are."""
+    model = load_hf(tiny_dir, execution=Execution(dtype="float32"))
+    wo = model.blocks.attention.wo_NHD
+    wo[...] = (
+        wo[...].at[1, 0, 0, :2].set(np.array([-1e6, 7e4], np.float32)).at[0, 0, 0, 0].set(np.inf)
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"layers\.1\.attention\.wo\.weight: 2 of 4096 values overflow in float16 "
+        r"\(largest 1e\+06, limit 65504\): take --dtype=bfloat16",
+    ):
+        save_hf(model, tmp_path / "dst", dtype="float16", layout=layout)
+    assert not list(tmp_path.iterdir())
+    save_hf(model, tmp_path / "dst", dtype="bfloat16", layout=layout)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from models.execution import Execution
 from models.weights.load import load_hf
 from models.weights.table import hf_tensors
 from models.weights.torch_pickle import BinFile
@@ -146,8 +147,8 @@ def test_a_checkpoint_of_bin_files_loads(tmp_path, tiny_dir, shards):
     if shards > 1:
         index = tmp_path / "pytorch_model.bin.index.json"
         index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    model = load_hf(tmp_path, dtype="float32")
-    want = load_hf(tiny_dir, dtype="float32")
+    model = load_hf(tmp_path, execution=Execution(dtype="float32"))
+    want = load_hf(tiny_dir, execution=Execution(dtype="float32"))
     for _, weight, _ in hf_tensors(model.config):
         leaves = []
         for leaf in (model, want):
@@ -175,7 +176,7 @@ def test_code_is_refused_not_run(tmp_path, monkeypatch, call):
     x = np.ones(2, np.float32)
     path = write(tmp_path / "a.bin", {"x": rebuilt(x, "0"), "y": call}, {"0": x.tobytes()})
     where = f"{call.parts[0].module}.{call.parts[0].name}"
-    with pytest.raises(ValueError, match=f"holds more than tensors: it names {where}, which"):
+    with pytest.raises(ValueError, match=f"contains more than tensors: it names {where}, which"):
         BinFile(path)
     assert not os.path.exists("ran")
 
@@ -186,7 +187,7 @@ def test_a_forged_type_is_refused(tmp_path, dtype):
     forger = type("", (Forger,), {"dtype": dtype})
     x = np.ones(4, np.float32)
     path = write(tmp_path / "a.bin", {"x": rebuilt(x, "0")}, {"0": x.tobytes()}, forger)
-    with pytest.raises(ValueError, match="holds what is not a tensor of float32, .*: x$"):
+    with pytest.raises(ValueError, match="contains values that are not tensors of float32, .*: x$"):
         BinFile(path)
 
 
@@ -199,12 +200,12 @@ X = np.arange(4, dtype=np.float32)
         ({"x": rebuilt(X, "0", offset=1)}, "x needs 16 bytes, its storage has 12"),
         ({"x": rebuilt(X, "0", stride=(1 << 20,))}, "its storage has 16"),
         ({"x": rebuilt(X, "7")}, "the bytes of x are broken"),
-        ({"x": rebuilt(X, "0", stride=(-1,))}, "holds what is not a tensor of .*: x"),
-        ({"x": rebuilt(X, "0", offset=-1)}, "holds what is not a tensor of .*: x"),
-        ({"x": rebuilt(X, "0", stride=(1, 1))}, "holds what is not a tensor of .*: x"),
-        ({"x": rebuilt(X, "0"), "step": 3}, "holds what is not a tensor of .*: step"),
+        ({"x": rebuilt(X, "0", stride=(-1,))}, "contains values that are not tensors of .*: x"),
+        ({"x": rebuilt(X, "0", offset=-1)}, "contains values that are not tensors of .*: x"),
+        ({"x": rebuilt(X, "0", stride=(1, 1))}, "contains values that are not tensors of .*: x"),
+        ({"x": rebuilt(X, "0"), "step": 3}, "contains values that are not tensors of .*: step"),
         ({"x": rebuilt(X.astype(np.int64), "0")}, "names torch.LongStorage, which is not run"),
-        ([rebuilt(X, "0")], "holds a list, must hold a dictionary"),
+        ([rebuilt(X, "0")], "contains a list, must contain a dictionary"),
     ],
 )
 def test_broken_descriptions(tmp_path, state, message):
@@ -231,10 +232,48 @@ def test_broken_files(tmp_path):
         BinFile(path)
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("archive/data.pkl", b"\x80\x02}")
-    with pytest.raises(ValueError, match="holds more than tensors"):
+    with pytest.raises(ValueError, match="is damaged"):
         BinFile(path)
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("archive/data.pkl", pickle.dumps({}, 2))
         file.writestr("archive/byteorder", "big")
     with pytest.raises(ValueError, match="big-endian"):
         BinFile(path)
+
+
+def damaged(path, name, change):
+    """Changes the local header or the data of a member in a zip."""
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as file:
+        info = file.getinfo(name)
+    begin = info.header_offset + 30 + len(info.filename.encode())
+    change(data, info.header_offset, begin, info)
+    path.write_bytes(data)
+    return path
+
+
+def flip(data, _, begin, __):
+    data[begin + 1] ^= 4
+
+
+def encrypt(data, header, _, info):
+    data[header + 6] |= 1
+    central = data.rindex(b"PK\x01\x02", 0, data.rindex(info.filename.encode()))
+    data[central + 8] |= 1
+
+
+@pytest.mark.parametrize("member", ["data.pkl", "byteorder", "data/0"])
+@pytest.mark.parametrize("change", [flip, encrypt])
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_damaged_or_encrypted_member_is_one_line(tmp_path, member, change, compression):
+    """Bad CRC, broken deflate, and a password, in every member that is read."""
+    out = io.BytesIO()
+    Pickler(out, protocol=2).dump({"x": rebuilt(X, "0")})
+    with zipfile.ZipFile(tmp_path / "a.bin", "w", compression) as file:
+        file.writestr("archive/data/0", X.tobytes())
+        file.writestr("archive/byteorder", "little")
+        file.writestr("archive/data.pkl", out.getvalue())
+    path = damaged(tmp_path / "a.bin", f"archive/{member}", change)
+    with pytest.raises(ValueError, match=r"a\.bin") as error, BinFile(path) as file:
+        file.tensor("x")
+    assert "\n" not in str(error.value)

@@ -12,6 +12,7 @@ from flax import nnx
 
 from jaxattn import attention, prepare
 from models import internlm2
+from models.execution import Execution
 from models.internlm2 import init
 from models.tokenizer import load_tokenizer
 from tests.jaxattn.interpret import interpreted
@@ -57,7 +58,7 @@ def check(config, tmp_path, attn: str, *, texts: int, place: Callable[[Batch, in
     rows = [{"question": f"Q{i}", "answer": "answer " * (i % 4 + 1)} for i in range(texts)]
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    graphdef, state = nnx.split(init(config, dtype=jnp.float32, attn=attn))
+    graphdef, state = nnx.split(init(config, execution=Execution(dtype=jnp.float32, attn=attn)))
 
     @jax.jit
     def loss_and_grads(state, batch):

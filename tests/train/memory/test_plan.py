@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxattn import xla
 from models import internlm2
 from models.config import PRESETS
+from models.execution import Execution
 from models.internlm2 import InternLM2
 from models.remat import REMAT
 from train.config.sections import MeshConfig, OptimConfig
@@ -102,7 +103,7 @@ def test_plan_keeps_what_the_program_keeps(remat, monkeypatch):
     monkeypatch.setattr(internlm2, "attention", lambda q, k, v, mask, **_: named_attention(q, k, v))
     monkeypatch.setattr(internlm2, "prepare", lambda mask, q, k, **_: mask)
     kwargs = {"remat": remat, "dtype": jnp.bfloat16, "attn": "pallas"}
-    model = jax.eval_shape(lambda: InternLM2(BIG, rngs=nnx.Rngs(0), **kwargs))
+    model = jax.eval_shape(lambda: InternLM2(BIG, rngs=nnx.Rngs(0), execution=Execution(**kwargs)))
     tokens = jnp.zeros((1, 512), jnp.int32)
     program = jax.make_jaxpr(jax.grad(lambda m: jnp.sum(m.hidden(tokens).astype(jnp.float32))))
     forward = next(e for e in program(model).eqns if e.primitive.name == "scan")

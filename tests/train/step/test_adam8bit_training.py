@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from models.execution import Execution
 from models.internlm2 import InternLM2
 from models.tokenizer import load_tokenizer
 from train.config.sections import MeshConfig, OptimConfig
@@ -28,7 +29,7 @@ def trained(tiny, tiny_model):
 
         def make():
             kwargs = {"attn": "xla", "dtype": jnp.float32, "param_dtype": param_dtype}
-            return InternLM2(tiny, rngs=nnx.Rngs(0), **kwargs)
+            return InternLM2(tiny, rngs=nnx.Rngs(0), execution=Execution(**kwargs))
 
         graphdef, like = abstract_state(make, tx, mesh)
         step = compile_step(make_step(graphdef, tx, schedule(config, 5e-3, 200)), like, batches[0])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from models.execution import Execution
 from models.internlm2 import InternLM2
 from train.checkpoint.checkpoints import Checkpoints
 from train.config.sections import MeshConfig, OptimConfig
@@ -79,7 +80,7 @@ def test_learns_and_resumes_exactly_on_a_mesh(rule, tiny, tiny_model, packed_row
 
     def make():
         kwargs = {"attn": "xla", "dtype": jnp.float32, "param_dtype": param_dtype}
-        return InternLM2(tiny, rngs=nnx.Rngs(0), **kwargs)
+        return InternLM2(tiny, rngs=nnx.Rngs(0), execution=Execution(**kwargs))
 
     graphdef, like = abstract_state(make, tx, mesh)
     batch = batch_struct(rows=8, seq_len=24, grad_accum=1, mesh=mesh)

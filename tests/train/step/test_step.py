@@ -7,6 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
+from models.execution import Execution
 from models.internlm2 import InternLM2
 from train.config.sections import MeshConfig, OptimConfig
 from train.distributed.mesh import make_mesh
@@ -38,7 +39,11 @@ class Trainer:
             mesh = make_mesh(config, jax.devices()[: data * fsdp * tensor])
 
             def make():
-                return InternLM2(self.model.config, rngs=nnx.Rngs(0), attn=attn, dtype=jnp.float32)
+                return InternLM2(
+                    self.model.config,
+                    rngs=nnx.Rngs(0),
+                    execution=Execution(attn=attn, dtype=jnp.float32),
+                )
 
             graphdef, like = abstract_state(make, self.tx, mesh)
             batch = batch_struct(rows=8, seq_len=24, grad_accum=grad_accum, mesh=mesh)

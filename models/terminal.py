@@ -1,0 +1,20 @@
+"""Program output that any terminal can show: control characters and encodings."""
+
+import io
+import re
+import sys
+
+# C0 without tab and line feed, DEL, C1: a terminal obeys escape sequences made of them.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def escape_control(text: str) -> str:
+    r"""Replace control characters, except tab and line feed, by backslash escapes (\x1b)."""
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+def escape_unencodable() -> None:
+    """Let stdout and stderr write characters that their encoding lacks as backslash escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
