@@ -1,13 +1,13 @@
-"""`python -m train.data.bench --data ... --tokenizer ...`: how fast tokens are made and loaded.
+"""`python -m train.data.bench --data ... --tokenizer ...`: speed of tokenising and loading.
 
 Three figures, in tokens a second, measured in turn as often as asked, since other work on the
 machine slows each of them down:
 
-raw     the tokenizer alone, `encode_batch`, its fastest call: the very texts that the template has
+raw     the tokenizer alone, `encode_batch`, its fastest call: the same texts that the template has
         it tokenise, read and rendered before, in as many processes, which have started and hold
-        the tokenizer already; every newline after an answer too, which a build tokenises once
-build   from the files to a cache that is complete, with the start of the processes
-load    from the cache to packed batches: opening it, every byte checked, packing, one epoch
+        the tokenizer already; with every newline after an answer, which a build tokenises once
+build   from the files to a complete cache, with the start of the processes
+load    from the cache to packed batches: opening it, checking every byte, packing, one epoch
 """
 
 import dataclasses
@@ -28,18 +28,19 @@ from train.config.sections import require
 from train.data.files.examples import Ids
 from train.data.files.fields import RowError
 from train.data.files.formats import recognise
-from train.data.files.records import Row, read_rows
+from train.data.files.records import Record, read_records
 from train.data.files.template import render
 from train.data.open import open_data
 from train.data.pack.mixture import parse_source
+from train.data.tokens.cache import ReadOptions
 from train.data.tokens.dataset import tokenise
 
-_TEXTS = 5_000  # that the raw tokenizer is given at once: about what encode.py gives it
+_TEXTS = 5_000  # for one call of the raw tokenizer: about as many as encode.py has
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchConfig:
-    """Measures the tokens a second of the tokenizer alone, of building the cache, of loading."""
+    """Measure the tokens a second of the tokenizer alone, of building the cache, of loading."""
 
     data: tuple[str, ...]
     """Files, as for train.main."""
@@ -51,20 +52,20 @@ class BenchConfig:
     """Tokens in a packed row."""
 
     workers: int = len(os.sched_getaffinity(0))
-    """Processes."""
+    """Number of processes."""
 
     repeat: int = 3
-    """How often each is measured."""
+    """Number of measurements of each figure."""
 
     def __post_init__(self):
-        """Checks ranges."""
+        """Check ranges."""
         require(len(self.data) > 0, "--data", "nothing", "at least one file")
         require(self.workers > 0, "--workers", self.workers, "above 0")
         require(self.repeat > 0, "--repeat", self.repeat, "above 0")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints a line for each measurement; 0, or 1 for bad data, 2 for wrong flags."""
+    """Print a line for each measurement; return 0, or 1 for bad data, 2 for wrong flags."""
     try:
         config = parse(BenchConfig, sys.argv[1:] if argv is None else argv, "train.data.bench")
     except ValueError as error:
@@ -78,11 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(config: BenchConfig) -> Iterator[str]:
-    """Yields the lines of the table."""
+    """Yield the lines of the table."""
     tokenizer = load_tokenizer(config.tokenizer)
     files = [file for source in map(parse_source, config.data) for file in source.files]
     texts = list(_texts(files))
-    shares = [texts[i :: 8 * config.workers] for i in range(8 * config.workers)]
+    parts = [texts[i :: 8 * config.workers] for i in range(8 * config.workers)]
     yield f"{len(texts):,} texts, {config.workers} processes"
     yield f"{'':>10} {'tokens':>13} {'tokens/s':>11} {'of raw':>7} {'CPU s':>7} {'of raw':>7}"
     context = multiprocessing.get_context("spawn")
@@ -90,21 +91,22 @@ def measure(config: BenchConfig) -> Iterator[str]:
         list(pool.map(_count, [texts[:1]] * 8 * config.workers))  # all have started
         for _ in range(config.repeat):
             raw = _Timed()
-            counts = list(pool.map(_count, shares))
+            counts = list(pool.map(_count, parts))
             tokens, busy = sum(n for n, _ in counts), sum(cpu for _, cpu in counts)
             raw.stop(busy)
             yield raw.line("raw", tokens, raw)
             with tempfile.TemporaryDirectory() as directory:
                 build = _Timed()
-                tokenise(files, tokenizer, cache=Path(directory), workers=config.workers)
+                reading = ReadOptions(cache=Path(directory), workers=config.workers)
+                tokenise(files, tokenizer, reading)
                 yield build.stop().line("build", tokens, raw)
                 load = _Timed()
-                seen = _load(config, tokenizer, Path(directory))
+                seen = _load(config, tokenizer, reading)
                 yield load.stop().line("load", seen, raw)
 
 
 class _Timed:
-    """Wall time, and the CPU time of this process and of those it has waited for."""
+    """Wall time, and CPU time of this process and of the processes that it has waited for."""
 
     def __init__(self):
         self.wall, self.cpu = -time.perf_counter(), -_cpu()
@@ -125,21 +127,21 @@ def _cpu() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in map(resource.getrusage, who))
 
 
-def _load(config: BenchConfig, tokenizer: Tokenizer, cache: Path) -> int:
+def _load(config: BenchConfig, tokenizer: Tokenizer, reading: ReadOptions) -> int:
     with open_data(
-        config.data, tokenizer, seq_len=config.seq_len, batch_size=1, cache=cache
+        config.data, tokenizer, seq_len=config.seq_len, batch_size=1, reading=reading
     ) as loader:
         return sum(int((next(loader).segment_ids > 0).sum()) for _ in range(loader.report.rows))
 
 
 def _texts(files: Sequence[Path]) -> Iterator[str]:
-    for row in itertools.chain.from_iterable(map(read_rows, files)):
+    for record in itertools.chain.from_iterable(map(read_records, files)):
         try:
-            sample = recognise(row.value)[1] if isinstance(row, Row) else None
+            example = recognise(record.value).example if isinstance(record, Record) else None
         except RowError:
             continue
-        if sample is not None and not isinstance(sample, Ids):
-            yield from (text for text, _ in render(sample))
+        if example is not None and not isinstance(example, Ids):
+            yield from (text for text, _ in render(example))
 
 
 _held: list[Tokenizer] = []
@@ -151,10 +153,10 @@ def _hold(tokenizer: Tokenizer) -> None:
 
 
 def _count(texts: list[str]) -> tuple[int, float]:
-    """Tokens of the texts, and the CPU time they took."""
+    """Return the number of tokens of the texts, and the CPU time that they took."""
     begun = time.process_time()
-    pieces = (texts[at : at + _TEXTS] for at in range(0, len(texts), _TEXTS))
-    tokens = sum(len(ids) for piece in pieces for ids in _held[0].encode_batch(piece))
+    calls = (texts[at : at + _TEXTS] for at in range(0, len(texts), _TEXTS))
+    tokens = sum(len(ids) for call in calls for ids in _held[0].encode_batch(call))
     return tokens, time.process_time() - begun
 
 

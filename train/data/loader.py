@@ -1,14 +1,15 @@
-"""From files to an endless stream of packed batches, at an exact position.
+"""Packed batches in an endless stream, from an exact position.
 
-The stream is the rows of epoch 0 in a random order, then those of epoch 1 in another, and so
-on; batch k is the rows k * batch_size .. (k + 1) * batch_size - 1 of it. No row is dropped at
-an epoch's end: a batch may hold rows of two epochs, and where there are fewer rows than
-`batch_size` a batch holds some rows several times. A position in the stream is therefore one
-number, and going to it is free.
+The stream is the rows of epoch 0 in a random order, then those of epoch 1 in another, and so on;
+batch k is the rows k * batch_size .. (k + 1) * batch_size - 1 of it. No row is dropped at an
+epoch's end: a batch may have rows of two epochs, and if there are fewer rows than `batch_size` a
+batch has some rows several times. A position in the stream is therefore one number, and going to it
+is free.
 
 Every host computes the same stream and fills only its own rows of each batch.
 """
 
+import dataclasses
 import hashlib
 import math
 import threading
@@ -21,56 +22,80 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from train.data.pack.order import shuffled
-from train.data.pack.packing import Batch, Rows, fill
-from train.data.pack.spans import Pieces
-from train.data.pack.summary import summarise
+from train.data.pack.mixture import permutation
+from train.data.pack.packing import Batch, PackedRows, fill
+from train.data.pack.spans import Spans
+from train.data.report import Report
 from train.data.thread import Thread
 from train.data.tokens.dataset import Dataset
 
 AHEAD = 2  # batches made while the caller works on one: one that waits, one in the making
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shard:
+    """The part of every batch that one host has.
+
+    Attributes:
+        index: number of the host, 0..count-1, as `jax.process_index()`.
+        count: hosts that share each batch in equal parts, as `jax.process_count()`.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def rows_of(self, batch_size: int) -> int:
+        """Return the rows of a batch that each host has.
+
+        Raises:
+            ValueError: the hosts cannot share a batch in equal parts.
+        """
+        if batch_size < 1 or batch_size % self.count:
+            raise ValueError(f"{batch_size=} must be a positive multiple of the {self.count} hosts")
+        if not 0 <= self.index < self.count:
+            raise ValueError(f"host {self.index} must be between 0 and {self.count} - 1")
+        return batch_size // self.count
+
+
 class Loader(Iterator[Batch]):
     """An endless iterator of batches, made ahead in one background thread.
 
-    At most `AHEAD` batches wait to be taken. An error in the thread is raised by `next`, as it is;
-    the position then stays where it was. The position is that of the batch `next` returns next,
-    whatever was made ahead. Also a context manager that ends the thread; without it the thread ends
-    with the process.
+    At most `AHEAD` batches wait to be taken. `next` raises an error of the thread as it is; the
+    position then stays. The position is that of the batch that `next` returns next, whatever was
+    made ahead. Also a context manager that ends the thread; without it the thread ends with the
+    process.
 
-    Every host opens the same files with its own `host_index`, and its batches are its rows, in
-    order, of the batches that a single host would get: rows `host_index * batch_size / host_count`
-    and on. States are the same on all hosts and fit any number of them.
+    Every host opens the same files with its own shard, and its batches are its rows, in order, of
+    the batches that a single host would get: rows `index * batch_size / count` and on. States are
+    the same on all hosts and fit any number of them.
 
     Attributes:
-        report: what became of the data.
-        batch_size: rows of a batch over all hosts; `next` returns `batch_size / host_count`.
+        report: counts of everything in the data.
+        batch_size: rows of a batch over all hosts; `next` returns `batch_size / shard.count`.
         fingerprint: hash of all rows and their order; a state fits only the same data.
-        wait_seconds: how long `next` has waited so far, in all, for batches that were not ready.
+        wait_seconds: seconds that `next` has waited so far for batches that were not ready.
     """
 
     def __init__(
         self,
         dataset: Dataset,
-        pieces: Pieces,
-        rows: Rows,
+        spans: Spans,
+        rows: PackedRows,
         *,
         seq_len: int,
         batch_size: int,
         pad_id: int,
         seed: int = 0,
-        host_index: int = 0,
-        host_count: int = 1,
+        shard: Shard | None = None,
     ):
-        check_shares(batch_size, host_index, host_count)
-        self.report = summarise(dataset, pieces, rows, seq_len)
+        shard = shard or Shard()
+        self._own = shard.rows_of(batch_size)
+        self._skipped = shard.index * self._own
+        self.report = _report(dataset, spans, rows, seq_len, batch_size)
         self.batch_size = batch_size
-        self.fingerprint = _fingerprint(dataset, pieces, rows, seq_len, seed)
-        self._dataset, self._pieces, self._rows = dataset, pieces, rows
+        self.fingerprint = _fingerprint(dataset, spans, rows, seq_len, seed)
+        self._dataset, self._spans, self._rows = dataset, spans, rows
         self._seq_len, self._pad_id, self._seed = seq_len, pad_id, seed
-        self._share = batch_size // host_count
-        self._skipped = host_index * self._share
         self._row = 0  # of the stream: the first one of the next batch
         self._order = (-1, np.zeros(0, np.int64))  # the last epoch asked for, and its row order
         self.wait_seconds = 0.0
@@ -78,16 +103,16 @@ class Loader(Iterator[Batch]):
         self._thread = Thread("loader")
 
     def __next__(self) -> Batch:
-        return self.within(math.inf)
+        return self.next(timeout=math.inf)
 
-    def within(self, seconds: float) -> Batch:
-        """Returns the next batch.
+    def next(self, *, timeout: float) -> Batch:
+        """Return the next batch.
 
         Args:
-            seconds: to wait for it at most.
+            timeout: seconds to wait for it at most.
 
         Raises:
-            TimeoutError: it did not come, and which documents it has; `close` then waits for
+            TimeoutError: the batch did not come; names its documents. `close` then waits for
                 nothing.
         """
         while len(self._made) <= AHEAD:
@@ -95,16 +120,16 @@ class Loader(Iterator[Batch]):
             self._made.append(self._thread.submit(self._make, row))
         begun = time.perf_counter()
         try:
-            batch = self._made[0].result(min(seconds, threading.TIMEOUT_MAX))
+            batch = self._made[0].result(min(timeout, threading.TIMEOUT_MAX))
         except BaseException as error:
-            # A TimeoutError may also be what the reading of a file ended in.
+            # Reading a file may end in a TimeoutError, too.
             stalled = isinstance(error, TimeoutError) and not self._made[0].done()
             self._forget()
             if not stalled:
                 raise
             names = self.documents(self.state())
             raise TimeoutError(
-                f"the data made no batch in {seconds} seconds; it was to read {names[0]}"
+                f"the data made no batch in {timeout} seconds; it was to read {names[0]}"
                 + (f" .. {names[-1]}" if len(names) > 1 else "")
             ) from error
         finally:
@@ -114,10 +139,10 @@ class Loader(Iterator[Batch]):
         return batch
 
     def documents(self, state: dict[str, Any]) -> list[str]:
-        """Names what is in a batch: "file:line" of each of its documents, on all hosts, in order.
+        """Return "file:line" of each document of a batch, on all hosts, in order.
 
         Args:
-            state: the position before it was drawn.
+            state: the position before the batch was drawn.
         """
         first = state["row"]
         names: dict[str, None] = {}
@@ -125,7 +150,7 @@ class Loader(Iterator[Batch]):
             epoch, index = divmod(place, len(self._rows))
             row = self._epoch_order(epoch)[index]
             start, end = self._rows.offsets[row : row + 2]
-            for d in self._pieces.document[self._rows.pieces[start:end]]:
+            for d in self._spans.document[self._rows.spans[start:end]]:
                 file = self._dataset.files[self._dataset.file[d]].file
                 names[f"{file}:{self._dataset.line[d]}"] = None
         return list(names)
@@ -137,11 +162,11 @@ class Loader(Iterator[Batch]):
 
     @property
     def lengths(self) -> Int64[np.ndarray, " P"]:
-        """Tokens of every piece of a document in an epoch."""
-        return self._pieces.length
+        """Tokens of every span of an epoch."""
+        return self._spans.length
 
-    def once(self) -> Iterator[Batch]:
-        """Yields every row once, in batches; rows that fill the last batch up have no loss."""
+    def one_epoch(self) -> Iterator[Batch]:
+        """Yield every row once, in batches; rows that fill the last batch up have no loss."""
         for row in range(0, len(self._rows), self.batch_size):
             batch = self._make(row)
             first = row + self._skipped
@@ -149,11 +174,11 @@ class Loader(Iterator[Batch]):
             yield batch
 
     def state(self) -> dict[str, Any]:
-        """Returns the position of the next batch, small and fit for JSON."""
+        """Return the position of the next batch, small and fit for JSON."""
         return {"row": self._row, "fingerprint": self.fingerprint}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes to a position: the next batch is the one that was next when it was taken.
+        """Go to a position: the next batch is the one that was next when the state was taken.
 
         The number of hosts may differ; with another batch size the stream goes on at the same
         row.
@@ -173,7 +198,7 @@ class Loader(Iterator[Batch]):
         self._row = row
 
     def close(self) -> None:
-        """Ends the background thread."""
+        """End the background thread."""
         self._forget()
         self._thread.end()
 
@@ -185,12 +210,12 @@ class Loader(Iterator[Batch]):
 
     def _make(self, row: int) -> Batch:
         first = row + self._skipped
-        which = np.array([self._row_at(i) for i in range(first, first + self._share)], np.int64)
+        chosen = np.array([self._row_at(i) for i in range(first, first + self._own)], np.int64)
         return fill(
             self._dataset,
-            self._pieces,
+            self._spans,
             self._rows,
-            which,
+            chosen,
             seq_len=self._seq_len,
             pad_id=self._pad_id,
         )
@@ -203,29 +228,60 @@ class Loader(Iterator[Batch]):
 
     def _epoch_order(self, epoch: int) -> Int64[np.ndarray, " R"]:
         # 1 sets the key apart from that of the packing's shuffle, which is the seed alone.
-        return shuffled(len(self._rows), self._seed, 1, epoch)
+        return permutation(len(self._rows), self._seed, 1, epoch)
 
     def _forget(self) -> None:
-        """Drops what was made ahead."""
+        """Drop the batches that were made ahead."""
         for future in self._made:
             future.cancel()
         self._made.clear()
 
 
-def check_shares(batch_size: int, host_index: int, host_count: int) -> None:
-    """Checks that the hosts can share a batch in equal parts.
+def _report(
+    dataset: Dataset, spans: Spans, rows: PackedRows, seq_len: int, batch_size: int
+) -> Report:
+    """Count documents, tokens and rows, from the rows themselves."""
+    taken = np.bincount(spans.document, minlength=len(dataset.line)) > 0
+    _, first = np.unique(spans.start, return_index=True)  # a weight may repeat a span
+    apart = np.bincount(spans.document[first])
+    per_row = np.add.reduceat(spans.length[rows.spans], rows.offsets[:-1])
+    repeated, places = _repeats(dataset, np.flatnonzero(taken))
+    documents = int(taken.sum())
+    return Report(
+        files=dataset.files,
+        documents=documents,
+        split=int((apart > 1).sum()),
+        rows=len(rows),
+        seq_len=seq_len,
+        batch_size=batch_size,
+        tokens=int(spans.length.sum()),
+        loss_tokens=int(spans.targets.sum()),
+        tail=int(per_row.min()),
+        left_out=len(dataset.line) - documents - len(spans.dropped),
+        repeated=repeated,
+        first_repeat=places,
+        broken=dataset.broken,
+        dropped=spans.dropped,
+        truncated=spans.truncated,
+    )
 
-    Raises:
-        ValueError: they cannot.
-    """
-    if batch_size < 1 or batch_size % host_count:
-        raise ValueError(f"{batch_size=} must be a positive multiple of {host_count=}")
-    if not 0 <= host_index < host_count:
-        raise ValueError(f"{host_index=} must be between 0 and {host_count=} - 1")
+
+def _repeats(dataset: Dataset, documents: Int64[np.ndarray, " n"]) -> tuple[int, str]:
+    """Return the number of documents that repeat an earlier one, and the places of the first."""
+    _, first, same = np.unique(dataset.hashes[documents], return_index=True, return_inverse=True)
+    again = np.flatnonzero(first[same] != np.arange(len(documents)))
+    if not len(again):
+        return 0, ""
+
+    def place(document: int | np.integer) -> str:
+        return f"{dataset.files[dataset.file[document]].file}:{dataset.line[document]}"
+
+    earlier = documents[first[same[again[0]]]]
+    return len(again), f"{place(documents[again[0]])} is {place(earlier)} again"
 
 
-def _fingerprint(dataset: Dataset, pieces: Pieces, rows: Rows, seq_len: int, seed: int) -> str:
+def _fingerprint(dataset: Dataset, spans: Spans, rows: PackedRows, seq_len: int, seed: int) -> str:
     digest = hashlib.blake2b(f"{seq_len} {seed} {dataset.digest}".encode(), digest_size=8)
-    for array in (pieces.start, pieces.length, pieces.continues, rows.pieces, rows.offsets):
+    for array in (spans.start, spans.length, spans.continues, rows.spans, rows.offsets):
         digest.update(np.ascontiguousarray(array))
     return digest.hexdigest()

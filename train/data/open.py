@@ -1,20 +1,42 @@
-"""Files to a loader: reads, tokenises, takes shares, packs."""
+"""Files to a loader: read, tokenise, weigh, pack."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from models.tokenizer import Tokenizer
+from train.cache_dirs import token_cache
+from train.config.sections import DataConfig
 from train.data.corpus import TINY_SHAKESPEARE
-from train.data.loader import Loader, check_shares
-from train.data.pack.mixture import Split, parse_source, times
+from train.data.loader import Loader, Shard
+from train.data.pack.mixture import Split, parse_source, repeats
 from train.data.pack.packing import pack
-from train.data.pack.spans import TooLong, cut
-from train.data.pack.stream import Stream, stream
+from train.data.pack.spans import TooLong, split_documents
+from train.data.pack.stream import StreamPacking, pack_stream
+from train.data.tokens.cache import ReadOptions
 from train.data.tokens.dataset import tokenise
 
-Packing = Stream | Literal["fit"]
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackingOptions:
+    """How documents are put into rows.
+
+    Attributes:
+        method: "fit" puts whole documents into rows (packing.py), "concat" and "xtuner" cut a
+            stream of all tokens (stream.py).
+        too_long: with "fit", what happens to chats longer than a row (spans.split_documents).
+    """
+
+    method: StreamPacking | Literal["fit"] = "fit"
+    too_long: TooLong = "drop"
+
+
+def read_options(config: DataConfig) -> ReadOptions:
+    """Return the options that the flags of --data ask for."""
+    cache = Path(config.cache) if config.cache else token_cache()
+    return ReadOptions(strict=config.strict, reasoning=config.reasoning, cache=cache)
 
 
 def open_data(
@@ -24,76 +46,71 @@ def open_data(
     seq_len: int,
     batch_size: int,
     seed: int = 0,
-    strict: bool = False,
-    packing: Packing = "fit",
-    too_long: TooLong = "drop",
+    packing: PackingOptions | None = None,
+    reading: ReadOptions | None = None,
     hold_out: float = 0.0,
     split: Split = "train",
-    cache: Path | None = None,
-    workers: int | None = None,
-    host_index: int = 0,
-    host_count: int = 1,
+    shard: Shard | None = None,
 ) -> Loader:
-    """Reads, tokenises and packs files, and returns the batches.
+    """Read, tokenise and pack files, and return the batches.
 
     Args:
-        paths: files (source.read_parts) and directories that the `datasets` library saved, mixed
-            as one pool; None for the built-in text.
-            `file:2` is twice in every epoch, `file:0.3` a random 30% of it once (share.py).
+        paths: files (records.read_chunks) and directories that the `datasets` library saved, mixed
+            as one pool; None for the built-in text. An epoch has `file:2` twice, and a random 30%
+            of `file:0.3` once (mixture.repeats).
         tokenizer: makes the ids.
-        seq_len: places of a row, at least 2.
+        seq_len: tokens of a row, at least 2.
         batch_size: rows of a batch over all hosts.
         seed: of every shuffle, >= 0.
-        strict: the first broken row is fatal instead of skipped and counted.
-        packing: "fit" puts whole documents into rows (packing.py), "concat" and "xtuner" cut a
-            stream of all tokens (stream.py).
-        too_long: what becomes of chats longer than a row (pieces.cut), with "fit".
+        packing: how documents are put into rows.
+        reading: how files are read and tokenised; the built-in text is never cached.
         hold_out: share of the documents of each path that is not trained on.
-        split: "val" for the batches of what `hold_out` holds out.
-        cache: directory that keeps the tokens of `paths` (cache.py); None: the memory does.
-        workers: processes that fill the cache; by default one a core. The batches are the same.
-        host_index: which host this is, 0..host_count-1, as `jax.process_index()`.
-        host_count: hosts that share each batch in equal parts, as `jax.process_count()`. Each
-            tokenises all files, or finds them in a cache they share, and makes its own rows only.
+        split: "val" for the batches of the held-out documents.
+        shard: the rows of each batch that this host has. Each host tokenises all files, or finds
+            them in a cache that the hosts share.
 
     Raises:
         ValueError: a bad argument or bad data; one line that names the file and line.
     """
+    packing, reading, shard = (
+        packing or PackingOptions(),
+        reading or ReadOptions(),
+        shard or Shard(),
+    )
     if seq_len < 2:
         raise ValueError(f"{seq_len=} must be at least 2: a token and its target")
     if seed < 0:
         raise ValueError(f"{seed=} must not be negative")
     if paths is not None and not paths:
         raise ValueError("no data files are named; name some, or none at all for built-in text")
-    check_shares(batch_size, host_index, host_count)
+    shard.rows_of(batch_size)
     sources = list(map(parse_source, paths or [TINY_SHAKESPEARE]))
     files = [file for source in sources for file in source.files]
     if hold_out:
         _check_once(files)
-    dataset = tokenise(
-        files, tokenizer, strict=strict, cache=cache if paths else None, workers=workers
-    )
-    taken = times(dataset, sources, seed=seed, hold_out=hold_out, split=split)
-    if packing == "fit":
-        pieces = cut(dataset, seq_len, too_long=too_long, times=taken)
-        rows = pack(pieces.length, seq_len, seed=seed)
+    if not paths:
+        reading = dataclasses.replace(reading, cache=None)
+    dataset = tokenise(files, tokenizer, reading)
+    taken = repeats(dataset, sources, seed=seed, hold_out=hold_out, split=split)
+    if packing.method == "fit":
+        spans = split_documents(dataset, seq_len, taken, too_long=packing.too_long)
+        rows = pack(spans.length, seq_len, seed=seed)
     else:
-        pieces, rows = stream(dataset, seq_len, how=packing, seed=seed, times=taken)
+        spans, rows = pack_stream(dataset, seq_len, taken, method=packing.method, seed=seed)
     return Loader(
         dataset,
-        pieces,
+        spans,
         rows,
         seq_len=seq_len,
         batch_size=batch_size,
         pad_id=tokenizer.pad_id,
         seed=seed,
-        host_index=host_index,
-        host_count=host_count,
+        shard=shard,
     )
 
 
 def _check_once(files: Sequence[Path]) -> None:
-    """Raises ValueError where one would hold out documents that another of the same trains on."""
+    """Raise ValueError if a file is named twice: one would hold out what the other trains on."""
     counts = Counter(file.resolve() for file in files)
     again = next((file for file in files if counts[file.resolve()] > 1), None)
     if again is not None:

@@ -1,48 +1,68 @@
-"""What became of the data: every row that was read is in the report once."""
+"""Data report: every row that was read is in it once, and nothing is left out in silence."""
 
 import collections
 import dataclasses
+import re
 
-_SHOWN = 3  # problems of one kind and file that are named; the rest are counted
+_LINES = 3  # line numbers that are named of problems of one kind
+_KINDS = 6  # kinds of problems that are named for a file; the rest are counted
+_KEYS = 12  # unread keys that are named for a file; the rest are counted
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Problem:
-    """A row that did not go into training as it is.
+    """A row that is not trained on as it is.
 
     Attributes:
         file: path as it was given.
         line: line of the file on which the row begins, from 1.
+        size: bytes of a row that could not be used; 0 for others.
         reason: why, in a few words.
     """
 
     file: str
     line: int
+    size: int
     reason: str
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.reason}"
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class FileReport:
-    """One file: `rows` were read, `documents` of them are usable, the others broken.
+    """Counts for one file.
 
     Attributes:
         file: path as it was given.
-        formats: how many documents of each format (formats.py).
         rows: rows read.
         documents: rows that became documents; `rows - documents` are broken.
+        formats: number of documents of each format (formats.py).
+        unread: for each key that is not read, the number of rows that have it.
+        remarks: number of times that each remark of formats.py was made.
     """
 
     file: str
-    formats: dict[str, int]
     rows: int
     documents: int
+    formats: dict[str, int]
+    unread: dict[str, int] = dataclasses.field(default_factory=dict)
+    remarks: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         formats = ", ".join(f"{count:,} {name}" for name, count in self.formats.items())
-        return f"{self.file}: {self.rows:,} rows ({formats}, {self.rows - self.documents:,} broken)"
+        broken = self.rows - self.documents
+        return f"{self.file}: {self.rows:,} rows ({formats}, {broken:,} broken)"
+
+    def notes(self) -> list[str]:
+        """Return a line for the keys that are not read, and one for each remark."""
+        found = []
+        if self.unread:
+            keys = [f"{key!r} in {count:,} row(s)" for key, count in sorted(self.unread.items())]
+            more = f" and {len(keys) - _KEYS:,} more" if len(keys) > _KEYS else ""
+            found.append(f"keys not read: {', '.join(keys[:_KEYS])}{more}")
+        found += [f"{count:,} {remark}" for remark, count in self.remarks.items()]
+        return [f"{self.file}: {note}" for note in found]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,13 +72,16 @@ class Report:
     Attributes:
         files: one entry a file.
         documents: documents in training, each in exactly one row, but split ones.
-        split: of these, raw texts longer than a row, divided into several pieces.
+        split: of these, raw texts longer than a row, divided into several spans.
         rows: packed rows of `seq_len` tokens.
-        seq_len: length of a row.
+        seq_len: tokens of a row.
+        batch_size: rows of a batch over all hosts.
         tokens: tokens in training, without padding.
         loss_tokens: tokens that are predicted: the sum of the loss mask over all rows.
-        tail: tokens in the emptiest row, the flushed remainder of the packing.
+        tail: tokens in the emptiest row, the last one of the packing.
         left_out: documents that a weight below 1 or the validation set takes away.
+        repeated: documents with the same tokens as an earlier one.
+        first_repeat: places of the first of these, and of the earlier one.
         broken: rows that could not be used.
         dropped: documents left out because of their length.
         truncated: documents cut to `seq_len`; counted in `documents`.
@@ -69,10 +92,13 @@ class Report:
     split: int
     rows: int
     seq_len: int
+    batch_size: int
     tokens: int
     loss_tokens: int
     tail: int
     left_out: int
+    repeated: int
+    first_repeat: str
     broken: tuple[Problem, ...]
     dropped: tuple[Problem, ...]
     truncated: tuple[Problem, ...]
@@ -84,7 +110,7 @@ class Report:
 
     @property
     def efficiency_before_tail(self) -> float:
-        """The same without the emptiest row, which only holds what was left."""
+        """The same without the emptiest row, which only holds the rest."""
         if self.rows == 1:
             return self.efficiency
         return (self.tokens - self.tail) / ((self.rows - 1) * self.seq_len)
@@ -101,26 +127,50 @@ class Report:
             f" ({self.efficiency:.1%} full{without})"
         )
 
+    def lines(self) -> list[str]:
+        """Return the whole report, as the log of a run and `train.preview` print it."""
+        return [str(self), *map(str, self.files), *self.notes()]
+
     def notes(self) -> list[str]:
-        """Returns one line per file and kind of problem, with the first rows concerned."""
-        return [
-            line
-            for kind, problems in (
-                ("broken row(s) skipped", self.broken),
-                ("document(s) dropped", self.dropped),
-                ("document(s) truncated", self.truncated),
+        """Return a line for everything that is not trained on as it is, and for repeats."""
+        notes = [note for file in self.files for note in file.notes()]
+        for kind, problems in (
+            ("broken row(s) skipped", self.broken),
+            ("document(s) dropped", self.dropped),
+            ("document(s) truncated", self.truncated),
+        ):
+            notes += _by_file(kind, problems)
+        if self.repeated:
+            notes.append(
+                f"{self.repeated:,} document(s) repeat an earlier one: {self.first_repeat}"
             )
-            for line in _by_file(kind, problems)
-        ]
+        if self.batch_size > self.rows:
+            notes.append(
+                f"a batch has {self.batch_size:,} rows and the data {self.rows:,}: every batch has"
+                f" each row {self.batch_size / self.rows:.3g} times; lower --batch_size"
+            )
+        return notes
 
 
 def _by_file(kind: str, problems: tuple[Problem, ...]) -> list[str]:
-    by_file = collections.defaultdict(list)
+    """Return one line a file, with problems grouped by reason, whatever the numbers in it."""
+    by_file = collections.defaultdict(lambda: collections.defaultdict(list))
     for problem in problems:
-        by_file[problem.file].append(problem)
+        by_file[problem.file][re.sub(r"[\d,]+", "0", problem.reason)].append(problem)
     lines = []
-    for file, found in by_file.items():
-        shown = "; ".join(f"line {p.line}: {p.reason}" for p in found[:_SHOWN])
-        more = f"; and {len(found) - _SHOWN:,} more" if len(found) > _SHOWN else ""
-        lines.append(f"{file}: {len(found):,} {kind}: {shown}{more}")
+    for file, by_reason in by_file.items():
+        groups = sorted(by_reason.values(), key=len, reverse=True)
+        size = sum(problem.size for group in groups for problem in group)
+        shown = "; ".join(map(_group, groups[:_KINDS]))
+        rest = groups[_KINDS:]
+        more = f"; {sum(map(len, rest)):,} of {len(rest):,} other kinds" if rest else ""
+        bytes_ = f", {size:,} bytes" if size else ""
+        count = sum(map(len, groups))
+        lines.append(f"{file}: {count:,} {kind}{bytes_}: {shown}{more}")
     return lines
+
+
+def _group(group: list[Problem]) -> str:
+    numbers = ", ".join(str(problem.line) for problem in group[:_LINES])
+    more = ", ..." if len(group) > _LINES else ""
+    return f"{len(group):,} x {group[0].reason} (line {numbers}{more})"

@@ -1,4 +1,4 @@
-"""One thread in the background that nobody ever has to wait for."""
+"""A background thread that never keeps the program from ending."""
 
 import queue
 import threading
@@ -8,10 +8,10 @@ from typing import Any
 
 
 class Thread:
-    """Runs what it is given, one after the other.
+    """Run calls one after the other.
 
-    A daemon, unlike the threads of concurrent.futures: where a file system hangs, the program can
-    still end.
+    A daemon, unlike the threads of concurrent.futures: the program can end while a file system
+    hangs.
     """
 
     def __init__(self, name: str):
@@ -19,7 +19,7 @@ class Thread:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def submit[R](self, call: Callable[..., R], *args: Any) -> "Future[R]":
-        """Begins call(*args) when what came before it is done; the first call starts the thread."""
+        """Queue call(*args) behind earlier calls; the first one starts the thread."""
         if self._thread.ident is None:
             self._thread.start()
         future: Future[R] = Future()
@@ -27,7 +27,7 @@ class Thread:
         return future
 
     def end(self, timeout: float = 1.0) -> None:
-        """Ends the thread after its work; does not wait longer than `timeout` seconds for it."""
+        """End the thread after its work; wait for at most `timeout` seconds."""
         if self._thread.ident is not None:
             self._work.put(None)
             self._thread.join(timeout)

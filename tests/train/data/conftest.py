@@ -11,7 +11,7 @@ import pytest
 from models.tokenizer import Tokenizer, load_tokenizer
 from train.data.report import FileReport
 from train.data.tokens.dataset import Dataset
-from train.data.tokens.token_array import Tokens
+from train.data.tokens.token_array import TokenArray
 
 
 @pytest.fixture
@@ -64,13 +64,15 @@ def _make_dataset(
     ids = np.arange(1, total + 1, dtype=np.int32)
     signed = np.where(trained, ids, ~ids)
     return Dataset(
-        tokens=Tokens(np.split(signed, offsets[1:-1:3])),  # parts of three documents
+        tokens=TokenArray(np.split(signed, offsets[1:-1:3])),  # parts of three documents
         targets=np.array([trained[a + 1 : b].sum() for a, b in itertools.pairwise(offsets)]),
         offsets=offsets,
         splittable=np.array([flag for _, flag in documents], np.bool_),
+        hashes=np.arange(len(lengths), dtype=np.uint64),
         file=np.zeros(len(lengths), np.int32),
         line=np.arange(1, len(lengths) + 1, dtype=np.int64),
-        files=(FileReport("f", {}, len(lengths), len(lengths)),),
+        files=(FileReport(file="f", rows=len(lengths), documents=len(lengths), formats={}),),
         broken=(),
+        vocab_size=total + 1,
         digest="",
     )

@@ -76,7 +76,7 @@ def check(config, tmp_path, attn: str, *, texts: int, place: Callable[[Batch, in
         return jax.tree.map(lambda *parts: sum(np.asarray(part) for part in parts), *each)
 
     with open_data([path], load_tokenizer("byte"), seq_len=128, batch_size=1) as loader:
-        packed = list(loader.once())
+        packed = list(loader.one_epoch())
         assert len(packed) < len(rows) == loader.report.documents
         count = loader.report.loss_tokens
     single = [place(batch, number) for batch in packed for number in range(1, batch_max(batch) + 1)]

@@ -1,16 +1,15 @@
 """The stream of batches: the same everywhere, from any position, on any number of hosts."""
 
 import json
+import os
 import threading
 import time
 
 import numpy as np
 import pytest
 
+from train.data import PackingOptions, ReadOptions, Shard, open_data
 from train.data import loader as loader_module
-from train.data import open_data
-from train.data.files.source import read_parts
-from train.data.tokens import cache
 
 
 @pytest.fixture
@@ -88,7 +87,7 @@ def test_resume_is_exact_at_any_point(opened, taken):
 @pytest.mark.parametrize("host_count", [2, 4])
 def test_hosts_together_make_the_batch_of_one(opened, host_count):
     whole = opened()
-    hosts = [opened(host_index=i, host_count=host_count) for i in range(host_count)]
+    hosts = [opened(shard=Shard(i, host_count)) for i in range(host_count)]
     for _ in range(20):
         parts = [next(host) for host in hosts]
         assert parts[0].tokens.shape == (4 // host_count, 96)
@@ -98,20 +97,18 @@ def test_hosts_together_make_the_batch_of_one(opened, host_count):
 
 
 def test_resume_on_another_number_of_hosts(opened):
-    one, half = opened(), opened(host_index=1, host_count=2)
+    one, half = opened(), opened(shard=Shard(1, 2))
     for _ in range(3):
         next(one)
     half.restore(one.state())
     assert np.array_equal(next(half).tokens, next(one).tokens[2:])
 
 
-def test_resume_with_another_number_of_workers_and_hosts(opened, tmp_path, monkeypatch):
+def test_resume_with_another_number_of_workers_and_hosts(opened, tmp_path):
     """The cache is made by one process or by three; the state goes from one host to four."""
-    monkeypatch.setattr(cache, "read_parts", lambda path: read_parts(path, part=1024))
-    one = opened(cache=tmp_path / "one", workers=1)
-    four = [
-        opened(cache=tmp_path / "three", workers=3, host_index=i, host_count=4) for i in range(4)
-    ]
+    one = opened(reading=ReadOptions(cache=tmp_path / "one", workers=1, chunk=1024))
+    reading = ReadOptions(cache=tmp_path / "three", workers=3, chunk=1024)
+    four = [opened(reading=reading, shard=Shard(i, 4)) for i in range(4)]
     for _ in range(7):
         next(one)
     state = json.loads(json.dumps(one.state()))
@@ -132,8 +129,50 @@ def test_fewer_rows_than_the_batch_repeats_rows(write, tokenizer):
         assert loader.epoch == 3
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_batch_larger_than_the_data_is_said(write, tokenizer, size):
+    path = write("a.jsonl", [{"question": "Q", "answer": "A"}])
+    with open_data([path], tokenizer, seq_len=32, batch_size=size) as loader:
+        said = "a batch has 3 rows and the data 1: every batch has each row 3 times"
+        assert loader.report.notes() == [f"{said}; lower --batch_size"] * (size == 3)
+
+
+@pytest.mark.parametrize("change", ["other ids", "cut off"])
+def test_a_cache_that_changes_under_a_run_stops_it_with_one_line(opened, tmp_path, change):
+    """A loss of -22 and SIGBUS are what was seen before."""
+    loader = opened(reading=ReadOptions(cache=tmp_path / "cache", workers=1))
+    next(loader)
+    [file] = (tmp_path / "cache").rglob("*.tokens")
+    content = file.read_bytes()
+    file.write_bytes(
+        b"\xff\xff\xff\x7f" * (len(content) // 4) if change == "other ids" else content[:99]
+    )
+    with pytest.raises(
+        ValueError, match=r"tokens was changed while it was used: start again"
+    ) as error:
+        for _ in range(20):
+            next(loader)
+    assert "\n" not in str(error.value)
+
+
+def test_an_id_outside_the_vocabulary_stops_the_run_with_one_line(opened, tmp_path):
+    """Even if the file looks unchanged."""
+    loader = opened(reading=ReadOptions(cache=tmp_path / "cache", workers=1))
+    [file] = (tmp_path / "cache").rglob("*.tokens")
+    before = file.stat()
+    with file.open("r+b") as data:
+        data.write(b"\0\0\1\0" * 60)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(
+        ValueError, match="the token cache holds id 65,536, and the tokenizer has 265 ids"
+    ):
+        for _ in range(20):
+            next(loader)
+
+
 @pytest.mark.parametrize(
-    "change", [{"seed": 8}, {"seq_len": 97}, {"too_long": "head", "seq_len": 40}]
+    "change",
+    [{"seed": 8}, {"seq_len": 97}, {"packing": PackingOptions(too_long="head"), "seq_len": 40}],
 )
 def test_a_position_in_other_data_is_refused(opened, change):
     with pytest.raises(ValueError, match="belongs to other data"):
@@ -222,7 +261,7 @@ def test_waiting_is_counted_where_batches_come_too_late(opened, monkeypatch):
 
 @pytest.mark.parametrize("seconds", [6e13, float("inf")])
 def test_the_wait_for_a_batch_may_be_without_limit(opened, seconds):
-    assert same(opened().within(seconds), next(opened()))
+    assert same(opened().next(timeout=seconds), next(opened()))
 
 
 def test_closing_ends_the_thread(opened):
@@ -246,8 +285,8 @@ def test_the_built_in_text_needs_no_files(tokenizer):
         ({"seq_len": 1}, "seq_len=1 must be at least 2"),
         ({"seed": -1}, "seed=-1 must not be negative"),
         ({"batch_size": 0}, "batch_size=0 must be a positive multiple"),
-        ({"batch_size": 3, "host_count": 2}, "batch_size=3 must be a positive multiple of"),
-        ({"host_index": 1}, "host_index=1 must be between 0 and"),
+        ({"batch_size": 3, "shard": Shard(0, 2)}, "batch_size=3 must be a positive multiple of"),
+        ({"shard": Shard(1, 1)}, "host 1 must be between 0 and"),
         ({"seq_len": 8}, "none of the 60 documents can be trained on at seq_len=8"),
     ],
 )

@@ -1,6 +1,6 @@
 """The report adds up and is readable."""
 
-from train.data import open_data
+from train.data import ReadOptions, open_data
 
 PARTS = dict(seq_len=64, batch_size=1)
 
@@ -43,6 +43,57 @@ def test_it_reads_in_one_line_each(write, tokenizer):
     )
     assert str(report.files[0]) == f"{path}: 6 rows (1 qa, 5 broken)"
     assert report.notes() == [
-        f"{path}: 5 broken row(s) skipped: line 1: 'answer' is empty; line 2: 'answer' is empty;"
-        " line 3: 'answer' is empty; and 2 more"
+        f"{path}: 5 broken row(s) skipped, 160 bytes: 5 x 'answer' is empty (line 1, 2, 3, ...)"
     ]
+
+
+def test_nothing_is_left_out_in_silence(write, tokenizer):
+    """Formats, unread keys, answers without loss, broken rows by reason, repeats: a line each."""
+    good = {"question": "Q", "answer": "A"}
+    rows = [
+        *(good, good | {"id": 1}, good | {"id": 2, "meta": {"a": 1}}, good | {"id": None}),
+        {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "B"}]},
+        {"conversation": [{"output": "Raw text."}]},
+        {
+            "conversations": [
+                {"from": "human", "value": "Q"},
+                {"from": "gpt", "value": "C", "weight": 0},
+            ]
+        },
+        {"question": "Q", "answer": ""},
+        {"text": " "},
+        {"question": "long " * 40, "answer": "A"},
+        {"question": "Q", "answer": "A", "chosen": "x", "rejected": "y"},
+    ]
+    path = write("a.jsonl", rows)
+    report = open_data([path], tokenizer, **PARTS).report
+    formats = "5 qa, 1 messages, 1 pretrain, 1 sharegpt, 3 broken"
+    assert report.lines() == [
+        str(report),
+        f"{path}: 11 rows ({formats})",
+        f"{path}: keys not read: 'id' in 2 row(s), 'meta' in 1 row(s)",
+        f"{path}: 1 row(s) without any prompt read as raw text, as XTuner pre-trains",
+        f"{path}: 1 answer(s) without loss, as the data ask",
+        f"{path}: 3 broken row(s) skipped, 111 bytes: 1 x 'answer' is empty (line 8);"
+        " 1 x 'text' is empty (line 9); 1 x a preference row ('chosen' and 'rejected') is not read:"
+        " write the chosen answer as 'messages' to train on it (line 11)",
+        f"{path}: 2 document(s) dropped: 1 x 223 tokens, a row has 64 (line 10);"
+        " 1 x 24 tokens, none is trained on (line 7)",
+        f"3 document(s) repeat an earlier one: {path}:2 is {path}:1 again",
+    ]
+    cached = ReadOptions(cache=path.parent / "cache", workers=1)
+    for _ in range(2):  # made, and read from the cache
+        assert (
+            open_data([path], tokenizer, reading=cached, **PARTS).report.lines() == report.lines()
+        )
+
+
+def test_reasons_that_differ_in_numbers_are_one_kind(write, tokenizer):
+    rows = [{"question": "Q " * n, "answer": "A"} for n in range(30, 60)]
+    path = write("a.jsonl", [{"text": "fine"}, *rows, *({"text": i} for i in range(9))])
+    *_, broken, dropped = open_data([path], tokenizer, **PARTS).report.notes()
+    assert broken.endswith(": 9 x 'text' must be a string, this is a number (line 32, 33, 34, ...)")
+    assert (
+        dropped
+        == f"{path}: 30 document(s) dropped: 30 x 83 tokens, a row has 64 (line 2, 3, 4, ...)"
+    )

@@ -1,4 +1,4 @@
-"""The built-in text: what `--data` trains on when no files are named, without a network."""
+"""Built-in text: the training data of a run without --data, also without a network."""
 
 from pathlib import Path
 

@@ -1,1 +1,1 @@
-"""Files of every format to what their rows mean, as text and chats."""
+"""Files of every kind to training examples and tokens."""

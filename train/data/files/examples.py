@@ -1,4 +1,4 @@
-"""Samples: what a row means, whatever its format."""
+"""Training examples: the meaning of a row, whatever its format."""
 
 import dataclasses
 from typing import NamedTuple
@@ -6,46 +6,41 @@ from typing import NamedTuple
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Text:
-    """Raw text: one document, which may be split when it is longer than a row."""
+    """Raw text: one document, which may be split if it is longer than a packed row."""
 
     text: str
     splittable = True
 
 
-class Turn(NamedTuple):
-    """One exchange.
+class Message(NamedTuple):
+    """One message of a chat.
 
     Attributes:
-        input: what the user says; may be empty.
-        output: what the assistant answers; not empty.
-        system: system text before the user's, empty for none.
-        loss: whether the answer is trained on.
-        prompt: (role, text) of the messages before the answer, where they are not just a system
-            text and a user's; `input` and `system` are empty then.
+        role: header of the message: "user", "assistant", "system name=<|plugin|>".
+        text: content of the message.
+        trained: for an answer, true if it is trained on; None for every other message.
     """
 
-    input: str
-    output: str
-    system: str = ""
-    loss: bool = True
-    prompt: tuple[tuple[str, str], ...] = ()
+    role: str
+    text: str
+    trained: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Chat:
-    """A conversation of one or more turns: never split."""
+    """A conversation that ends with an answer: never split."""
 
-    turns: tuple[Turn, ...]
+    messages: tuple[Message, ...]
     splittable = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Ids:
-    """A document that is tokens already.
+    """A document of token ids.
 
     Attributes:
         tokens: ids; nothing is added to them.
-        trained: whether predicting each one counts.
+        trained: for each id, true if predicting it counts.
     """
 
     tokens: tuple[int, ...]
@@ -53,8 +48,8 @@ class Ids:
 
     @property
     def splittable(self) -> bool:
-        """A document without masked tokens is raw text; one with them is a chat."""
+        """Return true for raw text (no token is masked), false for a chat."""
         return all(self.trained)
 
 
-Sample = Text | Chat | Ids
+Example = Text | Chat | Ids

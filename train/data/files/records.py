@@ -1,7 +1,7 @@
-"""Parts to raw rows: what stands in a stretch of a file, one row at a time.
+"""Files to records: chunks of a file, and the parsed rows of a chunk.
 
-A row that cannot be read becomes a `Broken`, never an exception: whether it is skipped or fatal is
-decided once, by the caller (dataset.py).
+A row that cannot be read becomes a `BrokenRecord`, never an exception: the caller decides once
+whether it is skipped or fatal (dataset.py).
 """
 
 import io
@@ -10,19 +10,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from train.data.files.arrays import next_row, skip_space
-from train.data.files.shard import LONGEST_ROW, Part
-from train.data.files.source import read_parts
+from train.data.files.json_array import walk_arrays
+from train.data.files.readers import (
+    BOM,
+    CHUNK,
+    LONGEST_ROW,
+    TABLE_SUFFIXES,
+    Chunk,
+    check_path,
+    text_chunks,
+)
+from train.data.files.tables import table_chunks
 
 
-class Row(NamedTuple):
-    """One row as it stands in the file.
+class Record(NamedTuple):
+    """One parsed row.
 
     Attributes:
         line: line of the file on which it begins, from 1.
-        size: bytes (characters in a JSON array) it takes in the file.
-        value: the parsed JSON value; a document of a text file is `{"text": ...}`. Bytes that
-            are not UTF-8 are lone surrogates in its strings (`errors="surrogateescape"`).
+        size: bytes (characters in a JSON array) that it takes in the file.
+        value: the JSON value; a document of a text file is `{"text": ...}`. Bytes that are not
+            UTF-8 are lone surrogates in its strings (`errors="surrogateescape"`).
     """
 
     line: int
@@ -30,13 +38,13 @@ class Row(NamedTuple):
     value: object
 
 
-class Broken(NamedTuple):
+class BrokenRecord(NamedTuple):
     """A row that cannot be read.
 
     Attributes:
         line: line of the file on which it begins, from 1.
-        size: as in `Row`.
-        reason: what is wrong with it, in a few words.
+        size: bytes that it takes in the file.
+        reason: the error, in a few words.
     """
 
     line: int
@@ -44,92 +52,91 @@ class Broken(NamedTuple):
     reason: str
 
 
-def read_rows(path: Path) -> Iterator[Row | Broken]:
-    """Yields the rows of one file in order.
+def read_chunks(path: Path, *, size: int = CHUNK) -> Iterator[Chunk]:
+    """Yield the chunks of one file in order.
+
+    Args:
+        path: a text, JSON or table file (readers.text_chunks, tables.table_chunks).
+        size: bytes of a chunk, rounded up to whole rows.
 
     Raises:
-        ValueError: the file cannot be read (source.read_parts).
+        ValueError: the file cannot be read; one line that names it.
     """
-    for part in read_parts(path):
-        yield from rows_of(part)
+    suffix = check_path(path)
+    return (table_chunks if suffix in TABLE_SUFFIXES else text_chunks)(path, suffix, size)
 
 
-def rows_of(part: Part) -> Iterator[Row | Broken]:
-    """Yields the rows of a part in order."""
-    match part.kind:
+def read_records(path: Path) -> Iterator[Record | BrokenRecord]:
+    """Yield the records of one file in order.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    for chunk in read_chunks(path):
+        yield from records_of(chunk)
+
+
+def records_of(chunk: Chunk) -> Iterator[Record | BrokenRecord]:
+    """Yield the records of a chunk in order."""
+    match chunk.kind:
         case "array":
-            return _array_rows(part)
+            return _array_records(chunk)
         case "lines":
-            return _line_rows(part)
+            return _line_records(chunk)
         case "texts":
-            return (Row(number, size, {"text": text}) for number, size, text in _lines(part))
+            return (Record(number, size, {"text": text}) for number, size, text in _lines(chunk))
         case "text":
-            return _whole_text(part)
+            return _whole_text(chunk)
         case "long":
-            reason = f"a row of {part.size:,} bytes, more than {LONGEST_ROW:,}"
-            return iter([Broken(part.line, part.size, reason)])
+            reason = f"a row of {chunk.size:,} bytes, more than {LONGEST_ROW:,}"
+            return iter([BrokenRecord(chunk.line, chunk.size, reason)])
 
 
-def _lines(part: Part) -> Iterator[tuple[int, int, str]]:
-    """Yields (line number, bytes, text) of every line that is not blank."""
-    for number, line in enumerate(io.BytesIO(part.data), start=part.line):
+def _lines(chunk: Chunk) -> Iterator[tuple[int, int, str]]:
+    """Yield (line number, bytes, text) of every line that is not blank."""
+    for number, line in enumerate(io.BytesIO(chunk.data), start=chunk.line):
         text = line.strip()
+        if text.startswith(BOM):  # of a file that was appended to this one
+            text = text.removeprefix(BOM).lstrip()
         if text:
             yield number, len(line), text.decode("utf-8", "surrogateescape")
 
 
-def _whole_text(part: Part) -> Iterator[Row | Broken]:
+def _whole_text(chunk: Chunk) -> Iterator[Record | BrokenRecord]:
     try:
-        text = part.data.decode("utf-8")
+        text = chunk.data.replace(b"\n" + BOM, b"\n").decode("utf-8")
     except UnicodeDecodeError as error:
-        line = part.line + part.data.count(b"\n", 0, error.start)
-        reason = f"byte 0x{part.data[error.start]:02x} is not UTF-8"
-        yield Broken(line, len(part.data), reason)
+        line = chunk.line + error.object.count(b"\n", 0, error.start)
+        reason = f"byte 0x{error.object[error.start]:02x} is not UTF-8"
+        yield BrokenRecord(line, len(chunk.data), reason)
         return
-    if text.strip():  # a part of white space is the end of a long text
-        yield Row(part.line, len(part.data), {"text": text})
+    if text.strip():  # a chunk of white space is the end of a long text
+        yield Record(chunk.line, len(chunk.data), {"text": text})
 
 
-def _line_rows(part: Part) -> Iterator[Row | Broken]:
+def _line_records(chunk: Chunk) -> Iterator[Record | BrokenRecord]:
     decode = json.JSONDecoder().raw_decode  # json.loads looks for white space around it first
-    for number, size, text in _lines(part):
+    for number, size, text in _lines(chunk):
         try:
             value, end = decode(text)
             if end < len(text):
                 raise json.JSONDecodeError("Extra data", text, end)
         except (ValueError, RecursionError) as error:
-            yield Broken(number, size, _json_reason(error, 0))
+            yield BrokenRecord(number, size, _json_reason(error, 0))
         else:
-            yield Row(number, size, value)
+            yield Record(number, size, value)
 
 
-def _array_rows(part: Part) -> Iterator[Row | Broken]:
-    """Yields the elements of a JSON array; after a syntax error goes on at the next row."""
-    text = part.data.decode("utf-8", "surrogateescape")
-    decode = json.JSONDecoder().raw_decode
-    start, line, counted = skip_space(text, text.index("[") + 1), part.line, 0
-    while text[start : start + 1] != "]":
+def _array_records(chunk: Chunk) -> Iterator[Record | BrokenRecord]:
+    text = chunk.data.decode("utf-8", "surrogateescape")
+    line, counted = chunk.line, 0
+    for start, end, value, error in walk_arrays(text):
         line, counted = line + text.count("\n", counted, start), start
-        try:
-            value, end = decode(text, start)
-            after = skip_space(text, end)
-            separator = text[after : after + 1]
-            if separator not in (",", "]"):
-                raise ValueError("no ',' or ']' after the row")
-        except (ValueError, RecursionError) as error:
-            following = next_row(text, start)
-            reason = _json_reason(error, part.line - 1)
-            yield Broken(line, (following or len(text)) - start, reason)
-            if following is None:
-                return
-            start = following
-            continue
-        yield Row(line, end - start, value)
-        start = skip_space(text, after + 1) if separator == "," else after
-    rest = skip_space(text, start + 1)
-    if rest < len(text):
-        line += text.count("\n", counted, rest)
-        yield Broken(line, len(text) - rest, "text after the end of the array")
+        if error is None:
+            yield Record(line, end - start - (text[end - 1] == ","), value)
+        else:
+            size = len(text[start:end].encode("utf-8", "surrogateescape"))
+            yield BrokenRecord(line, size, _json_reason(error, chunk.line - 1))
 
 
 def _json_reason(error: Exception, lines_before: int) -> str:

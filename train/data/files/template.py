@@ -1,23 +1,23 @@
-r"""Samples to tokens: InternLM2's chat template exactly as XTuner makes it, and plain text.
+r"""Training examples to tokens: InternLM2's chat template as XTuner applies it, and plain text.
 
-A chat of two turns (`^` marks the tokens that are trained on, that is predicted)::
+A chat of two turns (`^` marks the tokens that are trained on, that is, predicted)::
 
-    <s><|im_start|>system\nS<|im_end|>\n           only where the turn has system text
+    <s><|im_start|>system\nS<|im_end|>\n           only if the data have a system message
        <|im_start|>user\nQ1<|im_end|>\n<|im_start|>assistant\nA1<|im_end|>\n
                                                              ^^^^^^^^^^^^
        <|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\nA2<|im_end|>\n
                                                              ^^^^^^^^^^^^
 - Prompt, answer + `<|im_end|>`, and the closing newline are tokenised one by one: the ids at
   their joins differ from those of the whole string tokenised at once.
-- `<s>` stands once, at the very beginning; `</s>` never; the last newline stays, untrained.
-- No system text is made up: a row without one has none.
+- `<s>` occurs once, at the beginning; `</s>` never; the last newline stays, untrained.
+- No message is made up: a row without a system or user message has none.
 
-Raw text is `<s>` + the text without white space at its ends, all of it trained but `<s>`. There
-is no `</s>` at the end: XTuner's pretrain_map_fn has none, the end of a file or of a long line
-is seldom the end of what an author had to say, and a chat model ends with `<|im_end|>` anyway.
+Raw text is `<s>` + the text without white space at its ends; every token but `<s>` is trained on.
+There is no `</s>` at the end: XTuner's pretrain_map_fn has none, the end of a file or of a long
+line is rarely the end of an author's text, and a chat model ends with `<|im_end|>` anyway.
 
-The names of special tokens in the template and in the data become those tokens, as in XTuner; a
-tokenizer without them spells them out.
+The names of special tokens in the data become those tokens, as in XTuner. A tokenizer that lacks
+the tokens of the template itself is refused.
 
 References:
     InternLM/xtuner v0.1.23: xtuner/utils/templates.py `internlm2_chat`, xtuner/dataset/utils.py
@@ -32,7 +32,14 @@ import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
 from models.tokenizer import Tokenizer
-from train.data.files.examples import Chat, Ids, Sample, Text
+from train.data.files.examples import Chat, Example, Ids, Text
+
+START, END = "<|im_start|>", "<|im_end|>"
+_PLUGIN = ("<|action_start|>", "<|action_end|>", "<|plugin|>")
+
+
+class MissingTokens(ValueError):
+    """A tokenizer lacks tokens of the chat template."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,7 +48,7 @@ class Encoded:
 
     Attributes:
         tokens: int32 ids; a document begins with `<s>`, unless it was ids before.
-        trained: bool, true where predicting this very token counts. The shift to "loss at the
+        trained: bool, true if predicting this very token counts. The shift to "loss at the
             position before" is made when rows are filled.
         offsets: int64, E = D + 1; document d is `tokens[offsets[d]:offsets[d + 1]]`.
     """
@@ -51,79 +58,90 @@ class Encoded:
     offsets: Int64[np.ndarray, " E"]
 
 
-def encode(samples: Sequence[Sample], tokenizer: Tokenizer) -> Encoded:
-    """Tokenises samples, all their pieces in one batch for the tokenizers that are parallel.
+def encode(examples: Sequence[Example], tokenizer: Tokenizer) -> Encoded:
+    """Tokenise examples, all their segments in one batch for tokenizers that are parallel.
 
-    What is done for each sample is as little as can be, the rest is done in arrays for all at once:
-    chats are short, and building cares for every microsecond of them.
+    The work for each example is as little as possible, the rest is done in arrays for all at once:
+    chats are short, and every microsecond of them counts.
+
+    Raises:
+        MissingTokens: there is a chat, and the tokenizer lacks tokens of the chat template.
     """
-    pieces: list[str | tuple[int, ...]] = []  # text, or ids already
+    lacking = [name for name in (START, END, *_PLUGIN) if len(tokenizer.encode(name)) != 1]
+    segments: list[str | tuple[int, ...]] = []  # text, or ids already
     flags: list[bool] = []
     counts: list[int] = []
-    given: dict[int, Ids] = {}  # the samples that are ids
+    given: dict[int, Ids] = {}  # the examples that are ids
     bos = (tokenizer.bos_id,)
-    for number, sample in enumerate(samples):
-        if isinstance(sample, Ids):
-            given[number] = sample
-            pieces.append(sample.tokens)
+    for number, example in enumerate(examples):
+        if isinstance(example, Ids):
+            given[number] = example
+            segments.append(example.tokens)
             flags.append(True)
             counts.append(1)
             continue
-        rendered = render(sample)
-        pieces.append(bos)
+        rendered = render(example)
+        if lacking and isinstance(example, Chat):
+            _check_tokens(rendered, lacking, tokenizer)
+        segments.append(bos)
         flags.append(False)
         for text, trained in rendered:
-            pieces.append(text)
+            segments.append(text)
             flags.append(trained)
         counts.append(len(rendered) + 1)
-    ids, lengths = _ids(pieces, tokenizer)
-    edges = np.zeros(len(pieces) + 1, np.int64)
+    ids, lengths = _ids(segments, tokenizer)
+    edges = np.zeros(len(segments) + 1, np.int64)
     np.cumsum(lengths, out=edges[1:])
     offsets = edges[np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])]
     trained = np.repeat(np.array(flags, np.bool_), lengths)
-    for number, sample in given.items():
-        trained[offsets[number] : offsets[number + 1]] = sample.trained
+    for number, example in given.items():
+        trained[offsets[number] : offsets[number + 1]] = example.trained
     return Encoded(ids, trained, offsets)
 
 
-def render(sample: Text | Chat) -> list[tuple[str, bool]]:
-    """Returns the pieces of a sample, each to be tokenised by itself, and whether trained on."""
-    if isinstance(sample, Text):
-        return [(sample.text.strip(), True)]
-    pieces = []
-    for turn in sample.turns:
-        if turn.prompt:
-            prompt = "".join([message(role, text) for role, text in turn.prompt])
-        else:
-            prompt = message("user", turn.input)
-            if turn.system:
-                prompt = message("system", turn.system) + prompt
-        pieces += (
-            (f"{prompt}<|im_start|>assistant\n", False),
-            (f"{turn.output}<|im_end|>", turn.loss),
+def render(example: Text | Chat) -> list[tuple[str, bool]]:
+    """Return the segments of an example, each to be tokenised alone, with its loss flag."""
+    if isinstance(example, Text):
+        return [(example.text.strip(), True)]
+    segments = []
+    prompt = ""
+    for role, text, trained in example.messages:
+        if trained is None:
+            prompt += f"<|im_start|>{role}\n{text}<|im_end|>\n"
+            continue
+        segments += (
+            (f"{prompt}<|im_start|>{role}\n", False),
+            (f"{text}<|im_end|>", trained),
             ("\n", False),
         )
-    return pieces
+        prompt = ""
+    return segments
 
 
-def message(role: str, text: str) -> str:
-    """Returns one message of a chat that is not an answer."""
-    return f"<|im_start|>{role}\n{text}<|im_end|>\n"
+def _check_tokens(
+    segments: list[tuple[str, bool]], lacking: list[str], tokenizer: Tokenizer
+) -> None:
+    found = [name for name in lacking if any(name in text for text, _ in segments)]
+    if found:
+        raise MissingTokens(
+            f"the rows are chats, and tokenizer {tokenizer.name} lacks {', '.join(found)}: take a"
+            " chat model's tokenizer with --tokenizer, e.g. that of internlm2-chat"
+        )
 
 
 def _ids(
-    pieces: Sequence[str | tuple[int, ...]], tokenizer: Tokenizer
+    segments: Sequence[str | tuple[int, ...]], tokenizer: Tokenizer
 ) -> tuple[Int32[np.ndarray, " N"], Int64[np.ndarray, " P"]]:
-    """Ids of P pieces one after the other, and how many each has.
+    """Return the ids of P segments one after the other, and the length of each.
 
     Each text is tokenised once: every turn ends with the same newline, many begin alike.
     """
-    distinct = list(dict.fromkeys([piece for piece in pieces if isinstance(piece, str)]))
+    distinct = list(dict.fromkeys([text for text in segments if isinstance(text, str)]))
     ids_of = dict(zip(distinct, tokenizer.encode_batch(distinct), strict=True))
     flat: list[int] = []  # a list, because it grows fastest
     lengths: list[int] = []
-    for piece in pieces:
-        ids = ids_of[piece] if isinstance(piece, str) else piece
+    for segment in segments:
+        ids = ids_of[segment] if isinstance(segment, str) else segment
         flat += ids
         lengths.append(len(ids))
     # array.array reads a list of int faster than NumPy does.

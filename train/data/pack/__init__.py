@@ -1,1 +1,1 @@
-"""Documents to rows of a batch."""
+"""Documents to packed rows of a batch."""

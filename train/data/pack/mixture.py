@@ -1,4 +1,4 @@
-"""How much of each file: weights, and what is held out for validation."""
+"""Mixture of files: weights, the documents held out for validation, and random orders."""
 
 import contextlib
 from collections.abc import Sequence
@@ -8,49 +8,50 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
-from train.data.files.source import files_of
-from train.data.pack.order import shuffled
+from train.data.files.tables import arrow_files
 from train.data.tokens.dataset import Dataset
 
 Split = Literal["train", "val"]
 
-MOST = 1000  # times that an epoch may hold a file: each takes memory for every document
+LARGEST_WEIGHT = 1000  # each time an epoch has a file takes memory for every document
 
 
 class Source(NamedTuple):
-    """What one argument of --data names.
+    """An argument of --data.
 
     Attributes:
-        name: as it was typed.
+        argument: as it was typed.
+        path: without the weight.
         files: one, or those of a directory, which are one pool.
-        weight: how often an epoch holds them.
+        weight: number of times that an epoch has them.
     """
 
-    name: str
+    argument: str
+    path: Path
     files: list[Path]
     weight: float
 
 
 def parse_source(source: str | Path) -> Source:
-    """Splits `file:weight`; the weight is 1 where there is none.
+    """Split `file:weight`; without a weight it is 1.
 
     Raises:
-        ValueError: a weight that is out of bounds, or a directory of another kind.
+        ValueError: a weight that is out of bounds, or a directory that `datasets` did not save.
     """
     path, weight = Path(source), 1.0
     before, colon, number = str(source).rpartition(":")
     if colon and not path.exists():
         with contextlib.suppress(ValueError):  # a colon in a name
             path, weight = Path(before), float(number)
-    if not 0 < weight <= MOST:
+    if not 0 < weight <= LARGEST_WEIGHT:
         raise ValueError(
-            f"{source}: the weight must be above 0 and at most {MOST:,}: how often an epoch holds"
-            " the file"
+            f"{source}: the weight must be above 0 and at most {LARGEST_WEIGHT:,}: the number of"
+            " times that an epoch has the file"
         )
-    return Source(str(source), files_of(path), weight)
+    return Source(str(source), path, arrow_files(path) if path.is_dir() else [path], weight)
 
 
-def times(
+def repeats(
     dataset: Dataset,
     sources: Sequence[Source],
     *,
@@ -58,17 +59,17 @@ def times(
     hold_out: float = 0.0,
     split: Split = "train",
 ) -> Int64[np.ndarray, " D"]:
-    """How often an epoch holds each document.
+    """Return the number of times that an epoch has each document.
 
-    Weight 2 is twice, 0.3 a random 30% of the source's documents, 1.3 both. What is held out is
-    chosen first, at random in each source, and has no weight in "val".
+    Weight 2 is twice, 0.3 a random 30% of the source's documents, 1.3 both. The held-out documents
+    are chosen first, at random in each source, and have no weight in "val".
 
     Args:
         dataset: the documents.
         sources: of its files, in their order.
         seed: of the choices.
         hold_out: share of the documents that "val" has and "train" has not.
-        split: which of the two.
+        split: "train" or "val".
 
     Raises:
         ValueError: there are too few documents to hold some out, or for a weight.
@@ -80,7 +81,7 @@ def times(
         documents = np.flatnonzero(source_of == number)
         count = len(documents)
         held = round(hold_out * count)
-        order = documents[shuffled(count, seed, 2, number)]
+        order = documents[permutation(count, seed, 2, number)]
         if split == "val":
             result[order[:held]] = 1
             continue
@@ -90,8 +91,8 @@ def times(
         result[rest[: round((source.weight - whole) * len(rest))]] += 1
         if len(rest) and not result[rest].any():
             raise ValueError(
-                f"{source.name} holds none of its {len(rest):,} document(s): the weight must be at"
-                f" least {1 / len(rest):.2g}"
+                f"{source.argument} holds none of its {len(rest):,} document(s): the weight must be"
+                f" at least {1 / len(rest):.2g}"
             )
     if hold_out and not result.any():
         raise ValueError(
@@ -99,3 +100,20 @@ def times(
             " files for validation instead"
         )
     return result
+
+
+def permutation(n: int, *key: int) -> Int64[np.ndarray, " n"]:
+    """Return a random order of 0..n-1 that depends on `key` alone, for ever: a run depends on it.
+
+    Made of the raw bits of PCG64, which NumPy promises not to change; the stream of
+    `Generator.permutation` may change with a NumPy release, and with it every resumed run.
+
+    Args:
+        n: length.
+        key: integers >= 0, e.g. seed and epoch.
+
+    References:
+        NEP 19, "Random number generator policy".
+    """
+    bits = np.random.PCG64(np.random.SeedSequence(key)).random_raw(n)
+    return np.argsort(bits, kind="stable").astype(np.int64)

@@ -1,15 +1,15 @@
-"""Which piece goes into which row, and what a row looks like.
+"""Packing: spans to rows, and rows to arrays.
 
-1. `cut` (pieces.py) turns documents into pieces no longer than a row.
-2. `pack` puts whole pieces into rows: best-fit decreasing within a bounded window of pieces.
-3. `fill` writes rows out. A token's target is the next token of its *document*, looked up
-   before anything was cut: the last token of a piece has the first one of the next piece as
-   its target; only the last token of a document has none.
+1. `split_documents` (spans.py) turns documents into spans no longer than a row.
+2. `pack` puts whole spans into rows: best-fit decreasing within a bounded window of spans.
+3. `fill` writes rows out. A token's target is the next token of its *document*, looked up before
+   the split: the target of a span's last token is the first token of the next span; only the last
+   token of a document has none.
 
-Nothing is lost between windows or at the end: the emptiest row of a window is taken apart and
-packed with the next one, and the last window is flushed whole.
+Nothing is lost between windows or at the end: the spans of a window's emptiest row are packed again
+with the next window, and the last window is written out whole.
 
-What best-fit decreasing costs: rows hold documents of similar length, since the long ones are
+The price of best-fit decreasing: rows hold documents of similar length, since the long ones are
 placed first. The order of rows is therefore shuffled anew in every epoch (loader.py).
 """
 
@@ -20,22 +20,22 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array, Float32, Int, Int32, Int64
 
-from train.data.pack.order import shuffled
-from train.data.pack.spans import Pieces
+from train.data.pack.mixture import permutation
+from train.data.pack.spans import Spans
 from train.data.tokens.dataset import Dataset
 
-WINDOW = 16_384  # pieces that are sorted together: 2.9 M tokens of Alpaca, 87 rows of 32,768
+WINDOW = 16_384  # spans that are sorted together: 2.9 M tokens of Alpaca, 87 rows of 32,768
 
 
 class Batch(NamedTuple):
-    """B packed rows of T places; numpy arrays from the loader, jax arrays in the step.
+    """B packed rows of T tokens; NumPy arrays from the loader, JAX arrays in the step.
 
     Attributes:
-        tokens: int32 ids; the padding id where there is nothing.
-        targets: int32, the next token of the same document; the padding id where there is none.
-        loss_mask: float32, 1 where predicting the target counts, else 0.
+        tokens: int32 ids; the padding id in the padding.
+        targets: int32, the next token of the same document; the padding id if there is none.
+        loss_mask: float32, 1 if predicting the target counts, else 0.
         segment_ids: int32, 1.. in order of place within each row; 0 = padding.
-        positions: int32, from 0 in every piece; 0 in the padding.
+        positions: int32, from 0 in every segment; 0 in the padding.
     """
 
     tokens: Int32[np.ndarray | Array, "B T"]
@@ -46,10 +46,10 @@ class Batch(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rows:
-    """R = E - 1 rows of P pieces; row r holds `pieces[offsets[r]:offsets[r + 1]]`, in order."""
+class PackedRows:
+    """R = E - 1 rows of P spans; row r has `spans[offsets[r]:offsets[r + 1]]`, in order."""
 
-    pieces: Int64[np.ndarray, " P"]
+    spans: Int64[np.ndarray, " P"]
     offsets: Int64[np.ndarray, " E"]
 
     def __len__(self) -> int:
@@ -58,20 +58,20 @@ class Rows:
 
 def pack(
     lengths: Int64[np.ndarray, " P"], seq_len: int, *, seed: int, window: int = WINDOW
-) -> Rows:
-    """Puts every piece into exactly one row, whole.
+) -> PackedRows:
+    """Put every span into exactly one row, whole.
 
-    Pieces are shuffled, and `window` of them at a time are placed longest first, each into the
+    Spans are shuffled, and `window` of them at a time are placed longest first, each into the
     fullest row that has room for it (best-fit decreasing). Deterministic given the arguments.
     Time: O(P log P); memory beyond the result: one window.
 
     Args:
-        lengths: tokens of each piece, 1..seq_len.
-        seq_len: places of a row.
+        lengths: tokens of each span, 1..seq_len.
+        seq_len: tokens of a row.
         seed: of the shuffle.
-        window: pieces placed together.
+        window: spans placed together.
     """
-    order = shuffled(len(lengths), seed)
+    order = permutation(len(lengths), seed)
     packed: list[Int64[np.ndarray, " n"]] = []
     counts: list[int] = []
     carried: list[int] = []
@@ -79,25 +79,29 @@ def pack(
         here = carried + order[at : at + window].tolist()
         rows, free = _best_fit(here, lengths, seq_len)
         carried = rows.pop(free[-1][1])
-        packed.append(np.array([piece for row in rows for piece in row], np.int64))
+        packed.append(np.array([span for row in rows for span in row], np.int64))
         counts += map(len, rows)
-    return Rows(
-        pieces=np.concatenate([*packed, np.array(carried, np.int64)]),
+    return PackedRows(
+        spans=np.concatenate([*packed, np.array(carried, np.int64)]),
         offsets=np.cumsum([0, *counts, len(carried)], dtype=np.int64),
     )
 
 
 def fill(
     dataset: Dataset,
-    pieces: Pieces,
-    rows: Rows,
-    which: Int[np.ndarray, " B"],
+    spans: Spans,
+    rows: PackedRows,
+    chosen: Int[np.ndarray, " B"],
     *,
     seq_len: int,
     pad_id: int,
 ) -> Batch:
-    """Writes out the rows numbered `which`, as numpy arrays."""
-    shape = (len(which), seq_len)
+    """Write out the rows numbered `chosen`, as NumPy arrays.
+
+    Raises:
+        ValueError: the token cache holds ids that the tokenizer does not have.
+    """
+    shape = (len(chosen), seq_len)
     batch = Batch(
         tokens=np.full(shape, pad_id, np.int32),
         targets=np.full(shape, pad_id, np.int32),
@@ -106,12 +110,12 @@ def fill(
         positions=np.zeros(shape, np.int32),
     )
     count = np.arange(seq_len, dtype=np.int32)
-    for b, row in enumerate(which):
+    for b, row in enumerate(chosen):
         at = 0
-        segment = rows.pieces[rows.offsets[row] : rows.offsets[row + 1]]
-        for number, piece in enumerate(segment, start=1):
-            start, n = int(pieces.start[piece]), int(pieces.length[piece])
-            targets = n if pieces.continues[piece] else n - 1
+        segments = rows.spans[rows.offsets[row] : rows.offsets[row + 1]]
+        for number, span in enumerate(segments, start=1):
+            start, n = int(spans.start[span]), int(spans.length[span])
+            targets = n if spans.continues[span] else n - 1
             signed = dataset.tokens[start : start + targets + 1]
             tokens = np.where(signed < 0, ~signed, signed)
             batch.tokens[b, at : at + n] = tokens[:n]
@@ -120,16 +124,22 @@ def fill(
             batch.segment_ids[b, at : at + n] = number
             batch.positions[b, at : at + n] = count[:n]
             at += n
+    largest = max(batch.tokens.max(), batch.targets.max())
+    if largest >= dataset.vocab_size:
+        raise ValueError(
+            f"the token cache holds id {largest:,}, and the tokenizer has {dataset.vocab_size:,}"
+            " ids: the cache was changed while it was used; start again, and it is made anew"
+        )
     return batch
 
 
 def _best_fit(
-    pieces: list[int], lengths: Int64[np.ndarray, " P"], seq_len: int
+    spans: list[int], lengths: Int64[np.ndarray, " P"], seq_len: int
 ) -> tuple[list[list[int]], list[tuple[int, int]]]:
-    """Returns the rows, and (free places, row) of each in increasing order."""
+    """Return the rows, and (free tokens, row) of each in increasing order."""
     rows: list[list[int]] = []
     free: list[tuple[int, int]] = []
-    sizes = lengths[pieces]
+    sizes = lengths[spans]
     for index in np.argsort(-sizes, kind="stable"):
         size = int(sizes[index])
         fit = bisect.bisect_left(free, (size, -1))
@@ -138,6 +148,6 @@ def _best_fit(
             rows.append([])
         else:
             space, row = free.pop(fit)
-        rows[row].append(pieces[index])
+        rows[row].append(spans[index])
         bisect.insort(free, (space - size, row))
     return rows, free

@@ -1,7 +1,7 @@
-"""Documents to pieces: which stretches of tokens go into rows, and what is left out.
+"""Documents to spans: the stretches of tokens that go into rows, and what is left out.
 
-A piece stands in one row as one segment. Raw text longer than a row is split into consecutive
-pieces; a chat never is: one that is too long is dropped or cut, as chosen, and counted.
+A span is one segment of one row. Raw text longer than a row is split into consecutive spans; a chat
+never is: one that is too long is dropped or cut, as chosen, and counted.
 """
 
 import dataclasses
@@ -17,17 +17,17 @@ TooLong = Literal["drop", "head", "tail"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pieces:
-    """P stretches of tokens, each to stand in one row as one segment.
+class Spans:
+    """P stretches of tokens, each of them one segment of one row.
 
     Attributes:
         start: int64, index of the first token in `Dataset.tokens`.
         length: int64, tokens, 1..seq_len.
-        continues: bool, whether its last token has a target, the next one of its document.
-        targets: int64, how many of its targets are trained on.
+        continues: bool, true if its last token has a target, the next one of its document.
+        targets: int64, number of its targets that are trained on.
         document: int64, index of its document.
-        dropped: documents that became no piece, and why.
-        truncated: documents of which a part became no piece, and which.
+        dropped: documents without a span, and why.
+        truncated: documents that are not whole, and which part is kept.
     """
 
     start: Int64[np.ndarray, " P"]
@@ -42,46 +42,37 @@ class Pieces:
         return len(self.start)
 
 
-def cut(
-    dataset: Dataset,
-    seq_len: int,
-    *,
-    too_long: TooLong = "drop",
-    times: Int64[np.ndarray, " D"] | None = None,
-) -> Pieces:
-    """Divides documents into pieces of at most `seq_len` tokens.
+def split_documents(
+    dataset: Dataset, seq_len: int, repeats: Int64[np.ndarray, " D"], *, too_long: TooLong = "drop"
+) -> Spans:
+    """Divide documents into spans of at most `seq_len` tokens.
 
     Args:
         dataset: the documents.
-        seq_len: places of a row.
-        too_long: what becomes of a chat longer than a row: "drop" leaves it out, "head" keeps
-            its first `seq_len` tokens (as XTuner does: the answer may lose its end), "tail" its
-            last (the prompt may lose its beginning). Raw text is split and loses nothing.
-        times: how often each document is taken; by default once.
+        seq_len: tokens of a row.
+        repeats: number of times that each document is taken.
+        too_long: for a chat longer than a row: "drop" leaves it out, "head" keeps its first
+            `seq_len` tokens (as XTuner does: the answer may lose its end), "tail" its last (the
+            prompt may lose its beginning). Raw text is split and loses nothing.
 
     Raises:
         ValueError: no document is left.
     """
+    wanted = repeats > 0
     begin, end = dataset.offsets[:-1].copy(), dataset.offsets[1:]
-    cropped = ~dataset.splittable & (dataset.lengths > seq_len)
-    if times is not None:
-        cropped &= times > 0
+    cropped = wanted & ~dataset.splittable & (dataset.lengths > seq_len)
     if too_long == "tail":
         begin[cropped] = end[cropped] - seq_len
     stop = np.where(cropped & (too_long == "head"), begin + seq_len, end)
     dropped = cropped & (too_long == "drop")
     targets = dataset.targets.copy()
     for d in np.flatnonzero(cropped & ~dropped):
-        targets[d] = count_targets(dataset, int(begin[d]), int(stop[d]), bool(stop[d] < end[d]))
-    untrained = ~dropped & (targets == 0)
-    if times is not None:
-        untrained &= times > 0
-    kept = ~untrained & ~dropped
-    counts = np.where(kept, -(-(stop - begin) // seq_len), 0)
-    if times is not None:
-        counts = np.where(times > 0, counts, 0)
-    check_any(dataset, kept & (counts > 0), seq_len, too_long)
+        targets[d] = _count_trained(dataset, int(begin[d]), int(stop[d]), bool(stop[d] < end[d]))
+    untrained = wanted & ~dropped & (targets == 0)
+    kept = wanted & ~untrained & ~dropped
+    check_any(dataset, kept, seq_len, too_long)
 
+    counts = np.where(kept, -(-(stop - begin) // seq_len), 0)
     document = np.repeat(np.arange(len(counts)), counts)
     number = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
     start = begin[document] + number * seq_len
@@ -90,12 +81,17 @@ def cut(
     found = targets[document]
     for p in np.flatnonzero(counts[document] > 1):
         first, last = int(start[p]), int(start[p] + length[p])
-        found[p] = count_split(dataset, int(document[p]), first, last, bool(continues[p]))
-    columns = (start, length, continues, found, document)
-    if times is not None and times.max() > 1:
-        columns = tuple(np.repeat(column, times[document]) for column in columns)
-    return Pieces(
-        **dict(zip(("start", "length", "continues", "targets", "document"), columns, strict=True)),
+        found[p] = count_targets(dataset, int(document[p]), first, last, bool(continues[p]))
+    start, length, continues, found, document = (
+        np.repeat(column, repeats[document])
+        for column in (start, length, continues, found, document)
+    )
+    return Spans(
+        start=start,
+        length=length,
+        continues=continues,
+        targets=found,
+        document=document,
         dropped=tuple(
             [problem(dataset, d, f"a row has {seq_len:,}") for d in np.flatnonzero(dropped)]
             + [problem(dataset, d, "none is trained on") for d in np.flatnonzero(untrained)]
@@ -106,21 +102,23 @@ def cut(
     )
 
 
-def count_targets(dataset: Dataset, start: int, stop: int, continues: bool) -> int:
-    """Returns how many targets of the stretch start..stop are trained on."""
-    return int((dataset.tokens[start + 1 : stop + continues] >= 0).sum())
+def count_targets(dataset: Dataset, document: int, start: int, stop: int, continues: bool) -> int:
+    """Return the number of trained targets of the stretch start..stop of a document.
 
-
-def count_split(dataset: Dataset, document: int, start: int, stop: int, continues: bool) -> int:
-    """The same, without reading a document of which every token is trained on (raw text)."""
+    A document of which every token is trained on (raw text) is not read.
+    """
     begin, end = dataset.offsets[document], dataset.offsets[document + 1]
     if dataset.targets[document] == end - begin - 1:
         return stop - start - 1 + continues
-    return count_targets(dataset, start, stop, continues)
+    return _count_trained(dataset, start, stop, continues)
+
+
+def _count_trained(dataset: Dataset, start: int, stop: int, continues: bool) -> int:
+    return int((dataset.tokens[start + 1 : stop + continues] >= 0).sum())
 
 
 def check_any(dataset: Dataset, kept: Bool[np.ndarray, " D"], seq_len: int, how: str) -> None:
-    """Raises ValueError if no document is left to train on."""
+    """Raise ValueError if no document is left to train on."""
     if not kept.any():
         longest = int(dataset.lengths.max())
         if longest <= seq_len:
@@ -132,7 +130,7 @@ def check_any(dataset: Dataset, kept: Bool[np.ndarray, " D"], seq_len: int, how:
 
 
 def problem(dataset: Dataset, document: int | np.integer, reason: str) -> Problem:
-    """Names a document and its length."""
+    """Return a document's file, line and length with a reason."""
     file = dataset.files[dataset.file[document]].file
     length = int(dataset.offsets[document + 1] - dataset.offsets[document])
-    return Problem(file, int(dataset.line[document]), f"{length:,} tokens, {reason}")
+    return Problem(file, int(dataset.line[document]), 0, f"{length:,} tokens, {reason}")

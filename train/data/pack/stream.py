@@ -5,12 +5,11 @@
     row is not full. For pre-training text; a chat may be cut in two.
 "xtuner"
     XTuner's Packer with one worker, for comparisons. Documents are first cut to their head of
-    `seq_len` tokens. 1,000 documents at a time join what is left of those before; full rows are
-    cut off, the rest is carried on. Where there is not one full row, what there is becomes a short
-    row. The last rest is lost, here counted. The last token of a row has no target.
+    `seq_len` tokens. 1,000 documents at a time join the rest of those before; full rows are cut
+    off, the new rest is carried on. A rest with less than one full row becomes a short row. The
+    last rest is lost, here counted. The last token of a row has no target.
 
-In both, positions restart where a document does and where a row does; documents never see each
-other.
+In both, positions restart at every document and at every row; documents never see each other.
 
 References:
     InternLM/xtuner v0.1.23: xtuner/dataset/utils.py `Packer`, xtuner/dataset/huggingface.py.
@@ -21,49 +20,49 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int64
 
-from train.data.pack.order import shuffled
-from train.data.pack.packing import Rows
-from train.data.pack.spans import Pieces, check_any, count_split, problem
+from train.data.pack.mixture import permutation
+from train.data.pack.packing import PackedRows
+from train.data.pack.spans import Spans, check_any, count_targets, problem
 from train.data.tokens.dataset import Dataset
 
-Stream = Literal["concat", "xtuner"]
+StreamPacking = Literal["concat", "xtuner"]
 
 XTUNER_BATCH = 1000  # documents that its `map(Packer, batched=True)` hands over at once
 
 
-def stream(
+def pack_stream(
     dataset: Dataset,
     seq_len: int,
+    repeats: Int64[np.ndarray, " D"],
     *,
-    how: Stream,
+    method: StreamPacking,
     seed: int,
-    times: Int64[np.ndarray, " D"] | None = None,
-) -> tuple[Pieces, Rows]:
-    """Cuts documents and puts them into rows, both at once.
+) -> tuple[Spans, PackedRows]:
+    """Split documents and put them into rows, both at once.
 
     Args:
         dataset: the documents.
-        seq_len: places of a row.
-        how: see above.
+        seq_len: tokens of a row.
+        repeats: number of times that each document is taken.
+        method: "concat" or "xtuner", see above.
         seed: of the order of the documents.
-        times: how often each document is taken; by default once.
 
     Raises:
         ValueError: no document is left.
     """
-    wanted = np.ones(len(dataset.targets), np.int64) if times is None else times
     lengths = dataset.lengths
-    usable = dataset.targets > 0
-    if how == "xtuner":
-        for d in np.flatnonzero(usable & (lengths > seq_len) & (wanted > 0)):
+    wanted = repeats > 0
+    usable = wanted & (dataset.targets > 0)
+    if method == "xtuner":
+        for d in np.flatnonzero(usable & (lengths > seq_len)):
             begin = int(dataset.offsets[d])
-            usable[d] = count_split(dataset, int(d), begin, begin + seq_len, False) > 0
+            usable[d] = count_targets(dataset, int(d), begin, begin + seq_len, False) > 0
         lengths = np.minimum(lengths, seq_len)
-    check_any(dataset, usable & (wanted > 0), seq_len, how)
-    order = np.repeat(np.arange(len(usable)), np.where(usable, wanted, 0))
-    order = order[shuffled(len(order), seed)]
+    check_any(dataset, usable, seq_len, method)
+    order = np.repeat(np.arange(len(usable)), np.where(usable, repeats, 0))
+    order = order[permutation(len(order), seed)]
     edges = np.concatenate([[0], np.cumsum(lengths[order])])
-    cuts = _xtuner_cuts(edges, seq_len) if how == "xtuner" else _even_cuts(edges[-1], seq_len)
+    cuts = _xtuner_cuts(edges, seq_len) if method == "xtuner" else _even_cuts(edges[-1], seq_len)
     if len(cuts) == 1:
         raise ValueError(
             f"XTuner's packing loses all {edges[-1]:,} tokens at {seq_len=}: choose another"
@@ -75,36 +74,40 @@ def stream(
     document = order[place]
     start = dataset.offsets[document] + begins - edges[place]
     length = ends - begins
-    continues = (start + length < dataset.offsets[document + 1]) & (how == "concat")
+    continues = (start + length < dataset.offsets[document + 1]) & (method == "concat")
     targets = dataset.targets[document]
     for p in np.flatnonzero(length < np.diff(dataset.offsets)[document]):
         first, last = int(start[p]), int(start[p] + length[p])
-        targets[p] = count_split(dataset, int(document[p]), first, last, bool(continues[p]))
+        targets[p] = count_targets(dataset, int(document[p]), first, last, bool(continues[p]))
     taken = np.bincount(document, minlength=len(usable)) > 0
-    lost = np.flatnonzero(usable & (wanted > 0) & ~taken)
-    untrained = np.flatnonzero(~usable & (wanted > 0))
     held = np.zeros(len(usable), np.int64)
     np.add.at(held, document, length)
-    part = np.flatnonzero(taken & (held < dataset.lengths * wanted))
+    partial = np.flatnonzero(taken & (held < dataset.lengths * repeats))
     return (
-        Pieces(
+        Spans(
             start=start,
             length=length,
             continues=continues,
             targets=targets,
             document=document,
             dropped=tuple(
-                [problem(dataset, d, "in the rest that XTuner loses") for d in lost]
-                + [problem(dataset, d, "none is trained on") for d in untrained]
+                [
+                    problem(dataset, d, "in the rest that XTuner loses")
+                    for d in np.flatnonzero(usable & ~taken)
+                ]
+                + [
+                    problem(dataset, d, "none is trained on")
+                    for d in np.flatnonzero(wanted & ~usable)
+                ]
             ),
-            truncated=tuple(problem(dataset, d, f"cut as by {how}") for d in part),
+            truncated=tuple(problem(dataset, d, f"cut as by {method}") for d in partial),
         ),
-        Rows(pieces=np.arange(len(begins)), offsets=np.searchsorted(begins, cuts)),
+        PackedRows(spans=np.arange(len(begins)), offsets=np.searchsorted(begins, cuts)),
     )
 
 
 def _even_cuts(total: int | np.integer, seq_len: int) -> Int64[np.ndarray, " E"]:
-    """Where rows begin in the stream, and where the last one ends."""
+    """Return the places in the stream where rows begin, and the end of the last one."""
     return np.append(np.arange(0, total, seq_len), total).astype(np.int64)
 
 

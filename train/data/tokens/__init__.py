@@ -1,1 +1,1 @@
-"""Rows to tokens, by all cores, and the cache that keeps them."""
+"""Rows to tokens, on all cores, and the cache that keeps them."""

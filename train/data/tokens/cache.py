@@ -1,77 +1,126 @@
-"""Tokens on disk: a file is tokenised once for a tokenizer and a template, and mapped after that.
+"""Token cache: a file is tokenised once for a tokenizer, and read from the cache after that.
 
-    <cache>/<key>/00000.tokens ...    one file a part (documents.py), complete as soon as it exists
-    <cache>/<key>/whole.json          there when all parts are
-    <cache>/<key>/lock                held by the process that builds
+    <cache>/v<version>/<key>/00000.tokens ...    one file a chunk (documents.py), never half written
+    <cache>/v<version>/<key>/whole.json          number of chunks; written when all of them exist
+    <cache>/v<version>/<key>/lock                held by the process that builds
 
-The key is a hash of the file's bytes, of the tokenizer, and of the code from row to token, so that
-a cache never has to be cleared to be right; the file's name and date do not matter. A build that is
-interrupted, by whatever, goes on with the parts that are missing; one byte that has changed is
-noticed when the cache is opened, and its part is made anew.
+The version is `FORMAT_VERSION`; the key is a hash of the file's bytes, of the tokenizer and of the
+options that change tokens. The file's name and date do not matter. An interrupted build continues
+with the chunks that are missing. A changed byte is found when the cache is opened, and its chunk is
+tokenised again.
 """
 
 import contextlib
 import dataclasses
-import fcntl
+import functools
 import hashlib
 import json
+import logging
 import os
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from models.tokenizer import Tokenizer
 from train.atomic import replace_text
-from train.data.files.source import check_path, read_parts
+from train.data.files.formats import Reasoning
+from train.data.files.readers import CHUNK, check_path
+from train.data.files.records import read_chunks
 from train.data.tokens.documents import Damaged, Documents, read_documents
-from train.data.tokens.encode import code_fingerprint, encode_part
-from train.data.tokens.pool import Job, write_parts
+from train.data.tokens.encode import encode_chunk
+from train.data.tokens.pool import Encode, Job, write_documents
+
+FORMAT_VERSION = 2
+"""Version of everything between the bytes of a file and its tokens: the reading of rows, the
+formats, the chat template, the division into chunks, the layout of a chunk. Raise it when one of
+them changes the content of a cache; tests/train/data/tokens/test_format_version.py fails until
+then."""
 
 _WHOLE = "whole.json"
+_NAMED = 3  # stale caches that are named in the log; the rest are counted
+
+log = logging.getLogger(__name__)
 
 
-def default_cache() -> Path:
-    """Where tokens are kept unless told otherwise: in the user's cache directory."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "internlm2-jax"
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """How files are read and tokenised.
+
+    Attributes:
+        strict: the first broken row is fatal instead of skipped and counted.
+        reasoning: "keep" puts an answer's reasoning into <think> ... </think>, "drop" drops it.
+        cache: directory of the token cache; None: the tokens are held in memory.
+        workers: processes that fill the cache; by default one a core. The tokens are the same.
+        chunk: bytes of a chunk of a file.
+    """
+
+    strict: bool = False
+    reasoning: Reasoning = "keep"
+    cache: Path | None = None
+    workers: int = dataclasses.field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    chunk: int = CHUNK
 
 
 def open_documents(
-    path: Path, tokenizer: Tokenizer, *, cache: Path | None, workers: int, bar: tqdm
+    path: Path, tokenizer: Tokenizer, options: ReadOptions, bar: tqdm
 ) -> list[Documents]:
-    """The documents of a file, one entry a part; tokenised only if the cache lacks them.
+    """Return the documents of a file, one entry a chunk; tokenise what the cache lacks.
 
     Args:
         path: the file.
         tokenizer: makes the ids.
-        cache: directory of the cache; None: tokenise here and now, and hold the tokens in memory.
-        workers: processes that tokenise, threads that check.
+        options: cache, workers and the rest.
         bar: moves by the bytes of the file.
 
     Raises:
-        ValueError: the file cannot be used, or the cache cannot be written.
+        ValueError: the file cannot be used, or the cache cannot be read or written.
         OSError: the disk is full, or a worker died.
     """
     check_path(path)
-    if cache is None:
-        return [_encode(part, tokenizer, bar) for part in read_parts(path)]
+    encode = functools.partial(encode_chunk, tokenizer=tokenizer, reasoning=options.reasoning)
+    if options.cache is None:
+        return [_encode(chunk, encode, bar) for chunk in read_chunks(path, size=options.chunk)]
     before = path.stat()
-    directory = cache.expanduser() / _key(path, tokenizer)
+    key = _key(path, tokenizer, options)
+    directory = options.cache.expanduser() / f"v{FORMAT_VERSION}" / key
     try:
-        found = _open_whole(directory, workers)
+        found = _open_whole(directory, options.workers)
     except PermissionError as error:
         raise _unusable(directory, "read", error) from error
     except (FileNotFoundError, NotADirectoryError, Damaged) as error:
         if isinstance(error, Damaged):
-            tqdm.write(f"damaged token cache: {error}; tokenising its part again")
+            log.warning(f"damaged token cache: {error}; tokenising its chunk again")
         with _lock(directory, path):
-            _build(path, before, tokenizer, directory, workers, bar)
-            found = _open_whole(directory, workers)
+            _build(path, before, encode, directory, options, bar)
+            found = _open_whole(directory, options.workers)
     else:
         bar.update(before.st_size)
     _check_same(path, before)
     return found
+
+
+def stale_caches(cache: Path) -> list[Path]:
+    """Return the directories in `cache` that only other versions of this program can read."""
+    try:
+        found = [path for path in cache.expanduser().iterdir() if path.is_dir()]
+    except OSError:
+        return []
+    # A key without a version is older than the first version.
+    stale = re.compile(rf"(?!v{FORMAT_VERSION}$)v\d+|[0-9a-f]{{32}}")
+    return sorted(path for path in found if stale.fullmatch(path.name))
+
+
+@functools.cache
+def log_stale_caches(cache: Path) -> None:
+    """Log the stale caches in `cache`, once in a process."""
+    if stale := stale_caches(cache):
+        names = ", ".join(path.name for path in stale[:_NAMED])
+        more = f" and {len(stale) - _NAMED:,} more" if len(stale) > _NAMED else ""
+        log.info(f"token caches of other versions in {cache}, safe to delete: {names}{more}")
 
 
 def _check_same(path: Path, before: os.stat_result) -> None:
@@ -80,73 +129,77 @@ def _check_same(path: Path, before: os.stat_result) -> None:
         raise ValueError(f"{path} changed while it was read: run again when it is complete")
 
 
-def _encode(part, tokenizer: Tokenizer, bar: tqdm) -> Documents:
-    documents = encode_part(part, tokenizer)
-    bar.update(part.size)
+def _encode(chunk, encode: Encode, bar: tqdm) -> Documents:
+    documents = encode(chunk)
+    bar.update(chunk.size)
     return documents
 
 
-def _key(path: Path, tokenizer: Tokenizer) -> str:
+def _key(path: Path, tokenizer: Tokenizer, options: ReadOptions) -> str:
     with path.open("rb") as file:
         data = hashlib.file_digest(file, "sha256").hexdigest()
-    suffix = "".join(path.suffixes[-2:]).lower()  # part of what the bytes mean: .txt or .jsonl
+    suffix = "".join(path.suffixes[-2:]).lower()  # decides what the bytes mean: .txt or .jsonl
     # The fingerprint is of how text becomes ids; a tokenizer's config names the one that begins it.
-    said = [data, suffix, tokenizer.fingerprint, str(tokenizer.bos_id), code_fingerprint()]
-    return hashlib.blake2b("\n".join(said).encode(), digest_size=16).hexdigest()
+    facts = [data, suffix, tokenizer.fingerprint, str(tokenizer.bos_id), options.reasoning]
+    return hashlib.blake2b("\n".join(facts).encode(), digest_size=16).hexdigest()
 
 
 def _open_whole(directory: Path, workers: int) -> list[Documents]:
-    """Raises FileNotFoundError where parts are missing, Damaged where one is not what it was."""
+    """Open all chunks.
+
+    Raises:
+        FileNotFoundError: chunks are missing.
+        Damaged: a chunk or the list has changed.
+    """
+    list_ = directory / _WHOLE
     try:
-        whole = json.loads((directory / _WHOLE).read_text())
-        count, checksum = whole["parts"], whole.pop("sha256")
-        if checksum != _checksum(whole):
-            raise ValueError("the checksum is wrong")
-    except (ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"{directory / _WHOLE}: {error}") from error
+        count = json.loads(list_.read_text())["parts"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Damaged(f"{list_}: {error}") from error
+    found = len(list(directory.glob("*.tokens")))
+    if type(count) is not int or count != found:
+        raise Damaged(f"{list_} lists {count!r:.40} chunks, and {found} exist")
     with ThreadPoolExecutor(workers) as threads:
-        return list(threads.map(read_documents, [_part(directory, i) for i in range(count)]))
+        return list(threads.map(read_documents, [_file(directory, i) for i in range(count)]))
 
 
-def _part(directory: Path, number: int) -> Path:
+def _file(directory: Path, number: int) -> Path:
     return directory / f"{number:05}.tokens"
 
 
 def _build(
     path: Path,
     before: os.stat_result,
-    tokenizer: Tokenizer,
+    encode: Encode,
     directory: Path,
-    workers: int,
+    options: ReadOptions,
     bar: tqdm,
 ) -> None:
-    """Makes what is missing or damaged; under the lock.
+    """Make the chunks that are missing or damaged; the caller holds the lock.
 
-    The key stands for the file as it was `before`: other bytes, once under it, would stay there.
+    The key belongs to the file as it was `before`: the tokens of other bytes must not get it.
     """
     for left in directory.glob("*.tmp"):  # of a build that was killed
         left.unlink()
 
     def jobs() -> Iterator[Job]:
-        for number, part in enumerate(read_parts(path)):
+        for number, chunk in enumerate(read_chunks(path, size=options.chunk)):
             _check_same(path, before)
-            file = _part(directory, number)
-            yield (dataclasses.replace(part, data=b""), None) if _whole(file) else (part, file)
-        _check_same(path, before)  # one that was cut off ends too soon
+            file = _file(directory, number)
+            yield (dataclasses.replace(chunk, data=b""), None) if _intact(file) else (chunk, file)
+        _check_same(path, before)  # a file that was cut off ends too soon
 
     count = 0
-    for part in write_parts(jobs(), tokenizer, workers=workers):
+    for chunk in write_documents(jobs(), encode, workers=options.workers):
         count += 1
-        bar.update(part.size)
-    whole: dict[str, object] = {"parts": count, "file": str(path)}  # the name is for people
-    replace_text(directory / _WHOLE, json.dumps(whole | {"sha256": _checksum(whole)}))
+        bar.update(chunk.size)
+    for left in set(directory.glob("*.tokens")) - {_file(directory, i) for i in range(count)}:
+        left.unlink()
+    # The file's name is for people.
+    replace_text(directory / _WHOLE, json.dumps({"parts": count, "file": str(path)}))
 
 
-def _checksum(whole: dict[str, object]) -> str:
-    return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
-
-
-def _whole(file: Path) -> bool:
+def _intact(file: Path) -> bool:
     try:
         read_documents(file)
     except (FileNotFoundError, Damaged):
@@ -156,23 +209,25 @@ def _whole(file: Path) -> bool:
 
 @contextlib.contextmanager
 def _lock(directory: Path, path: Path) -> Iterator[None]:
-    """One builder at a time; the system releases the lock of a process that is killed."""
+    """Allow one builder at a time; the system releases the lock of a process that is killed."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        file = (directory / "lock").open("w")
-    except OSError as error:
-        raise _unusable(directory, "written", error) from error
-    with file:
+        lock = FileLock(directory / "lock")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            tqdm.write(f"{path} is being tokenised by another run: waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info(f"{path} is being tokenised by another run: waiting for it")
+            lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        raise _unusable(directory, "written", error) from error
+    try:
         yield
+    finally:
+        lock.release()
 
 
-def _unusable(directory: Path, done: str, error: OSError) -> ValueError:
+def _unusable(directory: Path, done: str, error: Exception) -> ValueError:
+    reason = getattr(error, "strerror", None) or error
     return ValueError(
-        f"the token cache {directory} cannot be {done} ({error.strerror}): choose another with"
-        " --data.cache"
+        f"the token cache {directory} cannot be {done} ({reason}): choose another with --data.cache"
     )

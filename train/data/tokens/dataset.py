@@ -1,21 +1,21 @@
-"""Files to one long sequence of tokens, which may be far larger than the memory."""
+"""Files to one long array of tokens, which may be far larger than the memory."""
 
 import dataclasses
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Int32, Int64
+from jaxtyping import Bool, Int32, Int64, UInt64
 from tqdm import tqdm
 
 from models.tokenizer import Tokenizer
+from train.data.files.template import MissingTokens
 from train.data.report import FileReport, Problem
-from train.data.tokens.cache import open_documents
+from train.data.tokens.cache import ReadOptions, log_stale_caches, open_documents
 from train.data.tokens.documents import Documents
-from train.data.tokens.token_array import Tokens
+from train.data.tokens.token_array import TokenArray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,26 +23,30 @@ class Dataset:
     """D tokenised documents, one after the other.
 
     Attributes:
-        tokens: int32 ids where the token is trained on, that is where predicting it counts;
-            `~id`, which is negative, where it is not.
+        tokens: int32; the id of a token that is trained on, that is, whose prediction counts;
+            `~id`, which is negative, of another.
         offsets: int64, E = D + 1; document d is `tokens[offsets[d]:offsets[d + 1]]`.
-        targets: int64, tokens of each document that are trained on, the first one not counted.
+        targets: int64, trained tokens of each document, without its first token.
         splittable: bool, true for raw text, false for a chat.
+        hashes: uint64, hash of each document's ids.
         file: int32, index of the document's file in `files`.
         line: int64, line of the file on which it begins.
-        files: what was read.
+        files: counts for each file.
         broken: rows that could not be used.
+        vocab_size: ids are below this.
         digest: hash of all tokens.
     """
 
-    tokens: Tokens
+    tokens: TokenArray
     offsets: Int64[np.ndarray, " E"]
     targets: Int64[np.ndarray, " D"]
     splittable: Bool[np.ndarray, " D"]
+    hashes: UInt64[np.ndarray, " D"]
     file: Int32[np.ndarray, " D"]
     line: Int64[np.ndarray, " D"]
     files: tuple[FileReport, ...]
     broken: tuple[Problem, ...]
+    vocab_size: int
     digest: str
 
     @property
@@ -52,47 +56,44 @@ class Dataset:
 
 
 def tokenise(
-    paths: Sequence[Path],
-    tokenizer: Tokenizer,
-    *,
-    strict: bool = False,
-    cache: Path | None = None,
-    workers: int | None = None,
+    paths: Sequence[Path], tokenizer: Tokenizer, options: ReadOptions | None = None
 ) -> Dataset:
-    """Reads and tokenises files; shows a progress bar where stderr is a terminal.
+    """Read and tokenise files; show a progress bar if stderr is a terminal.
 
     Args:
         paths: the files, in this order.
         tokenizer: makes the ids.
-        strict: the first broken row is fatal.
-        cache: directory that keeps the tokens (cache.py); None: the memory does.
-        workers: processes that fill the cache; by default one a core. The result is the same.
+        options: cache, workers and the rest.
 
     Raises:
-        ValueError: a file is missing, empty, of an unknown kind, or has no usable row; a row is
-            broken and `strict` is set. One line, with file and line.
+        ValueError: a file is missing, empty, of an unknown kind, or has no usable row; the
+            tokenizer lacks the tokens of chats; a row is broken and `strict` is set. One line, with
+            file and line.
         OSError: the cache cannot be written.
     """
-    workers = workers or len(os.sched_getaffinity(0))
+    options = options or ReadOptions()
+    if options.cache is not None:
+        log_stale_caches(options.cache)
     size = sum(path.stat().st_size for path in paths if path.is_file())
-    parts: list[list[Documents]] = []
+    chunks: list[list[Documents]] = []
     files: list[FileReport] = []
     broken: list[Problem] = []
     with tqdm(total=size, desc="tokenise", unit="B", unit_scale=True, disable=None) as bar:
         for path in paths:
-            parts.append(open_documents(path, tokenizer, cache=cache, workers=workers, bar=bar))
-            found = [
-                Problem(str(path), line, reason) for p in parts[-1] for line, reason in p.broken
-            ]
-            if strict and found:
+            try:
+                chunks.append(open_documents(path, tokenizer, options, bar))
+            except MissingTokens as error:
+                raise ValueError(f"{path}: {error}") from error
+            found = [Problem(str(path), *row) for chunk in chunks[-1] for row in chunk.broken]
+            if options.strict and found:
                 raise ValueError(str(found[0]))
-            files.append(_file_report(path, parts[-1], found))
+            files.append(_file_report(path, chunks[-1], found))
             broken += found
-    return _join(parts, tuple(files), tuple(broken))
+    return _join(chunks, tuple(files), tuple(broken), tokenizer.vocab_size)
 
 
-def _file_report(path: Path, parts: list[Documents], broken: list[Problem]) -> FileReport:
-    rows = sum(part.rows for part in parts)
+def _file_report(path: Path, chunks: list[Documents], broken: list[Problem]) -> FileReport:
+    rows = sum(chunk.rows for chunk in chunks)
     if rows == 0:
         raise ValueError(f"{path} holds no rows")
     if rows == len(broken):
@@ -101,30 +102,45 @@ def _file_report(path: Path, parts: list[Documents], broken: list[Problem]) -> F
         raise ValueError(
             f"{path}: none of its {rows:,} rows can be used; the first: {broken[0]}{hint}"
         )
-    formats = sum((Counter(part.formats) for part in parts), Counter())
-    return FileReport(str(path), dict(formats), rows, rows - len(broken))
+
+    def total(name: str) -> dict[str, int]:
+        return dict(sum((Counter(getattr(chunk, name)) for chunk in chunks), Counter()))
+
+    return FileReport(
+        file=str(path),
+        rows=rows,
+        documents=rows - len(broken),
+        formats=total("formats"),
+        unread=total("unread"),
+        remarks=total("remarks"),
+    )
 
 
 def _join(
-    files: list[list[Documents]], reports: tuple[FileReport, ...], broken: tuple[Problem, ...]
+    files: list[list[Documents]],
+    reports: tuple[FileReport, ...],
+    broken: tuple[Problem, ...],
+    vocab_size: int,
 ) -> Dataset:
-    parts = [part for file in files for part in file]
-    counts = [sum(len(part.index) for part in file) for file in files]
+    chunks = [chunk for file in files for chunk in file]
+    counts = [sum(len(chunk.index) for chunk in file) for file in files]
 
     def column(name: str) -> np.ndarray:
-        return np.concatenate([part.index[name] for part in parts])
+        return np.concatenate([chunk.index[name] for chunk in chunks])
 
     digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        digest.update(bytes.fromhex(part.digest))
+    for chunk in chunks:
+        digest.update(bytes.fromhex(chunk.digest))
     return Dataset(
-        tokens=Tokens([part.tokens for part in parts]),
+        tokens=TokenArray([chunk.tokens for chunk in chunks]),
         offsets=np.concatenate([[0], np.cumsum(column("length"), dtype=np.int64)]),
         targets=column("targets"),
         splittable=column("splittable"),
+        hashes=column("hash"),
         file=np.repeat(np.arange(len(files), dtype=np.int32), counts),
         line=column("line"),
         files=reports,
         broken=broken,
+        vocab_size=vocab_size,
         digest=digest.hexdigest(),
     )

@@ -1,11 +1,11 @@
-"""A part's tokens: what the cache keeps, in one file that says of itself whether it is whole.
+"""Tokens of a chunk, and the file that keeps them in the cache, with a checksum.
 
-| bytes of the file | what                                                                    |
+| bytes of the file | content                                                                 |
 | ----------------- | ----------------------------------------------------------------------- |
-| 4 N               | tokens, int32: the id where it is trained on, `~id` (negative) where not |
-| 25 D              | one `DOCUMENT` for each document                                        |
-| any               | JSON: N, D, rows read, formats, broken rows                             |
-| 8 + 32            | the JSON's length, and SHA-256 of all bytes before                      |
+| 4 N               | tokens, int32: the id of a trained token, `~id` (negative) of another   |
+| 33 D              | one `DOCUMENT` for each document                                        |
+| any               | JSON: N, D, rows read, formats, unread keys, remarks, broken rows       |
+| 8 + 32            | length of the JSON, and SHA-256 of all bytes before                     |
 
 N tokens, D documents; numbers are little-endian.
 """
@@ -21,14 +21,15 @@ import numpy as np
 from jaxtyping import Int32, Shaped
 
 from train.atomic import atomic_write
-from train.data.tokens.token_array import OnDisk
+from train.data.tokens.token_array import TokenFile, stamp
 
 DOCUMENT = np.dtype(
     [
         ("length", "<i8"),  # tokens
-        ("targets", "<i8"),  # of these, trained on; the first never counts, nothing predicts it
+        ("targets", "<i8"),  # trained tokens; the first never counts, nothing predicts it
         ("line", "<i8"),  # of the file on which it begins
-        ("splittable", "?"),  # raw text, as opposed to a chat
+        ("hash", "<u8"),  # of its tokens: equal documents are found by it
+        ("splittable", "?"),  # true for raw text, false for a chat
     ]
 )
 _DIGEST = 32
@@ -36,7 +37,7 @@ _BLOCK = 1 << 22
 
 
 class Damaged(Exception):
-    """A file of the cache is not what was written."""
+    """A file of the cache has changed since it was written."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,32 +45,36 @@ class Documents:
     """D tokenised documents of N tokens together, one after the other.
 
     Attributes:
-        tokens: int32, `~id` where predicting the token does not count; those of a file stay there.
-        index: `DOCUMENT`s.
+        tokens: int32, `~id` for a token that is not trained on; those of a file stay on the disk.
+        index: a `DOCUMENT` for each document.
         rows: rows that were read; `rows - D` are broken.
-        formats: how many documents of each format (formats.py).
-        broken: line and reason of every row that could not be used.
+        formats: number of documents of each format (formats.py).
+        unread: for each key that is not read, the number of rows that have it.
+        remarks: number of times that each remark of formats.py was made.
+        broken: (line, bytes, reason) of every row that could not be used.
     """
 
-    tokens: Int32[np.ndarray, " N"] | OnDisk
+    tokens: Int32[np.ndarray, " N"] | TokenFile
     index: Shaped[np.ndarray, " D"]
     rows: int
     formats: dict[str, int]
-    broken: tuple[tuple[int, str], ...]
+    unread: dict[str, int]
+    remarks: dict[str, int]
+    broken: tuple[tuple[int, int, str], ...]
 
     @functools.cached_property
     def digest(self) -> str:
-        """Hash of all of it."""
-        digest = hashlib.sha256()  # processors of today have instructions for it
+        """SHA-256 of tokens, index and the rest, as hexadecimal text."""
+        digest = hashlib.sha256()  # faster than blake2 on processors with SHA instructions
         for piece in self._bytes():
             digest.update(piece)
         return digest.hexdigest()
 
     def write(self, path: Path) -> None:
-        """Writes the file; it has its name only when it is whole.
+        """Write the file atomically.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         with atomic_write(path) as temporary, temporary.open("wb") as file:
             for piece in self._bytes():
@@ -77,12 +82,14 @@ class Documents:
             file.write(bytes.fromhex(self.digest))
 
     def _bytes(self) -> list[bytes | memoryview]:
-        assert isinstance(self.tokens, np.ndarray)  # what is on disk is not written again
+        assert isinstance(self.tokens, np.ndarray)  # tokens on the disk are not written again
         about = {
             "tokens": len(self.tokens),
             "documents": len(self.index),
             "rows": self.rows,
             "formats": self.formats,
+            "unread": self.unread,
+            "remarks": self.remarks,
             "broken": self.broken,
         }
         text = json.dumps(about).encode()
@@ -95,18 +102,19 @@ class Documents:
 
 
 def read_documents(path: Path) -> Documents:
-    """Opens what `Documents.write` wrote: tokens stay on the disk, to be mapped.
+    """Open a file that `Documents.write` wrote; its tokens stay on the disk.
 
     Every byte is read once, to be checked, without being kept.
 
     Raises:
-        Damaged: a byte is not what was written.
+        Damaged: the checksum is wrong.
         FileNotFoundError: there is no such file.
     """
-    size = path.stat().st_size
-    if size < 8 + _DIGEST:
-        raise Damaged(f"{path}: {size} bytes are too few")
     with path.open("rb") as file:
+        before = stamp(file.fileno())
+        size = before[0]
+        if size < 8 + _DIGEST:
+            raise Damaged(f"{path}: {size} bytes are too few")
         digest = _hash(file, size - _DIGEST)
         if file.read() != bytes.fromhex(digest):
             raise Damaged(f"{path}: the checksum is wrong")
@@ -114,18 +122,14 @@ def read_documents(path: Path) -> Documents:
         text = int.from_bytes(file.read(8), "little")
         file.seek(size - 8 - _DIGEST - text)
         about = json.loads(file.read(text))
-        at = 4 * about["tokens"]
-        file.seek(at)
-        index = np.frombuffer(file.read(about["documents"] * DOCUMENT.itemsize), DOCUMENT)
-    documents = Documents(
-        tokens=OnDisk(path, about["tokens"]),
-        index=index,
-        rows=about["rows"],
-        formats=about["formats"],
-        broken=tuple((line, reason) for line, reason in about["broken"]),
-    )
-    vars(documents)["digest"] = digest  # known: fills the cached property
-    return documents
+        count, documents = about.pop("tokens"), about.pop("documents")
+        file.seek(4 * count)
+        index = np.frombuffer(file.read(documents * DOCUMENT.itemsize), DOCUMENT)
+    broken = tuple((line, size, reason) for line, size, reason in about.pop("broken"))
+    tokens = TokenFile(path, count, before)
+    found = Documents(tokens=tokens, index=index, broken=broken, **about)
+    vars(found)["digest"] = digest  # fills the cached property
+    return found
 
 
 def _hash(file: BinaryIO, size: int) -> str:

@@ -1,63 +1,64 @@
-"""A part to its documents: read rows, recognise, tokenise, count what is broken.
+"""A chunk to its documents: read rows, recognise formats, tokenise, count broken rows.
 
-The result does not depend on the sequence length: what a row of a batch can hold is packing.py's
-part.
+The result does not depend on the sequence length: packing.py handles that.
 """
 
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from itertools import pairwise
 
 import numpy as np
 
 from models.tokenizer import Tokenizer
-from train.data.files.examples import Sample
+from train.data.files.examples import Example
 from train.data.files.fields import RowError
-from train.data.files.formats import recognise
-from train.data.files.records import Broken, Row, rows_of
-from train.data.files.shard import Part
+from train.data.files.formats import Reasoning, recognise
+from train.data.files.readers import Chunk
+from train.data.files.records import BrokenRecord, Record, records_of
 from train.data.files.template import Encoded, encode
 from train.data.tokens.documents import DOCUMENT, Documents
 
-_CHUNK = 1 << 20  # bytes of rows tokenised at once: enough for every core, little memory
-_CODE = (  # what decides which tokens a row becomes, and where in the cache they stand
-    *(
-        "files/arrays.py",
-        "files/chunks.py",
-        "files/fields.py",
-        "files/formats.py",
-        "files/shard.py",
-    ),
-    *("files/records.py", "files/examples.py", "files/source.py", "files/tables.py"),
-    *("files/template.py", "tokens/documents.py", "tokens/encode.py"),
-)
+_BATCH = 1 << 20  # bytes of rows tokenised at once: enough for every core, little memory
 
 
-def encode_part(part: Part, tokenizer: Tokenizer) -> Documents:
-    """Tokenises a part."""
+def encode_chunk(chunk: Chunk, tokenizer: Tokenizer, *, reasoning: Reasoning = "keep") -> Documents:
+    """Tokenise a chunk.
+
+    Raises:
+        MissingTokens: there is a chat, and the tokenizer lacks tokens of the chat template.
+    """
     tokens: list[np.ndarray] = [np.zeros(0, np.int32)]
     index: list[np.ndarray] = [np.zeros(0, DOCUMENT)]
     formats: Counter[str] = Counter()
-    broken: list[tuple[int, str]] = []
-    for rows in _chunks(rows_of(part)):
-        lines: list[int] = []
+    unread: Counter[str] = Counter()
+    remarks: Counter[str] = Counter()
+    broken: list[tuple[int, int, str]] = []
+    for records in _batches(records_of(chunk)):
+        rows: list[Record] = []
         names: list[str] = []
-        samples: list[Sample] = []
-        for row in rows:
-            try:
-                name, sample = recognise(_value(row))
-            except RowError as error:
-                broken.append((row.line, str(error)))
+        examples: list[Example] = []
+        for record in records:
+            if isinstance(record, BrokenRecord):
+                broken.append(record)
                 continue
-            lines.append(row.line)
+            try:
+                name, example, keys, notes = recognise(record.value, reasoning)
+            except RowError as error:
+                broken.append((record.line, record.size, str(error)))
+                continue
+            rows.append(record)
             names.append(name)
-            samples.append(sample)
-        encoded = encode(samples, tokenizer)
-        about = _index(encoded, lines, samples)
+            examples.append(example)
+            if keys:
+                unread.update(keys)
+            if notes:
+                remarks.update(notes)
+        encoded = encode(examples, tokenizer)
+        about = _index(encoded, rows, examples)
         signed = np.where(encoded.trained, encoded.tokens, ~encoded.tokens)
         if unusable := _unusable(encoded, tokenizer.vocab_size):
-            broken += [(lines[d], reason) for d, reason in unusable.items()]
+            broken += [(rows[d].line, rows[d].size, reason) for d, reason in unusable.items()]
             kept = np.ones(len(about), np.bool_)
             kept[list(unusable)] = False
             signed, about = signed[np.repeat(kept, about["length"])], about[kept]
@@ -72,52 +73,46 @@ def encode_part(part: Part, tokenizer: Tokenizer) -> Documents:
         index=documents,
         rows=len(documents) + len(broken),
         formats=dict(formats),
-        broken=tuple(broken),
+        unread=dict(unread),
+        remarks=dict(remarks),
+        broken=tuple(map(tuple, broken)),
     )
 
 
-def code_fingerprint() -> str:
-    """Hash of the template and of all else that the tokens of a file depend on."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name in _CODE:
-        digest.update((Path(__file__).parents[1] / name).read_bytes())
-    return digest.hexdigest()
-
-
-def _chunks(rows: Iterable[Row | Broken]) -> Iterator[list[Row | Broken]]:
-    """Groups rows into what is tokenised at once."""
-    chunk: list[Row | Broken] = []
+def _batches(records: Iterable[Record | BrokenRecord]) -> Iterator[list[Record | BrokenRecord]]:
+    """Group records into batches that are tokenised at once."""
+    batch: list[Record | BrokenRecord] = []
     size = 0
-    for row in rows:
-        chunk.append(row)
-        size += row.size
-        if size >= _CHUNK:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
+    for record in records:
+        batch.append(record)
+        size += record.size
+        if size >= _BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
-def _value(row: Row | Broken) -> object:
-    if isinstance(row, Broken):
-        raise RowError(row.reason)
-    return row.value
-
-
-def _index(encoded: Encoded, lines: list[int], samples: list[Sample]) -> np.ndarray:
-    about = np.zeros(len(lines), DOCUMENT)
+def _index(encoded: Encoded, rows: list[Record], examples: list[Example]) -> np.ndarray:
+    about = np.zeros(len(rows), DOCUMENT)
     begin, end = encoded.offsets[:-1], encoded.offsets[1:]
     counted = np.concatenate([[0], np.cumsum(encoded.trained)])
     after_first = np.minimum(begin + 1, end)
     about["length"] = end - begin
     about["targets"] = counted[end] - counted[after_first]
-    about["line"] = lines
-    about["splittable"] = [sample.splittable for sample in samples]
+    about["line"] = [row.line for row in rows]
+    about["splittable"] = [example.splittable for example in examples]
+    data = memoryview(np.ascontiguousarray(encoded.tokens))
+    hashes = [
+        hashlib.blake2b(data[a:b], digest_size=8).digest()
+        for a, b in pairwise(encoded.offsets.tolist())
+    ]
+    about["hash"] = np.frombuffer(b"".join(hashes), "<u8")
     return about
 
 
 def _unusable(encoded: Encoded, vocab_size: int) -> dict[int, str]:
-    """Documents that cannot be trained on, and why."""
+    """Return the documents that cannot be trained on, each with the reason."""
     found = {}
     for d in np.flatnonzero(np.diff(encoded.offsets) < 2):
         found[int(d)] = "the document has no token to predict"

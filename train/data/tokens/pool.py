@@ -1,46 +1,41 @@
-"""Processes that tokenise parts, in order and never more at once than there are processes."""
+"""Worker processes that tokenise chunks, in order."""
 
-import contextlib
+import gc
+import multiprocessing
 import os
-import pickle
-import queue
-import subprocess
+import signal
 import sys
+import threading
+import types
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from models.tokenizer import Tokenizer
-from train.data.files.shard import Part
-from train.data.tokens.encode import encode_part
+from train.data.files.readers import Chunk
+from train.data.tokens.documents import Documents
 
-# The packages' own __init__ would import all of them, and jax: 1.5 s and 200 MB for each process.
-_WORKER = """
-import importlib.util, sys
-for name in ("models", "train", "train.data"):
-    sys.modules[name] = importlib.util.module_from_spec(importlib.util.find_spec(name))
-from train.data.tokens.worker import main
-main()
-"""
+Encode = Callable[[Chunk], Documents]
 
-Job = tuple[Part, Path | None]
-"""A part, and where its documents go; None: they are there."""
+Job = tuple[Chunk, Path | None]
+"""A chunk, and the file for its documents; None if that file exists."""
 
 
-def write_parts(jobs: Iterable[Job], tokenizer: Tokenizer, *, workers: int) -> Iterator[Part]:
-    """Tokenises parts and writes their documents; yields each part when it is done, in order.
+def write_documents(jobs: Iterable[Job], encode: Encode, *, workers: int) -> Iterator[Chunk]:
+    """Tokenise chunks and write their documents; yield each chunk when it is done, in order.
 
-    A single part, and every part for one worker, is tokenised in this process: starting another
-    takes seconds.
+    A single chunk, and every chunk for one worker, is tokenised in this process: starting another
+    one takes seconds.
 
     Args:
-        jobs: parts and their files.
-        tokenizer: goes to every process.
-        workers: processes.
+        jobs: chunks and their files.
+        encode: tokenises a chunk; it is sent to every process.
+        workers: number of processes.
 
     Raises:
-        OSError: a file cannot be written, or a process ended (out of memory).
+        OSError: a file cannot be written, or a process died (out of memory).
+        ValueError: a chunk cannot be tokenised.
     """
     jobs = iter(jobs)
     waiting: list[Job] = []
@@ -49,97 +44,76 @@ def write_parts(jobs: Iterable[Job], tokenizer: Tokenizer, *, workers: int) -> I
         if workers > 1 and sum(path is not None for _, path in waiting) > 1:
             break
         if workers == 1:
-            yield _here(waiting.pop(), tokenizer)
+            yield _done(*waiting.pop(), encode)
     else:
-        yield from (_here(job, tokenizer) for job in waiting)
+        yield from (_done(*job, encode) for job in waiting)
         return
-    with _Pool(tokenizer, workers) as pool:
-        running: deque[tuple[Part, Future[None] | None]] = deque()
-        for part, path in (job for some in (waiting, jobs) for job in some):
-            running.append((part, None if path is None else pool.submit(part, path)))
-            # Twice as many as work on them: nobody waits while the oldest is the slowest.
-            while sum(future is not None for _, future in running) >= 2 * workers:
-                yield _done(*running.popleft())
-        while running:
-            yield _done(*running.popleft())
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start_worker, (encode,)) as pool:
+        running: deque[tuple[Chunk, Future[None] | None]] = deque()
+        try:
+            for chunk, path in (job for some in (waiting, jobs) for job in some):
+                running.append((chunk, None if path is None else _submit(pool, chunk, path)))
+                # Twice as many as work on them: nobody waits while the oldest is the slowest.
+                while sum(future is not None for _, future in running) >= 2 * workers:
+                    yield _result(*running.popleft())
+            while running:
+                yield _result(*running.popleft())
+        except (BrokenProcessPool, BrokenPipeError) as error:
+            raise OSError("a process that tokenises died: out of memory?") from error
+        finally:
+            for _, future in running:
+                if future is not None:
+                    future.cancel()
 
 
-def _here(job: Job, tokenizer: Tokenizer) -> Part:
-    part, path = job
+def _done(chunk: Chunk, path: Path | None, encode: Encode) -> Chunk:
     if path is not None:
-        encode_part(part, tokenizer).write(path)
-    return part
+        encode(chunk).write(path)
+    return chunk
 
 
-def _done(part: Part, future: Future[None] | None) -> Part:
+def _result(chunk: Chunk, future: Future[None] | None) -> Chunk:
     if future is not None:
         future.result()
-    return part
+    return chunk
 
 
-class _Pool:
-    """A thread for each process: it hands over a part and waits for the answer."""
+def _submit(pool: ProcessPoolExecutor, chunk: Chunk, path: Path) -> Future[None]:
+    """Submit a chunk; the executor may start a process for it.
 
-    def __init__(self, tokenizer: Tokenizer, workers: int):
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="tokenise")
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self._free: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
-        self._tokenizer: bytes = pickle.dumps(tokenizer)
+    A new process would import the program's main module, and jax with it (1.5 s, 200 MB), so there
+    is none to import. It ignores Ctrl-C, which is this process's to handle.
+    """
+    main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        return pool.submit(_write, chunk, path)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        sys.modules["__main__"] = main
 
-    def submit(self, part: Part, path: Path) -> Future[None]:
-        return self._threads.submit(self._ask, part, path)
 
-    def _ask(self, part: Part, path: Path) -> None:
-        try:
-            process = self._free.get_nowait()
-        except queue.Empty:  # a thread has one process at a time, so there are never more
-            process = self._start()
-        assert process.stdin is not None and process.stdout is not None
-        try:
-            pickle.dump((part, path), process.stdin)
-            process.stdin.flush()
-            error = pickle.load(process.stdout)
-        except (EOFError, BrokenPipeError, pickle.UnpicklingError):
-            error = OSError(
-                f"a process that tokenises ended with status {process.wait()}: out of memory?"
-            )
-        finally:
-            self._free.put(process)
-        if error is not None:
-            raise error
+_encode: list[Encode] = []  # of a worker
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        root = Path(__file__).parents[3]
-        path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-        # One core each; a GPU, if any, is not theirs.
-        own = {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false", "JAX_PLATFORMS": "cpu"}
-        process = subprocess.Popen(
-            [sys.executable, "-c", _WORKER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=os.environ | own,
-            # Ctrl-C is this process's to handle: it ends them in an orderly way.
-            process_group=0,
-        )
-        self._processes.append(process)
-        assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it died: the first answer will not come
-            process.stdin.write(self._tokenizer)
-        return process
 
-    def __enter__(self) -> "_Pool":
-        return self
+def _start_worker(encode: Encode) -> None:
+    """Set up a worker process."""
+    # Rows and tokens hold no cycles, and looking for some among millions of lists takes a tenth of
+    # the time.
+    gc.disable()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core for each worker
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _encode.append(encode)
 
-    def __exit__(self, *exception: object) -> None:
-        if exception[0] is not None:  # what they do is not wanted any more
-            for process in self._processes:
-                process.kill()
-        self._threads.shutdown(cancel_futures=True)
-        for process in self._processes:
-            assert process.stdin is not None and process.stdout is not None
-            try:
-                process.stdin.close()
-            except BrokenPipeError:
-                pass
-            process.stdout.close()
-            process.wait()
+
+def _end_with_parent() -> None:
+    """End this process when its parent ends, whatever ends it, SIGKILL included."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _write(chunk: Chunk, path: Path) -> None:
+    _encode[0](chunk).write(path)

@@ -7,8 +7,14 @@ import pytest
 from train.data import open_data
 from train.data.files import tables
 from train.data.files.formats import recognise
-from train.data.files.records import Broken, Row, read_rows, rows_of
-from train.data.files.source import files_of, read_parts
+from train.data.files.records import (
+    BrokenRecord,
+    Record,
+    read_chunks,
+    read_records,
+    records_of,
+)
+from train.data.files.tables import arrow_files
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -48,8 +54,8 @@ def save(tmp_path):
 @pytest.mark.parametrize("part", [1, 5000, 4 << 20])
 def test_a_table_holds_its_rows_and_their_numbers(save, kind, part):
     path = save(kind, ROWS)
-    parts = list(read_parts(path, part=part))
-    read = [row for each in parts for row in rows_of(each)]
+    parts = list(read_chunks(path, size=part))
+    read = [row for each in parts for row in records_of(each)]
     assert [row.value for row in read] == ROWS
     assert [row.line for row in read] == list(range(1, 2501))
     assert len(parts) > {1: 2000, 5000: 10}.get(part, 0)
@@ -61,7 +67,7 @@ def test_both_formats_of_arrow_are_read(tmp_path):
     table = pyarrow.Table.from_pylist(ROWS)
     with pyarrow.ipc.new_file(tmp_path / "a.arrow", table.schema) as file:
         file.write_table(table, max_chunksize=300)
-    assert [row.value for row in read_rows(tmp_path / "a.arrow")] == ROWS
+    assert [row.value for row in read_records(tmp_path / "a.arrow")] == ROWS
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
@@ -69,22 +75,22 @@ def test_a_damaged_table_is_one_clear_error(save, write, kind):
     whole = save(kind, ROWS).read_bytes()
     for content in (b"PAR1 is no table", b"", whole[: len(whole) // 2]):
         with pytest.raises(ValueError, match=rf"b\.{kind} cannot be read: ") as error:
-            list(read_rows(write(f"b.{kind}", content)))
+            list(read_records(write(f"b.{kind}", content)))
         assert "\n" not in str(error.value)
 
 
 def test_a_row_too_long_is_named_and_passed_over(save, monkeypatch):
     monkeypatch.setattr(tables, "LONGEST_ROW", 1000)
     path = save("parquet", [{"text": "a"}, {"text": "x" * 5000}, {"text": "b"}])
-    before, long, after = read_rows(path)
-    assert isinstance(long, Broken) and (long.line, after.line) == (2, 3)
-    assert isinstance(before, Row) and after.value == {"text": "b"}
+    before, long, after = read_records(path)
+    assert isinstance(long, BrokenRecord) and (long.line, after.line) == (2, 3)
+    assert isinstance(before, Record) and after.value == {"text": "b"}
 
 
 def test_a_saved_dataset_is_its_files(save, tokenizer):
     """The batches of a directory are those of its files, and also of the same rows as Parquet."""
     directory = save("dataset", ROWS)
-    files = files_of(directory)
+    files = arrow_files(directory)
     assert [file.name for file in files] == [f"data-{i:05}-of-00003.arrow" for i in range(3)]
     options = dict(seq_len=256, batch_size=2)
     with (
@@ -102,7 +108,7 @@ def test_a_weight_and_a_share_are_of_a_whole_directory(save, tokenizer):
     """Also where each of its files is too small for one document of it."""
     directory = save("dataset", ROWS)
     table = pyarrow.table({"text": ["a", "b"]})
-    for file in files_of(directory):
+    for file in arrow_files(directory):
         with pyarrow.ipc.new_stream(file, table.schema) as stream:
             stream.write_table(table)
     options = dict(seq_len=64, batch_size=1)
@@ -122,19 +128,19 @@ def test_a_dataset_with_splits_or_of_another_kind_is_one_clear_error(save, tmp_p
         (tmp_path, "not one that the datasets library saved"),
     ):
         with pytest.raises(ValueError, match=message):
-            files_of(path)
-    assert len(files_of(both / "train")) == 3
+            arrow_files(path)
+    assert len(arrow_files(both / "train")) == 3
     (both / "train" / "state.json").write_text("{}")
     with pytest.raises(ValueError, match="does not list data files"):
-        files_of(both / "train")
+        arrow_files(both / "train")
 
 
 def test_null_is_a_field_that_is_not_there(save):
     """Tables have the same fields in every row."""
     said = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "loss": False}]
     path = save("parquet", [{"messages": said}, {"messages": [said[0], {**said[1], "loss": None}]}])
-    turns = [recognise(row.value)[1].turns for row in read_rows(path)]
-    assert [[turn.loss for turn in chat] for chat in turns] == [[False], [True]]
+    turns = [recognise(row.value).example.messages for row in read_records(path)]
+    assert [chat[1].trained for chat in turns] == [False, True]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
@@ -142,7 +148,7 @@ def test_a_column_of_bytes_is_text(save, tokenizer, kind):
     """As writers leave it that do not say that it is UTF-8; what is not is a broken row."""
     texts = ["plain", 'ü "quoted"\n\x00', "a\u2028b"]
     path = save(kind, [{"text": text.encode()} for text in texts] + [{"text": b"caf\xe9"}])
-    assert [row.value["text"] for row in read_rows(path)][:3] == texts
+    assert [row.value["text"] for row in read_records(path)][:3] == texts
     with open_data([path], tokenizer, seq_len=64, batch_size=1) as loader:
         [broken] = loader.report.broken
     assert str(broken) == f"{path}:4: 'text' is not UTF-8: byte 0xe9 at character 3"
@@ -151,5 +157,5 @@ def test_a_column_of_bytes_is_text(save, tokenizer, kind):
 def test_the_library_itself_saves_what_is_read(tmp_path, tokenizer):
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved", num_shards=3)
-    read = [row.value for file in files_of(tmp_path / "saved") for row in read_rows(file)]
+    read = [row.value for file in arrow_files(tmp_path / "saved") for row in read_records(file)]
     assert read == ROWS

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from train.data import open_data
-from train.data.pack.mixture import parse_source
+from train.data.pack.mixture import parse_source, permutation
 
 PARTS = dict(seq_len=64, batch_size=4)
 
@@ -19,7 +20,7 @@ def paths(write):
 
 def texts(loader, tokenizer) -> list[str]:
     found = []
-    for batch in loader.once():
+    for batch in loader.one_epoch():
         for tokens, ids, mask in zip(batch.tokens, batch.segment_ids, batch.loss_mask, strict=True):
             if mask.any():
                 numbers = range(1, ids.max() + 1)
@@ -30,11 +31,13 @@ def texts(loader, tokenizer) -> list[str]:
 
 
 def test_sources_as_people_type_them(tmp_path):
-    assert parse_source("a.json") == ("a.json", [Path("a.json")], 1.0)
-    assert parse_source("a.json:0.3") == ("a.json:0.3", [Path("a.json")], 0.3)
-    assert parse_source("c:a.json")[1:] == ([Path("c:a.json")], 1.0)
+    plain, named = Path("a.json"), Path("c:a.json")
+    assert parse_source("a.json") == ("a.json", plain, [plain], 1.0)
+    assert parse_source("a.json:0.3") == ("a.json:0.3", plain, [plain], 0.3)
+    assert parse_source("c:a.json")[1:] == (named, [named], 1.0)
+    assert parse_source("val.jsonl:0.5").path.stem == "val"  # the name of a validation set
     (tmp_path / "a:2").write_text("")
-    assert parse_source(tmp_path / "a:2")[1:] == ([tmp_path / "a:2"], 1.0)
+    assert parse_source(tmp_path / "a:2")[1:] == (tmp_path / "a:2", [tmp_path / "a:2"], 1.0)
     for weight in ("0", "-1", "nan", "inf", "1001", "1e12", "1e300"):
         with pytest.raises(ValueError, match="the weight must be above 0 and at most 1,000"):
             parse_source(f"a.json:{weight}")
@@ -99,7 +102,7 @@ def test_a_share_of_a_file_that_is_named_twice_is_refused(paths, tokenizer):
 
 def test_once_is_every_row_once(paths, tokenizer):
     with open_data(paths, tokenizer, **PARTS | {"batch_size": 3}) as loader:
-        loss = sum(batch.loss_mask.sum() for batch in loader.once())
+        loss = sum(batch.loss_mask.sum() for batch in loader.one_epoch())
         assert loader.report.rows % 4 and loss == loader.report.loss_tokens
         assert loader.state()["row"] == 0
 
@@ -108,3 +111,23 @@ def test_too_few_documents_to_hold_some_out(write, tokenizer):
     path = write("a.jsonl", [{"text": "only one"}])
     with pytest.raises(ValueError, match="leaves none for val"):
         open_data([path], tokenizer, hold_out=0.1, split="val", **PARTS)
+
+
+def test_known_orders_do_not_change():
+    """A change here breaks the resumption of every run there is."""
+    assert permutation(8, 0).tolist() == GOLDEN_0
+    assert permutation(8, 0, 1, 5).tolist() == GOLDEN_0_1_5
+
+
+def test_every_number_is_there_once():
+    assert np.array_equal(np.sort(permutation(1000, 3)), np.arange(1000))
+    assert permutation(0, 1).tolist() == []
+
+
+def test_keys_give_different_orders():
+    assert permutation(100, 1).tolist() != permutation(100, 2).tolist()
+    assert permutation(100, 1, 1, 0).tolist() != permutation(100, 1, 1, 1).tolist()
+
+
+GOLDEN_0 = [3, 2, 1, 6, 0, 7, 4, 5]
+GOLDEN_0_1_5 = [1, 6, 3, 0, 2, 7, 4, 5]

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.data import open_data
+from train.data import PackingOptions, open_data
 from train.data.pack import stream as stream_module
-from train.data.pack.order import shuffled
-from train.data.pack.stream import stream
+from train.data.pack.mixture import permutation
+from train.data.pack.stream import pack_stream
 
 PARTS = dict(batch_size=1, seed=3)
 
@@ -21,6 +21,12 @@ def path(write):
     return write("a.jsonl", [*rows, {"text": "word " * 60}])
 
 
+def packed(dataset, seq_len: int, method: str, *, seed: int):
+    """Every document once."""
+    once = np.ones(len(dataset.line), np.int64)
+    return pack_stream(dataset, seq_len, once, method=method, seed=seed)
+
+
 def all_rows(loader):
     return [next(loader) for _ in range(loader.report.rows)]
 
@@ -28,7 +34,9 @@ def all_rows(loader):
 def test_concat_loses_nothing_and_fills_all_rows_but_one(path, tokenizer):
     """Also the targets across a cut: as many as the documents have by themselves."""
     whole = open_data([path], tokenizer, seq_len=512, **PARTS).report
-    with open_data([path], tokenizer, seq_len=50, packing="concat", **PARTS) as loader:
+    with open_data(
+        [path], tokenizer, seq_len=50, packing=PackingOptions(method="concat"), **PARTS
+    ) as loader:
         report, batches = loader.report, all_rows(loader)
     assert (report.documents, report.tokens) == (61, whole.tokens)
     assert report.loss_tokens == whole.loss_tokens == sum(b.loss_mask.sum() for b in batches)
@@ -59,12 +67,14 @@ def packer(documents: list[list[int]], size: int, count: int) -> list[list[int]]
 @pytest.mark.parametrize("seq_len", [50, 200])
 def test_xtuner_is_its_packer(path, tokenizer, monkeypatch, count, seq_len):
     monkeypatch.setattr(stream_module, "XTUNER_BATCH", count)
-    with open_data([path], tokenizer, seq_len=seq_len, packing="xtuner", **PARTS) as loader:
+    with open_data(
+        [path], tokenizer, seq_len=seq_len, packing=PackingOptions(method="xtuner"), **PARTS
+    ) as loader:
         data, report = loader._dataset, loader.report
         batches = all_rows(loader)
     signed = [data.tokens[a:b] for a, b in zip(data.offsets, data.offsets[1:], strict=False)]
     documents = [np.where(ids < 0, ~ids, ids)[:seq_len].tolist() for ids in signed]
-    expected = packer([documents[i] for i in shuffled(61, 3)], seq_len, count)
+    expected = packer([documents[i] for i in permutation(61, 3)], seq_len, count)
     rows = [b.tokens[0][b.segment_ids[0] > 0].tolist() for b in batches]
     assert sorted(rows) == sorted(expected)
     assert report.tokens == sum(map(len, expected))
@@ -80,11 +90,11 @@ def test_xtuner_is_its_packer(path, tokenizer, monkeypatch, count, seq_len):
 )
 def test_concat_holds_every_token_once(make_dataset, lengths, seq_len):
     dataset = make_dataset([(length, True) for length in lengths])
-    pieces, rows = stream(dataset, seq_len, how="concat", seed=1)
-    spans = sorted(zip(pieces.start, pieces.length, strict=True))
-    assert [start for start, _ in spans] == [0, *np.cumsum([n for _, n in spans])[:-1]]
-    assert pieces.targets.sum() == dataset.targets.sum()
-    held = np.add.reduceat(pieces.length, rows.offsets[:-1])
+    spans, rows = packed(dataset, seq_len, "concat", seed=1)
+    found = sorted(zip(spans.start, spans.length, strict=True))
+    assert [start for start, _ in found] == [0, *np.cumsum([n for _, n in found])[:-1]]
+    assert spans.targets.sum() == dataset.targets.sum()
+    held = np.add.reduceat(spans.length, rows.offsets[:-1])
     assert (held[:-1] == seq_len).all() and 0 < held[-1] <= seq_len
 
 
@@ -92,19 +102,19 @@ def test_only_concat_goes_on_after_a_row(make_dataset):
     """The last token of an XTuner row has no target, also where its document goes on."""
     dataset = make_dataset([(40, True), (30, True)])
     for how in ("concat", "xtuner"):
-        pieces, _ = stream(dataset, 12, how=how, seed=0)
-        assert pieces.continues.any() == (how == "concat")
+        spans, _ = packed(dataset, 12, how, seed=0)
+        assert spans.continues.any() == (how == "concat")
 
 
 def test_a_head_with_nothing_to_learn_is_left_out(make_dataset):
     """XTuner keeps the head of a document; this one's answer comes after it."""
     dataset = make_dataset([(30, False), (10, False), (10, False)], learn_from=28)
-    pieces, _ = stream(dataset, 12, how="xtuner", seed=0)
-    assert 0 not in pieces.document
-    assert [str(p) for p in pieces.dropped][-1] == "f:1: 30 tokens, none is trained on"
+    spans, _ = packed(dataset, 12, "xtuner", seed=0)
+    assert 0 not in spans.document
+    assert [str(p) for p in spans.dropped][-1] == "f:1: 30 tokens, none is trained on"
 
 
 def test_less_than_a_row_is_a_short_row(make_dataset):
     dataset = make_dataset([(10, True)])
-    _, rows = stream(dataset, 24, how="xtuner", seed=0)
+    _, rows = packed(dataset, 24, "xtuner", seed=0)
     assert len(rows) == 1

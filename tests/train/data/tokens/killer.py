@@ -7,6 +7,7 @@ Python costs seconds. Prints JSON.
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import random
 import signal
@@ -18,11 +19,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from models.tokenizer import load_tokenizer
-from train.data import open_data
-from train.data.files.source import read_parts
-from train.data.tokens import cache
+from train.data import Loader, ReadOptions, open_data
 
-PARTS, ROWS, BATCHES = 512, dict(seq_len=64, batch_size=3, seed=5), 150
+CHUNK, ROWS, BATCHES = 512, dict(seq_len=64, batch_size=3, seed=5), 150
 KILLS = 20
 PATIENCE = 10.0  # seconds
 PEEK = os.WEXITED | os.WNOHANG | os.WNOWAIT  # whether it has ended, which `ended` asks again
@@ -66,9 +65,7 @@ def killed(
 
 def load(path: Path, directory: Path | None, log: Path, *, workers: int = 1) -> None:
     """Writes the hash of every batch, its position first, going on where `log` ends."""
-    with open_data(
-        [path], load_tokenizer("byte"), cache=directory, workers=workers, **ROWS
-    ) as loader:
+    with opened(path, directory, workers) as loader:
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []
         whole = [line for line in lines if line.endswith("\n")]
         if whole:
@@ -89,9 +86,12 @@ def digests(log: Path) -> list[str]:
 def while_building(path: Path, root: Path, workers: int, kills: int) -> dict:
     """Kills builds of new caches, three in four after their first part; lets others finish."""
     chance = random.Random(workers)
+    said, whole = root / "said", root / "whole"
+    pid = forked(lambda: build(path, whole, workers), said)
+    while next(whole.rglob("*.tokens"), None) is None:  # without the start of the workers
+        assert os.waitid(os.P_PID, pid, PEEK) is None
     start = time.perf_counter()
-    said = root / "said"
-    assert ended(forked(lambda: build(path, root / "whole", workers), said)) == 0
+    assert ended(pid) == 0
     seconds = time.perf_counter() - start
     load(path, None, root / "expected")
     same, unfinished = [], []
@@ -102,7 +102,7 @@ def while_building(path: Path, root: Path, workers: int, kills: int) -> dict:
             return next(directory.rglob("*.tokens"), None) is not None
 
         begun = None if number % 4 == 3 else parts
-        moment = chance.uniform(0, seconds / 4)
+        moment = chance.uniform(0, seconds / 2)
         hit = killed(lambda at=directory: build(path, at, workers), said, moment, begun)
         made = len(list(directory.rglob("*.tokens")))
         unfinished.append(hit and made > 0 and not list(directory.rglob("whole.json")))
@@ -112,7 +112,12 @@ def while_building(path: Path, root: Path, workers: int, kills: int) -> dict:
 
 
 def build(path: Path, directory: Path, workers: int) -> None:
-    open_data([path], load_tokenizer("byte"), cache=directory, workers=workers, **ROWS).close()
+    opened(path, directory, workers).close()
+
+
+def opened(path: Path, directory: Path | None, workers: int) -> Loader:
+    reading = ReadOptions(cache=directory, workers=workers, chunk=CHUNK)
+    return open_data([path], load_tokenizer("byte"), reading=reading, **ROWS)
 
 
 def while_loading(path: Path, root: Path) -> dict:
@@ -156,10 +161,10 @@ def two_builders(path: Path, root: Path) -> dict:
 
 
 def main() -> None:
+    logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stdout)
     # Its thread may hold a lock while we fork, and the child would wait for it.
     tqdm.monitor_interval = 0
     what, path, root = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-    cache.read_parts = lambda path: read_parts(path, part=PARTS)
     match what:
         case "building":
             print(json.dumps(while_building(path, root, 1, KILLS)))

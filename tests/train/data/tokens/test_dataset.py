@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from train.data.tokens import encode as encode_module
+from train.data.tokens.cache import ReadOptions
 from train.data.tokens.dataset import tokenise
 
 GOOD = {"question": "Q", "answer": "A"}
@@ -59,7 +60,7 @@ def test_every_kind_of_broken_row_is_counted_with_its_line(write, tokenizer):
 def test_strict_makes_the_first_broken_row_fatal(write, tokenizer):
     path = write("a.jsonl", BAD_LINES)
     with pytest.raises(ValueError) as error:
-        tokenise([path], tokenizer, strict=True)
+        tokenise([path], tokenizer, ReadOptions(strict=True))
     assert str(error.value).startswith(f"{path}:2: not JSON")
 
 
@@ -96,7 +97,7 @@ def test_text_without_tokens_is_a_broken_row(write, tokenizer):
 def test_rows_beyond_one_chunk_are_all_there(write, tokenizer, monkeypatch):
     path = write("a.jsonl", [{"text": f"text {i}"} for i in range(100)])
     whole = tokenise([path], tokenizer)
-    monkeypatch.setattr(encode_module, "_CHUNK", 50)
+    monkeypatch.setattr(encode_module, "_BATCH", 50)
     chunked = tokenise([path], tokenizer)
     assert np.array_equal(whole.tokens[:], chunked.tokens[:])
     assert whole.digest == chunked.digest

@@ -14,9 +14,9 @@ PROGRAM = """
 import json, resource, sys
 from pathlib import Path
 from models.tokenizer import load_tokenizer
-from train.data import open_data
+from train.data import ReadOptions, open_data
 from train.data.tokens import token_array
-token_array.MAPPED = 4
+token_array.OPEN = 4
 paths, cache = [Path(path) for path in sys.argv[2:]], Path(sys.argv[1])
 
 def peak():
@@ -24,7 +24,11 @@ def peak():
 
 for path in paths:
     with open_data(
-        [path], load_tokenizer("byte"), seq_len=8192, batch_size=8, cache=cache, workers=1
+        [path],
+        load_tokenizer("byte"),
+        seq_len=8192,
+        batch_size=8,
+        reading=ReadOptions(cache=cache, workers=1),
     ) as loader:
         for _ in range(-(-loader.report.rows // 8)):
             next(loader)
