@@ -1,4 +1,4 @@
-"""Files that are whole or not there: what is written gets its name when the last byte is."""
+"""Atomic writes: a file gets its name when its last byte is written."""
 
 import contextlib
 import os
@@ -8,16 +8,16 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Inside, another name to write the file under; it gets its own when the block ends well.
+    """Yield a temporary path that is renamed to `path` on success.
 
-    A kill or a full disk leaves what was at path before; only a kill leaves the other name, which
-    ends in .tmp.
+    A kill or a full disk leaves the old file at `path`. Only a kill leaves the temporary file,
+    whose name ends in .tmp.
 
     Args:
-        path: in a directory that exists.
+        path: in an existing directory.
 
     Raises:
-        OSError: it cannot be written; names path.
+        OSError: the file cannot be written; names path.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -30,11 +30,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a text file; see `atomic_write`."""
+    """Write a text file atomically; see `atomic_write`."""
     with atomic_write(path) as temporary:
         temporary.write_text(text)
 
 
 def unwritten(path: Path, error: OSError) -> OSError:
-    """An error that says which file could not be written; the system's may name none."""
+    """Return an error that names the file; the system's error may name none."""
     return OSError(f"cannot write {path}: {error.strerror or error}")

@@ -1,4 +1,4 @@
-"""`python -m train.report OUT...`: the curves of one or more runs, as one HTML page and PNGs."""
+"""`python -m train.report OUT...`: plots of one or more runs, as one HTML page and PNGs."""
 
 import base64
 import dataclasses
@@ -9,35 +9,53 @@ import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
+from models.weights.hf_files import read_json
 from train.config.cli import fail, parse
-from train.metrics.curves import Run, figures
+from train.config.sections import chosen
+from train.metrics.curves import RunRecords, figures
 from train.metrics.records import read_records
+
+TAIL = 50
+"""Steps in the mean loss that is compared."""
+
+PARTS = ("compute", "data", "evaluation", "checkpoint")
+_NUMBER, _MAYBE = (int, float), (int, float, type(None))
+METRICS = {
+    **{"loss": _MAYBE, "lr": _MAYBE, "grad_norm": _MAYBE, "mfu": _MAYBE, "skipped": _MAYBE},
+    **{"seconds": _NUMBER, **{f"{part}_seconds": _NUMBER for part in PARTS}},
+    **{"tokens_per_second": _NUMBER, "peak_memory_bytes": _NUMBER},
+}
+"""Types in a line of metrics.jsonl; null stands for NaN, and for a value that the run lacks."""
+EVALS = {"set": str, "loss": _MAYBE}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """Draws loss, validation, learning rate, gradient norm, speed, MFU, time and memory."""
+    """Plot loss, validation loss, learning rate, gradient norm, speed, MFU, time and memory."""
 
     runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="OUT...")] = ()
-    """Directories of runs; several are drawn into the same axes."""
+    """Directories of runs; several runs share the axes."""
 
-    to: Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
-    """Where report.html and the PNGs go. By default <OUT>/report of the first run."""
+    to: Annotated[str | None, chosen("DIR")] = None
+    """Directory for report.html and the PNGs. By default OUT/report for one run, else report."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Reads, draws and writes; returns the exit status."""
+    """Read, plot and write; return the exit status: 0; 1 for wrong records; 2 for wrong flags."""
     try:
         config = parse(ReportConfig, sys.argv[1:] if argv is None else argv, "train.report")
+        if not config.runs:
+            raise ValueError("name the directory of a run: python -m train.report OUT [OUT...]")
     except ValueError as error:
         return fail(error, 2)
     try:
-        runs = _read_runs(config)
-        page = report(runs, Path(config.to or f"{config.runs[0]}/report"))
+        runs = [read_run(Path(name)) for name in config.runs]
+        alone = f"{config.runs[0]}/report" if len(runs) == 1 else "report"
+        page = report(runs, Path(config.to or alone))
     except (ValueError, OSError) as error:
         return fail(error, 1)
     for text in compared(runs):
@@ -46,15 +64,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def report(runs: Sequence[Run], to: Path) -> Path:
-    """Draws the runs; returns the page's path.
+def report(runs: Sequence[RunRecords], to: Path) -> Path:
+    """Plot the runs and write the page; return its path.
 
     Args:
         runs: at least one.
         to: directory of report.html and the PNGs.
 
     Raises:
-        OSError: what cannot be written.
+        OSError: a file cannot be written.
     """
     to.mkdir(parents=True, exist_ok=True)
     images = []
@@ -64,61 +82,85 @@ def report(runs: Sequence[Run], to: Path) -> Path:
         (to / f"{name}.png").write_bytes(buffer.getvalue())
         images.append((name, buffer.getvalue()))
     page = to / "report.html"
-    page.write_text(_page(runs, images))
+    page.write_text(_page(runs, images), encoding="utf-8")
     return page
 
 
-def compared(runs: Sequence[Run]) -> Iterator[str]:
-    """Yields a line for each run but the first: its loss against the first one's.
+def compared(runs: Sequence[RunRecords]) -> Iterator[str]:
+    """Yield a line for each run after the first: its mean loss beside the first run's.
 
-    Means over the last `TAIL` steps that both have: single steps differ by their documents.
+    The means are over the last `TAIL` common steps, because single steps differ by their documents.
+    Losses on other data, or in tokens of another tokenizer, are not compared.
     """
-    first, *others = ({line["step"]: line["loss"] for line in run.steps} for run in runs)
-    for run, losses in zip(runs[1:], others, strict=True):
-        steps = sorted(first.keys() & losses.keys())[-TAIL:]
-        if not steps:
-            yield f"{run.name}: no step in common with {runs[0].name}"
+    first = runs[0]
+    losses = _losses(first)
+    for run in runs[1:]:
+        other = [name for name in ("data", "tokenizer") if _of(run, name) != _of(first, name)]
+        if other:
+            what = " and ".join(other)
+            yield f"losses of {run.name} and {first.name} are not compared: other {what}"
             continue
-        mean, of_first = (statistics.fmean(of[step] for step in steps) for of in (losses, first))
+        ours = _losses(run)
+        steps = sorted(losses.keys() & ours.keys())[-TAIL:]
+        if not steps:
+            yield f"losses of {run.name} and {first.name} are not compared: no common step"
+            continue
+        mean, of_first = (statistics.fmean(of[step] for step in steps) for of in (ours, losses))
         yield (
-            f"{run.name}: mean loss of steps {steps[0]:,} to {steps[-1]:,} {mean:.4f}, "
-            f"{mean / of_first - 1:+.2%} of {runs[0].name}'s {of_first:.4f}"
+            f"mean loss of steps {steps[0]:,} to {steps[-1]:,}: {first.name} {of_first:.4f}, "
+            f"{run.name} {mean:.4f} ({mean / of_first - 1:+.2%})"
         )
 
 
-def read_run(out: Path) -> Run:
-    """Reads a run's directory.
+def read_run(out: Path) -> RunRecords:
+    """Read the records in a run's directory.
 
     Raises:
-        ValueError: it holds no metrics, or a line of them is broken.
+        ValueError: there are no metrics, or a file is damaged or of something else.
+        OSError: a file cannot be read.
     """
-    metrics = out / "metrics.jsonl"
+    metrics, evals, config = out / "metrics.jsonl", out / "eval.jsonl", out / "config.json"
     if not metrics.is_file():
         why = "there is no metrics.jsonl in it" if out.is_dir() else "there is no such directory"
         raise ValueError(f"{out} is not the directory of a run: {why}")
-    lines = read_records(metrics)
-    if not lines:
+    run = RunRecords(
+        name=out.resolve().name,
+        steps=read_records(metrics),
+        evals=read_records(evals),
+        config=read_json(config) if config.is_file() else {},
+    )
+    if not run.steps:
         raise ValueError(f"{metrics} has no line yet: the run has not made a step")
-    config = out / "config.json"
-    record = json.loads(config.read_text()) if config.is_file() else {}
-    name = out.resolve().name
-    return Run(name=name, steps=lines, evals=read_records(out / "eval.jsonl"), config=record)
+    for path, lines, types in ((metrics, run.steps, METRICS), (evals, run.evals, EVALS)):
+        for line in lines:
+            wrong = [n for n in types if not isinstance(line.get(n), types[n])]
+            if wrong:
+                raise ValueError(
+                    f"{path} is no record of a run: the line of step {line['step']} has no valid "
+                    f"'{wrong[0]}'; remove that line, or the file"
+                )
+    return run
 
 
-def _read_runs(config: ReportConfig) -> list[Run]:
-    if not config.runs:
-        raise ValueError("which runs? python -m train.report OUT [OUT...]")
-    return [read_run(Path(name)) for name in config.runs]
+def _losses(run: RunRecords) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in run.steps if line.get("loss") is not None}
 
 
-def _page(runs: Sequence[Run], images: list[tuple[str, bytes]]) -> str:
+def _of(run: RunRecords, name: str) -> Any:
+    """Return the data files or the tokenizer of a run from its config.json."""
+    section, flag = ("flags", "data.files") if name == "data" else ("chosen", "tokenizer")
+    values = run.config.get(section)
+    return values.get(flag) if isinstance(values, dict) else None
+
+
+def _page(runs: Sequence[RunRecords], images: list[tuple[str, bytes]]) -> str:
     rows = "".join(
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _summary(run)) + "</tr>"
         for run in runs
     )
     head = "".join(f"<th>{name}</th>" for name in SUMMARY)
     losses = "".join(f"<p>{html.escape(text)}</p>\n" for text in compared(runs))
-    drawn = "".join(
+    plots = "".join(
         f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">\n'
         for name, png in images
     )
@@ -131,14 +173,14 @@ def _page(runs: Sequence[Run], images: list[tuple[str, bytes]]) -> str:
     title = html.escape(", ".join(run.name for run in runs))
     return (
         f'<!doctype html><meta charset="utf-8"><title>{title}</title>\n<style>{_STYLE}</style>\n'
-        f"<h1>{title}</h1>\n<table><tr>{head}</tr>{rows}</table>\n{losses}{drawn}{flags}\n"
+        f"<h1>{title}</h1>\n<table><tr>{head}</tr>{rows}</table>\n{losses}{plots}{flags}\n"
     )
 
 
-TAIL = 50
-"""Steps whose mean loss is compared."""
-
-SUMMARY = ("run", "steps", "loss", "best validation", "tokens/s", "MFU", "peak GiB", "skipped")
+SUMMARY = (
+    *("run", "steps", "loss", "best validation", "tokens/s", "MFU", "peak GiB", "skipped"),
+    "time: " + ", ".join(PARTS),
+)
 _STYLE = """
 body { font-family: sans-serif; margin: 2em; max-width: 1500px }
 img { width: 48%; min-width: 420px; margin: .5% }
@@ -147,20 +189,23 @@ pre { font-size: 85% }
 """
 
 
-def _summary(run: Run) -> list[str]:
-    """Cells under `SUMMARY`; speeds are medians."""
+def _summary(run: RunRecords) -> list[str]:
+    """Return the cells under `SUMMARY`; speeds are medians."""
     last = run.steps[-1]
-    best = min((line["loss"] for line in run.evals), default=None)
-    mfu = [line["mfu"] for line in run.steps if "mfu" in line]
+    losses = [line["loss"] for line in run.evals if line.get("loss") is not None]
+    mfu = [line["mfu"] for line in run.steps if line.get("mfu") is not None]
+    seconds = sum(line["seconds"] for line in run.steps)
+    parts = (sum(line[f"{part}_seconds"] for line in run.steps) / seconds for part in PARTS)
     return [
         run.name,
         f"{last['step']:,}",
-        f"{last['loss']:.4f}",
-        "-" if best is None else f"{best:.4f}",
+        "NaN" if last.get("loss") is None else f"{last['loss']:.4f}",
+        f"{min(losses):.4f}" if losses else "-",
         f"{statistics.median(line['tokens_per_second'] for line in run.steps):,.0f}",
         f"{statistics.median(mfu):.1%}" if mfu else "-",
         f"{last['peak_memory_bytes'] / 2**30:.1f}",
-        f"{last.get('skipped', 0):.0f}",
+        f"{last.get('skipped') or 0:.0f}",
+        ", ".join(f"{part:.0%}" for part in parts),
     ]
 
 

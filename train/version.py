@@ -1,39 +1,34 @@
-"""Which code runs: this project's version and commit, and the libraries that do the arithmetic."""
+"""Version of the running code: the package, its git commit, and the libraries that compute."""
 
 import functools
-import importlib.metadata
 import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 LIBRARIES = ("jax", "flax", "optax")
 
+try:
+    __version__: str | None = version("internlm2-jax")
+except PackageNotFoundError:  # a checkout that is not installed
+    __version__ = None
+
 
 @functools.cache
 def code_version() -> dict[str, str | None]:
-    """Name to version.
+    """Return versions by name.
 
     Returns:
-        internlm2-jax: its version, None where it is not installed; commit: as `git describe` has
-        it, "-dirty" with changes, None outside of a repository; and each of `LIBRARIES`.
+        internlm2-jax: version, None if not installed; commit: from `git describe`, with "-dirty"
+        for changed files, None outside of a repository; and each of `LIBRARIES`.
     """
-    return {
-        "internlm2-jax": _installed("internlm2-jax"),
-        "commit": _commit(),
-        **{name: _installed(name) for name in LIBRARIES},
-    }
-
-
-def _installed(name: str) -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, check=True)
+        commit = found.stdout.decode().strip()
     except (OSError, subprocess.CalledProcessError):
-        return None
+        commit = None
+    return {
+        "internlm2-jax": __version__,
+        "commit": commit,
+        **{name: version(name) for name in LIBRARIES},
+    }

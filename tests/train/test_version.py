@@ -1,5 +1,6 @@
-"""Which code wrote a checkpoint."""
+"""Version and commit of the code that wrote a checkpoint."""
 
+import importlib
 import importlib.metadata
 import subprocess
 
@@ -11,7 +12,7 @@ from train import version
 
 @pytest.fixture(autouse=True)
 def fresh():
-    """Asked once a process: here, before and after each test."""
+    """Clear the cache, which lasts for a process, before and after each test."""
     version.code_version.cache_clear()
     yield
     version.code_version.cache_clear()
@@ -58,11 +59,18 @@ def test_outside_of_a_repository(monkeypatch, tmp_path):
     assert version.code_version()["commit"] is None
 
 
-def test_without_git_or_installation(monkeypatch):
+def test_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
+    assert version.code_version()["commit"] is None
 
+
+def test_a_checkout_that_is_not_installed_has_no_version(monkeypatch):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr("importlib.metadata.version", missing)
-    assert {*version.code_version().values()} == {None}
+    with monkeypatch.context() as context:
+        context.setattr(importlib.metadata, "version", missing)
+        importlib.reload(version)
+        assert version.__version__ is None
+    importlib.reload(version)
+    assert version.__version__ == importlib.metadata.version("internlm2-jax")

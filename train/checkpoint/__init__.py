@@ -1,1 +1,1 @@
-"""Checkpoints that are complete or not there."""
+"""Write and read checkpoints: complete ones, or none."""

@@ -1,73 +1,96 @@
-"""Checkpoints: state, position in the data, and what run they belong to. All or nothing.
+"""Save and restore checkpoints: train state, data position, and the identity of their run.
 
 Orbax writes into a temporary directory beside the old checkpoints and renames it when every byte
-is on disk; older ones go only after that. So a killed run or a full disk leaves the last good one.
+is on disk; old checkpoints are removed after that. So a killed run or a full disk leaves the last
+complete checkpoint.
 
     <out>/checkpoints/<step>/state/    TrainState: sharded arrays
     <out>/checkpoints/<step>/run/      JSON: data position, identity, config, validation loss,
-                                       versions of the code and its libraries
+                                       versions of the code and its libraries, checksums
 
-One that cannot be read is put aside as <out>/unreadable-<step>, and the one before it is used.
-All processes of a run write and read together; their --out is one directory that all of them see.
+A damaged checkpoint is moved to <out>/corrupt-<step>, and the checkpoint before it is used. All
+processes of a run write and read together; all of them must see the same --out directory.
 """
 
+import contextlib
+import logging
 import shutil
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from train.checkpoint.checksum import checksum
-from train.checkpoint.orbax_errors import cause, quiet_orbax
-from train.checkpoint.partial import remove_half_written
-from train.checkpoint.retention import Retention, loss_of
-from train.log import say
+from train.checkpoint.checksum import all_finite, checksum, read_metadata, with_digest
+from train.checkpoint.orbax_errors import cause, is_damage, quiet_orbax, unreadable
+from train.checkpoint.partial import remove_partial
+from train.checkpoint.retention import Retention
 from train.step.state import TrainState
 from train.version import code_version
 
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
 Identity = Mapping[str, Any]
-"""What a run must have in common with a checkpoint to go on from it: flat, JSON-able."""
+"""Flat JSON values that a run and a checkpoint must share for the run to resume from it."""
+
+_GOOD, _DAMAGED, _CANNOT_READ = 0, 1, 2
 
 
 class Checkpoints:
     """The checkpoints of one run's directory."""
 
     def __init__(self, out: Path, *, keep_last: int, keep_best: int = 0):
-        """Looks at the directory, without changing or creating anything.
+        """List the directory, without changing or creating anything.
 
         Args:
             out: the run's directory.
             keep_last: checkpoints to keep; older ones are removed after a newer is complete.
-            keep_best: of those saved right after an evaluation, how many to keep beside them: the
-                ones with the lowest validation loss.
+            keep_best: further checkpoints to keep: those with the lowest validation loss among
+                those saved right after an evaluation.
 
         Raises:
-            OSError: if out is there but cannot be read.
+            OSError: out exists but cannot be read.
         """
         self._dir = (out / "checkpoints").absolute()
         self._keep_last, self._keep_best = keep_last, keep_best
         self._manager: ocp.CheckpointManager | None = None
+        self._quiet = contextlib.ExitStack()
         found = self._dir.iterdir() if self._dir.is_dir() else ()
         self._steps = sorted(int(p.name) for p in found if p.name.isdigit())
-        losses = {s: loss_of(self._dir / str(s)) for s in self._steps}
-        self._losses = {s: loss for s, loss in losses.items() if loss is not None}
+        self._losses: dict[int, float] = {}
+        for step in self._steps:
+            with contextlib.suppress(OSError, ValueError):  # reported when it is to be restored
+                loss = read_metadata(self._dir / str(step))["loss"]
+                if loss is not None:
+                    self._losses[step] = loss
 
     @property
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint, or None."""
         return self._steps[-1] if self._steps else None
 
-    def check(self, identity: Identity) -> None:
-        """Checks that the latest checkpoint that can be read is of this run.
+    @property
+    def quarantined(self) -> list[Path]:
+        """Damaged checkpoints that were moved aside, in this run or before."""
+        return sorted(self._dir.parent.glob("corrupt-*"))
+
+    def check(self, identity: Identity) -> dict[str, Any]:
+        """Check that the newest readable checkpoint belongs to this run.
+
+        Returns:
+            Its metadata: "data", "config" and the other arguments of `save`.
 
         Raises:
-            ValueError: naming every field that differs, with both values; or if none can be read.
+            ValueError: a field differs (the message has all of them, with both values), or no
+                checkpoint can be read.
         """
-        run = self._read_latest("run", ocp.args.JsonRestore())
+        run = self._read_latest(self._metadata)
         theirs = run["identity"]
         names = sorted(identity.keys() | theirs.keys())
         differ = [n for n in names if identity.get(n) != theirs.get(n)]
@@ -77,54 +100,58 @@ class Checkpoints:
                 + ", ".join(f"{n} is {theirs.get(n)} there, {identity.get(n)} here" for n in differ)
                 + "; choose another --out, or the same flags"
             )
-        ours, of_theirs = code_version(), run.get("code", {})
+        ours, of_theirs = code_version(), run["code"]
         changed = [n for n in ours if ours[n] != of_theirs.get(n)]
         if changed:
-            say(
-                f"the checkpoint of step {self.latest} was written by other code: "
-                + ", ".join(f"{n} {of_theirs.get(n)}, here {ours[n]}" for n in changed)
+            log.info(
+                "the checkpoint of step %s was written by other code: %s",
+                self.latest,
+                ", ".join(f"{n} {of_theirs.get(n)}, here {ours[n]}" for n in changed),
             )
+        return run
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Reads the latest checkpoint that can be read; `latest` then is its step.
+        """Restore the newest readable checkpoint; `latest` is its step afterwards.
 
         Args:
             like: shapes, dtypes and shardings to restore into, on any mesh.
 
         Returns:
-            (the state, where in the data it stands, as `Loader.restore` takes it).
+            (state, data position for `Loader.restore`).
 
         Raises:
-            ValueError: if none can be read.
+            ValueError: no checkpoint can be read.
+            OSError: the newest checkpoint is intact, as far as is known, but cannot be read now.
         """
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
         while True:
-            state = self._read_latest("state", ocp.args.StandardRestore(like))
+            run = self._read_latest(self._metadata)
             step = self.latest
-            run = self._read_latest("run", ocp.args.JsonRestore())
+            state = self._read_latest(lambda step: self._open().restore(step, args=args)["state"])
             if step != self.latest:
-                continue  # its other half could not be read
-            if run.get("checksum") in (None, checksum(state)):
+                continue  # that checkpoint's arrays were damaged
+            if run["checksum"] == checksum(state):
                 return state, run["data"]
             del state
-            self._put_aside(ValueError("a number in it has changed since it was written"))
+            self._quarantine(ValueError("its arrays do not match their checksum"))
 
-    def remove_half_written(self, quiet: float = 0.0) -> None:
-        """Removes what a save that did not end has left. Not while another run trains there.
+    def remove_partial(self, quiet_seconds: float = 0.0) -> None:
+        """Remove partial checkpoints. The caller must hold the lock of the run's directory.
 
         Args:
-            quiet: seconds, as `half_written.remove_half_written` takes it.
+            quiet_seconds: see `train.checkpoint.partial.remove_partial`.
         """
         if jax.process_index() == 0:
-            remove_half_written(self._dir, quiet=quiet)
+            remove_partial(self._dir, quiet_seconds=quiet_seconds)
 
     def check_space(self, state: TrainState) -> None:
-        """Finds a full disk before a byte is written; what fills it later, the writing finds.
+        """Find a full disk before the first byte is written.
 
         Args:
             state: arrays or ShapeDtypeStructs.
 
         Raises:
-            OSError: if one more checkpoint has no room; says the bytes needed and free.
+            OSError: there is no room for one more checkpoint; names the bytes needed and free.
         """
         need = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
         there = next(p for p in (self._dir, *self._dir.parents) if p.exists())
@@ -143,54 +170,63 @@ class Checkpoints:
         config: Mapping[str, Any] | None = None,
         loss: float | None = None,
     ) -> None:
-        """Begins to write a checkpoint; training may go on while it is written.
+        """Start to write a checkpoint; training may go on while it is written.
 
         Args:
-            state: arrays; copied before this returns, so they may be donated.
+            state: arrays; copied before the method returns, so they may be donated.
             data: `Loader.state()` from before the next batch was drawn.
             identity: of this run.
-            config: its flags, kept for people to read.
-            loss: of the validation after this very step, if there was one.
+            config: flags of this run, for people to read.
+            loss: validation loss after this step, if there was an evaluation.
 
         Raises:
-            OSError: if this or the save before it failed; the last good checkpoint is untouched.
+            OSError: this save or the one before it failed; complete checkpoints are untouched.
+            FloatingPointError: the weights are not finite: nothing could resume from them.
         """
         step = int(jax.device_get(state.step))
         if step == self.latest:
             return
-        run = {
-            "data": dict(data),
-            "identity": dict(identity),
-            "config": config,
-            "loss": loss,
-            "checksum": checksum(state),
-            "code": code_version(),
-        }
+        with jax.set_mesh(state.mesh):
+            if not all_finite(state.params):
+                raise FloatingPointError(
+                    f"weights are not finite after step {step}, which is not saved (latest "
+                    f"checkpoint: {self.latest}); start again with a smaller --optim.lr"
+                )
+        run = with_digest(
+            {
+                "data": dict(data),
+                "identity": dict(identity),
+                "config": config,
+                "loss": loss,
+                "checksum": checksum(state),
+                "code": code_version(),
+            }
+        )
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))
         self.wait()
         if loss is not None:
             self._losses[step] = loss
-        self._guard(lambda: self.check_space(state), step)
-        self._guard(lambda: self._open().save(step, args=args), step)
+        self._write(lambda: self.check_space(state), step)
+        self._write(lambda: self._open().save(step, args=args), step)
         self._steps.append(step)
 
     def wait(self) -> None:
-        """Returns when everything is on disk.
+        """Wait until the last save is on disk.
 
         Raises:
-            OSError: if a save failed.
+            OSError: a save failed.
         """
         if self._manager is not None:
-            self._guard(self._manager.wait_until_finished, self.latest)
+            self._write(self._manager.wait_until_finished, self.latest)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, kind, *_) -> None:
-        """Waits for the save under way, and lets go of the directory.
+        """Wait for the save under way and close the directory.
 
         Raises:
-            OSError: if that save failed, and no error is on its way already.
+            OSError: that save failed, and no other error is being raised.
         """
         try:
             self.wait()
@@ -199,54 +235,87 @@ class Checkpoints:
                 raise
         if self._manager is not None:
             self._manager.close()
-            self._manager = None
+        self._drop_manager()
 
     def _open(self) -> ocp.CheckpointManager:
         if self._manager is None:
             self._dir.mkdir(parents=True, exist_ok=True)
-            quiet_orbax()
-            stay = Retention(newest=self._keep_last, best=self._keep_best, losses=self._losses)
-            options = ocp.CheckpointManagerOptions(preservation_policy=stay)
+            self._quiet.enter_context(quiet_orbax())
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=Retention(
+                    newest=self._keep_last, best=self._keep_best, losses=self._losses
+                ),
+                # Otherwise a directory that cannot be made leaves threads that wait 300 s for it,
+                # and the process ends after them.
+                async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
+            )
             self._manager = ocp.CheckpointManager(self._dir, options=options)
         return self._manager
 
-    def _read_latest(self, item: str, how: ocp.args.CheckpointArgs) -> Any:
-        """Reads a part of the newest checkpoint; those that cannot be read are put aside."""
+    def _drop_manager(self) -> None:
+        self._manager = None
+        self._quiet.close()
+
+    def _metadata(self, step: int) -> dict[str, Any]:
+        return read_metadata(self._dir / str(step))
+
+    def _read_latest(self, read: Callable[[int], T]) -> T:
+        """Apply `read` to the newest step; quarantine damaged checkpoints until one is readable."""
         why: Exception | None = None
         while self.latest is not None:
-            found, why = None, None
+            found, why, status = None, None, _GOOD
             try:
-                found = self._open().restore(self.latest, args=ocp.args.Composite(**{item: how}))
-            except Exception as error:
+                found = read(self.latest)
+            except Exception as error:  # orbax and tensorstore raise many types
                 why = error
-            if _on_all_processes(why is None):
+                if path := unreadable(self._dir / str(self.latest)):
+                    why = PermissionError(f"no permission to read {path}")
+                status = _DAMAGED if is_damage(why) else _CANNOT_READ
+            status = _worst_of_processes(status)
+            if status == _GOOD:
                 assert found is not None
-                return found[item]
-            self._put_aside(why)
+                return found
+            if status == _CANNOT_READ:
+                self._drop_manager()
+                raise OSError(
+                    f"cannot read the checkpoint {self._dir / str(self.latest)}: "
+                    f"{_reason(why)}; it stays where it is: make it readable for this user and "
+                    "machine, or choose another --out"
+                ) from why
+            self._quarantine(why)
         raise ValueError(
             f"no checkpoint of {self._dir.parent} can be read: choose another --out to begin anew"
         ) from why
 
-    def _put_aside(self, why: Exception | None) -> None:
-        """Moves the latest checkpoint away, and says so."""
-        bad, self._manager = self._steps.pop(), None
+    def _quarantine(self, why: Exception | None) -> None:
+        """Move the latest checkpoint to corrupt-<step> and log the reason."""
+        bad = self._steps.pop()
+        self._drop_manager()
         self._losses.pop(bad, None)
-        source, target = self._dir / str(bad), self._dir.parent / f"unreadable-{bad}"
+        source, target = self._dir / str(bad), _free(self._dir.parent / f"corrupt-{bad}")
         if jax.process_index() == 0:
-            source.rename(_free(target))
-        _on_all_processes(True)
-        reason = "another process could not" if why is None else cause(why)
+            source.rename(target)
+        _worst_of_processes(_GOOD)
         before = f"using step {self.latest}" if self._steps else "there is none before it"
-        say(f"cannot read the checkpoint {source}: {reason}; it is now {target}, {before}")
+        log.warning(
+            "the checkpoint %s is damaged (%s): moved to %s, %s",
+            source,
+            _reason(why),
+            target,
+            before,
+        )
 
-    def _guard(self, action, step: int | None) -> None:
-        """Runs action; a failure leaves no half-written files and is one line."""
+    def _write(self, action: Callable[[], object], step: int | None) -> None:
+        """Run `action`; after a failure remove partial files and raise one line."""
         try:
             action()
         except Exception as error:  # tensorstore reports a full disk as ValueError
-            self._manager = None
             self._steps = [s for s in self._steps if s != step]
-            self.remove_half_written(quiet=1.0)  # other threads of this save may still write
+            self.remove_partial(quiet_seconds=1.0)  # other threads of this save may still write
+            traceback.clear_frames(
+                error.__traceback__
+            )  # they hold coroutines that would warn later
+            self._drop_manager()
             good = max((int(p.name) for p in self._dir.glob("*") if p.name.isdigit()), default=None)
             left = "there is none before it" if good is None else f"step {good} is intact"
             raise OSError(
@@ -255,14 +324,18 @@ class Checkpoints:
             ) from error
 
 
-def _on_all_processes(good: bool) -> bool:
-    """Whether it is true on every one of them; they wait for each other."""
+def _reason(why: Exception | None) -> str:
+    return "another process could not read it" if why is None else cause(why)
+
+
+def _worst_of_processes(status: int) -> int:
+    """Return the largest status of all processes; they wait for each other."""
     if jax.process_count() == 1:
-        return good
-    return bool(multihost_utils.process_allgather(np.bool_(good)).all())
+        return status
+    return int(multihost_utils.process_allgather(np.int32(status)).max())
 
 
 def _free(path: Path) -> Path:
-    """The path, or one beside it that nothing has."""
+    """Return the path, or with a number appended the first one that does not exist."""
     names = (path, *(path.with_name(f"{path.name}.{n}") for n in range(2, 1000)))
     return next(p for p in names if not p.exists())

@@ -1,39 +1,84 @@
-"""What goes wrong inside orbax, as one line."""
+"""Turn the failures of orbax and tensorstore into one line."""
 
+import contextlib
+import gc
+import itertools
 import logging
+import os
 import sys
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 
-_SYSTEM_WORDS = (
+_SYSTEM_ERRORS = (
     "No space left on device",
     "File too large",
     "Disk quota exceeded",
     "Permission denied",
+    "Read-only file system",
+    "Too many open files",
+    "Cannot allocate memory",
+    "RESOURCE_EXHAUSTED",
+    "can't start new thread",
 )
-# What ends after the checkpoint that it belongs to was given up: a write that finds its event loop
-# closed, a read that is thrown away half done.
-_LEFT_BEHIND = ("Event loop is closed", "Encountered error while reading array index")
+_NOT_DAMAGE = _SYSTEM_ERRORS[3:]
+# Raised in threads and coroutines of a save or restore that was already given up.
+_AFTER_FAILURE = ("Event loop is closed", "Encountered error while reading array index")
 
 
-def quiet_orbax() -> None:
-    """Keeps pages of traceback off the screen for what is raised as an exception anyway."""
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    # What is read beside a part that cannot be read is given up.
-    warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
-    usual = sys.unraisablehook
+@contextlib.contextmanager
+def quiet_orbax() -> Iterator[None]:
+    """Drop orbax's tracebacks while the block runs; orbax raises each failure as well.
 
-    def hook(unraisable) -> None:
-        if not any(words in str(unraisable.exc_value) for words in _LEFT_BEHIND):
-            usual(unraisable)
+    Records of other libraries in the same loggers pass. Logging, warnings and the hook for
+    unraisable exceptions are as before when the block ends.
+    """
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    hook = sys.unraisablehook
 
-    if usual.__module__ != __name__:
-        sys.unraisablehook = hook
+    def quiet_hook(unraisable) -> None:
+        if not any(text in str(unraisable.exc_value) for text in _AFTER_FAILURE):
+            hook(unraisable)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
+        for logger in loggers:
+            logger.addFilter(_not_from_orbax)
+        sys.unraisablehook = quiet_hook
+        try:
+            yield
+        finally:
+            gc.collect()  # abandoned coroutines warn when they are collected
+            sys.unraisablehook = hook
+            for logger in loggers:
+                logger.removeFilter(_not_from_orbax)
 
 
 def cause(error: Exception) -> str:
-    """The system's own words where they are inside, else the first line."""
+    """Return the operating system's reason if the error contains one, else its first line."""
     text = (str(error).splitlines() or [type(error).__name__])[0]
     if isinstance(error, OSError):
         return text
-    return next((words for words in _SYSTEM_WORDS if words in text), text[:300])
+    return next((reason for reason in _SYSTEM_ERRORS if reason in str(error)), text[:300])
+
+
+def is_damage(error: Exception) -> bool:
+    """Tell damaged files from a machine that cannot read them now (permission, memory)."""
+    return not isinstance(error, (PermissionError, MemoryError)) and not any(
+        reason in str(error) for reason in _NOT_DAMAGE
+    )
+
+
+def unreadable(directory: Path) -> Path | None:
+    """Return a file or directory without read permission: orbax may report other errors then."""
+    for path in itertools.chain([directory], directory.rglob("*")):
+        if os.path.exists(path) and not os.access(
+            path, os.R_OK | (os.X_OK if path.is_dir() else 0)
+        ):
+            return path
+    return None
+
+
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+    # asyncio's own records name the file of the coroutine in their text
+    return "orbax" not in record.pathname and "orbax" not in record.getMessage()

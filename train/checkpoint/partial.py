@@ -1,31 +1,31 @@
-"""What a save that did not end leaves in a directory of checkpoints: found and removed."""
+"""Remove partial checkpoints: temporary directories of saves that did not end."""
 
 import shutil
 import time
 from pathlib import Path
 
-LONGEST = 10.0
+TIMEOUT = 10.0
 """Seconds to wait for writers that do not end."""
 
 
-def remove_half_written(checkpoints: Path, *, quiet: float = 0.0) -> None:
-    """Removes directories that orbax began to write and did not rename to a step.
+def remove_partial(checkpoints: Path, *, quiet_seconds: float = 0.0) -> None:
+    """Remove directories that orbax began to write and did not rename to a step.
 
-    Orbax raises at a save's first error while its other threads still write, and they create the
-    directories that they miss. So what was removed may come back for a moment.
+    Orbax raises at a save's first error while its other threads still write, and these create the
+    directories that are missing. So a removed directory may come back for a moment.
 
     Args:
-        checkpoints: a directory of checkpoints, there or not. No save may be under way in it but
-            one that has failed.
-        quiet: seconds without anything new after which the writers have ended; 0 if there are
-            none. After `LONGEST` in all it returns with what is still there.
+        checkpoints: directory of checkpoints, which need not exist. No save may be under way in it
+            except one that has failed.
+        quiet_seconds: time without a new directory after which the writers have ended; 0 if there
+            are no writers. After `TIMEOUT` in all the function returns.
     """
     last = time.monotonic()
-    give_up = last + LONGEST
+    deadline = last + TIMEOUT
     while True:
-        for half in list(checkpoints.glob("*.orbax-checkpoint-tmp*")):
-            shutil.rmtree(half, ignore_errors=True)
+        for partial in list(checkpoints.glob("*.orbax-checkpoint-tmp*")):
+            shutil.rmtree(partial, ignore_errors=True)
             last = time.monotonic()
-        if time.monotonic() >= min(last + quiet, give_up):
+        if time.monotonic() >= min(last + quiet_seconds, deadline):
             return
         time.sleep(0.02)

@@ -1,1 +1,1 @@
-"""What a run says of itself: metrics, validation, samples, skipped steps, traces, curves."""
+"""Metrics of a run: step records, validation, samples, skipped steps, profiles, plots."""

@@ -1,8 +1,9 @@
-"""Validation: the mean loss of each named set, every so many steps.
+"""Validation: the mean loss of each named set, every `eval_every` steps.
 
 B row of a microbatch, T position; a `Batch` has arrays [A, B, T] here.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -15,20 +16,21 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from train.data import Batch, Loader
-from train.log import note
 from train.metrics.records import Records
 from train.step.loss import cross_entropy
 from train.step.state import Params
 from train.step.step import put_batch
 
+log = logging.getLogger(__name__)
+
 Sets = dict[str, Loader]
-"""Loaders by the name of their set."""
+"""Loaders by name of the validation set."""
 
 
 class Evaluation:
-    """Computes the losses of the sets and writes them to eval.jsonl.
+    """Compute the losses of the validation sets and write them to eval.jsonl.
 
-    A line of it has step, set, loss (the mean over the set's loss tokens), perplexity, loss_tokens.
+    A line has step, set, loss (the mean over the set's loss tokens), perplexity and loss_tokens.
     """
 
     def __init__(
@@ -42,16 +44,16 @@ class Evaluation:
         start: int,
         options: dict[str, bool] | None = None,
     ):
-        """Lines after `start`, of a run that died, are dropped.
+        """Open the records; lines after `start`, of a run that was killed, are dropped.
 
         Args:
-            sets: what to evaluate on; every row of each, once.
+            sets: validation sets; each evaluation reads every row once.
             graphdef: the model's, from `train.step.state.abstract_state`.
             grad_accum: microbatches of a batch.
             mesh: the devices.
-            path: of eval.jsonl; there only if there are sets.
-            start: step the run goes on from.
-            options: for the compiler, as `train.distributed.device.compiler_options` has them.
+            path: of eval.jsonl; its directory must exist if there are sets.
+            start: step the run resumes from.
+            options: compiler options, from `train.distributed.device.compiler_options`.
         """
         self._sets, self._grad_accum, self._mesh = sets, grad_accum, mesh
         self._sums = jax.jit(make_sums(graphdef), compiler_options=options)
@@ -59,11 +61,11 @@ class Evaluation:
         self._records = Records(path, start=start) if writes else None
 
     def __call__(self, step: int, params: Params) -> dict[str, float]:
-        """Evaluates all sets after `step` steps, says and writes the losses, and returns them."""
+        """Evaluate all sets after `step` steps; log, record and return the losses."""
         losses = {}
         for name, loader in self._sets.items():
             total = count = 0.0
-            for batch in loader.once():
+            for batch in loader.one_epoch():
                 sums = self._on_devices(params, batch)
                 total, count = total + float(sums[0]), count + float(sums[1])
             losses[name] = total / count
@@ -71,8 +73,8 @@ class Evaluation:
             line["perplexity"] = perplexity(losses[name])
             if self._records is not None:
                 self._records.write(line)
-            said = f"loss {losses[name]:.4f}, perplexity {line['perplexity']:.2f} on {name}"
-            note(f"step {step}: {said}")
+            text = f"loss {losses[name]:.4f}, perplexity {line['perplexity']:.2f} on {name}"
+            log.info(f"step {step}: {text}")
         return losses
 
     def _on_devices(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -83,12 +85,12 @@ class Evaluation:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), at most the largest float, so that it can be written as JSON."""
+    """Return exp(loss), or the largest float where exp overflows."""
     return math.exp(min(loss, 709.0))
 
 
 def make_sums(graphdef: nnx.GraphDef) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
-    """Makes (params, batch [A, B, T]) -> (sum of losses, loss tokens), float32 scalars."""
+    """Return a function (params, batch [A, B, T]) -> (sum of losses, loss tokens), float32."""
 
     def of_micro(params: Params, micro: Any) -> jax.Array:
         model = nnx.merge(graphdef, params)
@@ -108,7 +110,7 @@ class OpenSets(ExitStack):
     """Named loaders that are closed together."""
 
     def __init__(self, loaders: Iterator[tuple[str, Loader]]):
-        """Opens them; a name that is taken gets a number."""
+        """Open the loaders; a name that is taken gets a number."""
         super().__init__()
         self.sets: Sets = {}
         for name, loader in loaders:

@@ -1,10 +1,9 @@
-"""Useful arithmetic of a training step, and what share of a GPU's peak it is (MFU).
+"""Useful floating-point operations of a training step, for MFU (model FLOPs utilization).
 
     6 * (parameters - embedding table) * tokens + 12 * L * N * H * pairs
 
-where pairs are the causal query-key pairs inside documents: what the mask hides is not work, and
-neither is what the backward pass computes a second time. The output matrix counts, the look-up in
-the embedding table does not.
+where pairs are the causal query-key pairs inside documents. Masked pairs and recomputation in the
+backward pass do not count. The output matrix counts, the look-up in the embedding table does not.
 
 References:
     "PaLM", Chowdhery et al. 2022, appendix B, for MFU; there pairs are all T * T.
@@ -17,7 +16,7 @@ from models.config import ModelConfig
 
 
 def causal_pairs(segment_ids_BT: Int[np.ndarray | Array, "B T"]) -> int:
-    """Counts (query, key) pairs with key <= query in the same document; padding (0) has none.
+    """Count (query, key) pairs with key <= query in the same document; padding (0) has none.
 
     A document of n tokens has n * (n + 1) / 2.
     """
@@ -30,11 +29,11 @@ def causal_pairs(segment_ids_BT: Int[np.ndarray | Array, "B T"]) -> int:
 
 
 def training_flops(config: ModelConfig, tokens: int, pairs: int) -> float:
-    """Floating-point operations of forward and backward.
+    """Return the floating-point operations of a forward and a backward pass.
 
     Args:
         config: the model.
-        tokens: that are not padding.
+        tokens: number of tokens without padding.
         pairs: from `causal_pairs`.
     """
     table = config.vocab_size * config.hidden_size

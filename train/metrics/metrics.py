@@ -1,12 +1,14 @@
-"""What a run says about itself: one JSON line per step, and a progress bar or console lines.
+"""Step metrics: one JSON line per step, and a progress bar or console lines.
 
-Step times are between the ends of steps, as seen from the host; the first step of a run carries
-what was waited for until then. A line has what its part of the time went to: waiting for data, for
-checkpoints, evaluations and samples, and the rest, which is computing.
+The time of a step runs from the end of the step before to its own end, as seen from the host; the
+first step's time includes startup waits. A line splits the time: waiting for data, writing
+checkpoints, evaluation with samples, and the rest, which is computing. Speeds and MFU are of the
+time without checkpoints and evaluation.
 """
 
 import contextlib
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -24,22 +26,25 @@ from train.metrics.records import Records
 Part = Literal["data", "checkpoint", "evaluation"]
 PARTS: tuple[Part, ...] = ("data", "checkpoint", "evaluation")
 CONSOLE_SECONDS = 10
-"""Least time between console lines."""
+"""Shortest time between console lines."""
+
+BAR_COLUMNS = 52
+"""Columns of the progress bar without the values, up to 6 digits of steps and hours of time."""
 
 
 @runtime_checkable
 class Sink(Protocol):
-    """Takes numbers to where curves are drawn (`train.metrics.sinks`)."""
+    """Destination of metrics beside metrics.jsonl (`train.metrics.sinks`)."""
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Numbers of a step, by name."""
+        """Write the values of a step, by name."""
 
     def close(self) -> None:
-        """The end."""
+        """Close the sink."""
 
 
 class Metrics:
-    """Turns what a step returns into numbers for people, and writes them down."""
+    """Record the metrics of each step and show them."""
 
     def __init__(
         self,
@@ -52,54 +57,59 @@ class Metrics:
         positions: int,
         sinks: Sequence[Sink] = (),
     ):
-        """Opens metrics.jsonl to append; lines after `start`, of a run that died, are dropped.
+        """Open metrics.jsonl; lines after `start`, of a run that was killed, are dropped.
 
         Args:
             path: of metrics.jsonl.
-            model: for its FLOPs.
-            start: step the run goes on from.
-            steps: of the whole run.
-            log_every: steps between lines; the last step always has one.
-            positions: of a step's rows, padding included.
-            sinks: where the numbers of each line go too.
+            model: architecture, for the FLOPs.
+            start: step the run resumes from.
+            steps: optimizer steps of the whole run.
+            log_every: steps between lines; the last step always has a line.
+            positions: tokens of a step, padding included.
+            sinks: further destinations of each line.
 
         Raises:
-            OSError: if the file cannot be written.
+            OSError: the file cannot be written.
         """
         self._model, self._steps, self._every = model, steps, log_every
         self._positions, self._sinks = positions, sinks
         self._devices = jax.local_devices()
         peak = peak_flops(self._devices[0])
         self._peak = None if peak is None else peak * jax.device_count()
-        first = jax.process_index() == 0  # of several processes; the others only wait for values
+        first = jax.process_index() == 0  # other processes only wait for the values
         self._records = Records(path, start=start) if first else None
         if self._records is not None:
-            self._records.write()  # makes the file: the directory is a run's from now on
+            self._records.write()  # creates the file, which marks the directory as a run's
         watched = sys.stderr.isatty() and first
         self._bar = tqdm(
-            total=steps, initial=start, unit="step", dynamic_ncols=True, disable=not watched
+            total=steps,
+            initial=start,
+            bar_format="{percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
+            "{postfix}",
+            dynamic_ncols=True,
+            disable=not watched,
         )
-        self._said = None if watched or not first else 0.0  # when the last console line was
-        self._then = time.perf_counter()
+        self._console_time = None if watched or not first else 0.0  # of the last console line
+        self._step_end = time.perf_counter()
         self._parts: dict[str, float] = {}
 
     @contextlib.contextmanager
     def timed(self, part: Part, *, after: Any = None) -> Iterator[None]:
-        """Counts the time inside as spent on `part` and not on computing.
+        """Count the time inside the block for `part` instead of computing.
 
         Args:
-            part: on what.
-            after: arrays that are waited for first, at the expense of computing.
+            part: of the step's time.
+            after: arrays to wait for first; that wait counts as computing.
         """
         jax.block_until_ready(after)
-        begun = time.perf_counter()
+        start = time.perf_counter()
         try:
             yield
         finally:
-            self._parts[part] = self._parts.get(part, 0.0) + time.perf_counter() - begun
+            self._parts[part] = self._parts.get(part, 0.0) + time.perf_counter() - start
 
     def record(self, step: int, values: dict[str, jax.Array], pairs: int) -> dict[str, Any]:
-        """Waits for a step's values and shows them.
+        """Wait for the values of a step, record them and show them.
 
         Args:
             step: optimizer steps done, this one included.
@@ -107,25 +117,26 @@ class Metrics:
             pairs: causal query-key pairs inside its documents.
 
         Returns:
-            The line: values; seconds, and of them data_seconds, checkpoint_seconds,
-            evaluation_seconds, compute_seconds; tokens_per_second (not padding),
-            loss_tokens_per_second, all_tokens_per_second; mfu (where the device's peak is known);
+            The line: values; seconds and its parts data_seconds, checkpoint_seconds,
+            evaluation_seconds, compute_seconds; tokens_per_second (without padding),
+            loss_tokens_per_second, all_tokens_per_second; mfu (if the device's peak is known);
             peak_memory_bytes.
         """
         line: dict[str, Any] = {"step": step}
         line |= {name: float(value) for name, value in jax.device_get(values).items()}
         now = time.perf_counter()
-        seconds, self._then = now - self._then, now
+        seconds, self._step_end = now - self._step_end, now
         parts, self._parts = self._parts, {}
         line["seconds"] = seconds
         line |= {f"{part}_seconds": parts.get(part, 0.0) for part in PARTS}
         line["compute_seconds"] = max(0.0, seconds - sum(parts.values()))
-        line["tokens_per_second"] = line["tokens"] / seconds
-        line["loss_tokens_per_second"] = line["loss_tokens"] / seconds
-        line["all_tokens_per_second"] = self._positions / seconds
+        training = line["compute_seconds"] + line["data_seconds"]
+        line["tokens_per_second"] = line["tokens"] / training
+        line["loss_tokens_per_second"] = line["loss_tokens"] / training
+        line["all_tokens_per_second"] = self._positions / training
         if self._peak is not None:
             flops = training_flops(self._model, int(line["tokens"]), pairs)
-            line["mfu"] = flops / seconds / self._peak
+            line["mfu"] = flops / training / self._peak
         line["peak_memory_bytes"] = peak_memory(self._devices)
         last = step == self._steps
         if step % self._every == 0 or last:
@@ -133,40 +144,46 @@ class Metrics:
                 self._records.write(line)
             for sink in self._sinks:
                 sink.write(step, {f"train/{name}": line[name] for name in line if name != "step"})
-        self._bar.set_postfix_str(_postfix(line), refresh=False)
+        shown = _describe(line)
+        if not self._bar.disable:
+            room = shutil.get_terminal_size().columns - BAR_COLUMNS
+            while len(", ".join(shown)) > room and len(shown) > 1:
+                shown.pop()
+        self._bar.set_postfix_str(", ".join(shown), refresh=False)
         self._bar.update()
-        if self._said is not None and (now - self._said >= CONSOLE_SECONDS or last):
-            self._said = now
-            print(f"step {step}/{self._steps}: {_postfix(line)}", file=sys.stderr, flush=True)
+        if self._console_time is not None and (now - self._console_time >= CONSOLE_SECONDS or last):
+            self._console_time = now
+            text = f"step {step}/{self._steps}: {', '.join(shown)}"
+            print(text, file=sys.stderr, flush=True)
         return line
 
     def close(self) -> None:
-        """Ends the bar and the sinks."""
+        """Close the progress bar and the sinks."""
         self._bar.close()
         for sink in self._sinks:
             sink.close()
 
 
 def peak_memory(devices: list[jax.Device]) -> int:
-    """Most bytes in use so far: of the fullest GPU, or of this process where there is none."""
+    """Return the peak bytes in use: of the fullest GPU, or of this process without a GPU."""
     peaks = [(d.memory_stats() or {}).get("peak_bytes_in_use", 0) for d in devices]
     return max(peaks) or resident_peak()
 
 
 def resident_peak() -> int:
-    """Most bytes of host memory that this process has had."""
+    """Return the peak resident bytes of host memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _postfix(line: dict[str, Any]) -> str:
-    parts = [f"loss {line['loss']:.3f}"]
-    parts.append(f"grad {line['grad_norm']:.2f}")
-    parts.append(f"lr {line['lr']:.2e}")
-    parts.append(f"{line['tokens_per_second']:,.0f} tokens/s")
-    if "mfu" in line:
-        parts.append(f"MFU {line['mfu']:.1%}")
-    parts.append(f"waited {line['data_seconds']:.3f} s for data")
-    parts.append(f"peak {line['peak_memory_bytes'] / 2**30:.1f} GiB")
+def _describe(line: dict[str, Any]) -> list[str]:
+    """Return a step's values as text, the most important first."""
+    parts = [f"loss {line['loss']:.3f}", f"{line['tokens_per_second']:,.0f} tokens/s"]
     if line.get("skipped"):
         parts.append(f"skipped {line['skipped']:.0f}")
-    return ", ".join(parts)
+    if "mfu" in line:
+        parts.append(f"MFU {line['mfu']:.1%}")
+    parts.append(f"lr {line['lr']:.2e}")
+    parts.append(f"grad norm {line['grad_norm']:.2f}")
+    parts.append(f"peak {line['peak_memory_bytes'] / 2**30:.1f} GiB")
+    parts.append(f"waited {line['data_seconds']:.3f} s for data")
+    return parts

@@ -1,4 +1,4 @@
-"""`--profile=START:STOP`: a trace of what the device does in a few steps."""
+"""`--profile=START:STOP`: a profiler trace of a few steps."""
 
 from pathlib import Path
 from typing import Any
@@ -7,34 +7,34 @@ import jax
 
 
 class Profile:
-    """Begins and ends the trace around the window's steps."""
+    """Start and stop the profiler around the steps of a window."""
 
     def __init__(self, window: tuple[int, int] | None, directory: Path):
-        """Nothing happens until the window is reached.
+        """Store the window.
 
         Args:
-            window: first and last step; None: never.
-            directory: of the traces; TensorBoard's profile plugin reads it, and ui.perfetto.dev
-                the trace.json.gz inside.
+            window: first and last step; None: no trace.
+            directory: of the traces, for TensorBoard's profile plugin; ui.perfetto.dev reads the
+                trace.json.gz inside.
         """
         self._window, self._directory, self._open = window, directory, False
 
     def before(self, step: int, state: Any) -> None:
-        """Begins before the window's first step, when all earlier work is done."""
+        """Start the trace before the window's first step, after all earlier work is done."""
         if self._window is not None and step == self._window[0]:
             jax.block_until_ready(state)
             jax.profiler.start_trace(str(self._directory))
             self._open = True
 
     def after(self, step: int, state: Any) -> bool:
-        """Ends after the window's last step; whether it did."""
+        """Stop the trace after the window's last step; return True if a trace was stopped."""
         if self._window is None or step != self._window[1]:
             return False
         jax.block_until_ready(state)
         return self.close()
 
     def close(self) -> bool:
-        """Ends a trace that is open, as when a run stops inside the window."""
+        """Stop an open trace, for a run that ends inside the window; True if there was one."""
         if self._open:
             jax.profiler.stop_trace()
         was, self._open = self._open, False

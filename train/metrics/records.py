@@ -1,6 +1,7 @@
-"""What a run writes down line by line, in JSON, each line with its step."""
+"""Records of a run: files of JSON lines, each line with its step."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,18 +10,18 @@ from train.atomic import atomic_write, unwritten
 
 
 class Records:
-    """A file of such lines; a run that goes on from a checkpoint continues it."""
+    """A file of JSON lines that a resumed run continues."""
 
     def __init__(self, path: Path, *, start: int):
-        """Drops what will be written again, and what a kill cut off. Makes no file.
+        """Drop lines of steps that run again, and a line that a kill cut off. Creates no file.
 
         Args:
             path: of the file; its directory exists.
-            start: step the run goes on from: lines of later steps go.
+            start: step the run resumes from; lines of later steps are dropped.
 
         Raises:
-            OSError: it cannot be read or replaced; then it is as it was.
-            ValueError: as `read_records`.
+            OSError: the file cannot be read or replaced; it is unchanged.
+            ValueError: see `read_records`.
         """
         self._path = path
         kept = b"".join(line for line, record in _lines(path) if record["step"] <= start)
@@ -29,18 +30,22 @@ class Records:
                 temporary.write_bytes(kept)
 
     def write(self, *lines: Mapping[str, Any]) -> None:
-        """Adds lines, each with its "step". None at all: only makes the file.
+        """Append lines, each with its "step"; without lines, only create the file.
 
-        They are handed to the system when this returns, so that a kill loses none.
+        The lines are handed to the system before the method returns, so that a kill loses none.
+        Numbers that are not finite become null: JSON has no NaN.
 
         Raises:
-            OSError: naming the file and what to do.
+            OSError: the file cannot be written; names the file and the remedy.
         """
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        text = "".join(
+            json.dumps({k: _finite(v) for k, v in line.items()}, ensure_ascii=False) + "\n"
+            for line in lines
+        )
         left = memoryview(text.encode())
         try:
             with self._path.open("ab", buffering=0) as file:
-                while left:  # where the disk is full it takes a part first
+                while left:  # a disk that becomes full takes a part first
                     left = left[file.write(left) :]
         except OSError as error:
             raise OSError(
@@ -50,18 +55,18 @@ class Records:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """What a file holds; none where there is no file, and without a line that a kill cut off.
+    """Read the lines of a file, without a last line that a kill cut off; no file has no lines.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: a line is not JSON, or without a step; names file and line.
+        OSError: the file cannot be read.
+        ValueError: a line is not JSON or has no step; names file and line.
     """
     return [record for _, record in _lines(path)]
 
 
 def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Lines and what they say."""
-    # Ends of lines alone: texts may hold other characters at which str.splitlines parts.
+    """Return (line as bytes, record) of every complete line."""
+    # Only \n ends a line: texts may hold other characters at which str.splitlines splits.
     *whole, _ = (path.read_bytes() if path.is_file() else b"").split(b"\n")
     lines = []
     for number, line in enumerate(whole, 1):
@@ -70,8 +75,12 @@ def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
             if not isinstance(record, dict) or not isinstance(record.get("step"), int):
                 raise ValueError('it has no "step"')
             lines.append((line + b"\n", record))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"{path}:{number} is no record of a run: {error}; remove that line, or the file"
             ) from error
     return lines
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,5 +1,6 @@
-"""What the model says to fixed prompts, every so many steps."""
+"""Generate samples for fixed prompts during training."""
 
+import logging
 from pathlib import Path
 
 from flax import nnx
@@ -10,22 +11,28 @@ from models.tokenizer import Tokenizer
 from train.metrics.records import Records
 from train.step.state import Params
 
+log = logging.getLogger(__name__)
+
 NEW_TOKENS = 100
 
 
 def read_prompts(prompts: tuple[str, ...]) -> tuple[str, ...]:
-    """Prompts as typed; one that names a .txt file stands for its lines.
+    """Return the prompts of --prompts; the name of a .txt file gives its lines.
 
     Raises:
-        OSError: such a file cannot be read.
-        ValueError: it is empty.
+        OSError: a file cannot be read.
+        ValueError: a file is empty or not UTF-8.
     """
     texts = []
     for prompt in prompts:
         if not prompt.endswith(".txt"):
             texts.append(prompt)
             continue
-        lines = [line for line in Path(prompt).read_text().splitlines() if line.strip()]
+        try:
+            content = Path(prompt).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--prompts {prompt} is not UTF-8: {error}") from error
+        lines = [line for line in content.splitlines() if line.strip()]
         if not lines:
             raise ValueError(f"--prompts {prompt} has no line of text")
         texts += lines
@@ -33,7 +40,7 @@ def read_prompts(prompts: tuple[str, ...]) -> tuple[str, ...]:
 
 
 class Sampler:
-    """Continues the prompts greedily, so that steps can be compared; writes samples.jsonl.
+    """Continue the prompts greedily, so that steps can be compared, and write samples.jsonl.
 
     A line has step, prompt and text.
     """
@@ -48,18 +55,18 @@ class Sampler:
         path: Path,
         start: int,
     ):
-        """Lines after `start`, of a run that died, are dropped.
+        """Tokenize the prompts; lines after `start`, of a run that was killed, are dropped.
 
         Args:
             prompts: texts.
-            chat: each is a user's message, to be answered, and not a text to go on with.
+            chat: True: a prompt is a user's message to answer; False: a text to continue.
             graphdef: the model's, from `train.step.state.abstract_state`.
             tokenizer: the run's.
-            path: of samples.jsonl; there only if there are prompts.
-            start: step the run goes on from.
+            path: of samples.jsonl; its directory must exist if there are prompts.
+            start: step the run resumes from.
 
         Raises:
-            ValueError: chat, and the tokenizer has no chat tokens.
+            ValueError: chat is True and the tokenizer has no chat tokens.
         """
         self._prompts, self._graphdef, self._tokenizer = prompts, graphdef, tokenizer
         self._ids = [
@@ -72,12 +79,13 @@ class Sampler:
         self._stop = tuple(i for i in ends if i is not None)
         self._records = Records(path, start=start) if prompts else None
 
-    def __call__(self, step: int, params: Params) -> list[str]:
-        """What the model says after `step` steps, one text for each prompt."""
+    def __call__(self, step: int, params: Params) -> None:
+        """Generate one text for each prompt after `step` steps; log and record the texts."""
         model = nnx.merge(self._graphdef, params)
         new = generate(model, self._ids, max_new_tokens=NEW_TOKENS, stop_ids=self._stop)
         texts = [self._tokenizer.decode(ids) for ids in new]
+        pairs = list(zip(self._prompts, texts, strict=True))
         if self._records is not None:
-            pairs = zip(self._prompts, texts, strict=True)
             self._records.write(*({"step": step, "prompt": p, "text": t} for p, t in pairs))
-        return texts
+        for prompt, text in pairs:
+            log.info("step %s, sample for %r: %r", step, prompt, text)

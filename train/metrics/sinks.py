@@ -1,4 +1,4 @@
-"""Where numbers go besides metrics.jsonl: TensorBoard and Weights & Biases, if installed."""
+"""Write metrics to TensorBoard and Weights & Biases, if their packages are installed."""
 
 import importlib
 from collections.abc import Sequence
@@ -8,29 +8,29 @@ from typing import Any
 from train.metrics.metrics import Sink
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
-"""What each needs; tensorboardX writes event files without TensorFlow or PyTorch."""
+"""Package of each sink; tensorboardX writes event files without TensorFlow or PyTorch."""
 
 
 def open_sinks(
     names: Sequence[str], out: Path, *, start: int, settings: dict[str, Any]
 ) -> list[Sink]:
-    """Opens what was asked for.
+    """Open the sinks of --log.
 
     Args:
         names: keys of `PACKAGES`.
         out: the run's directory; TensorBoard's files go to out/tensorboard.
-        start: step the run goes on from; what was written after it is superseded.
-        settings: the run's configuration, flat.
+        start: step the run resumes from; points after it are superseded.
+        settings: value of each flag.
     """
     makers = {"tensorboard": TensorBoard, "wandb": WandB}
     return [makers[name](out, start=start, settings=settings) for name in names]
 
 
 def check_sinks(names: Sequence[str]) -> None:
-    """Finds a missing package before any work is done.
+    """Check that the packages of --log are installed.
 
     Raises:
-        ValueError: with what to install.
+        ValueError: a package is missing; names the package to install.
     """
     for name in names:
         try:
@@ -43,10 +43,10 @@ def check_sinks(names: Sequence[str]) -> None:
 
 
 class TensorBoard:
-    """Event files for `tensorboard --logdir`."""
+    """Write event files for `tensorboard --logdir`."""
 
     def __init__(self, out: Path, *, start: int, settings: dict[str, Any]):
-        """Arguments as `open_sinks`."""
+        """Open the sink; arguments as in `open_sinks`."""
         from tensorboardX import SummaryWriter  # optional, and slow to import
 
         self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
@@ -54,20 +54,20 @@ class TensorBoard:
         self._writer.add_text("config", text, start)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Adds a point to each curve."""
+        """Add a point to each curve."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Flushes the files."""
+        """Flush the files."""
         self._writer.close()
 
 
 class WandB:
-    """A run of Weights & Biases, that a resumed run goes on with; WANDB_* variables apply."""
+    """Log to a run of Weights & Biases, which a resumed run continues. WANDB_* variables apply."""
 
     def __init__(self, out: Path, *, start: int, settings: dict[str, Any]):
-        """Arguments as `open_sinks`."""
+        """Open the sink; arguments as in `open_sinks`."""
         wandb: Any = importlib.import_module("wandb")  # optional
         file = out / "wandb_id"
         if not file.exists():
@@ -82,9 +82,9 @@ class WandB:
         )
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Logs the values."""
+        """Log the values of a step."""
         self._run.log(values, step=step)
 
     def close(self) -> None:
-        """Ends the run."""
+        """Finish the run."""
         self._run.finish()

@@ -1,54 +1,56 @@
-"""Steps that changed nothing: what was in their batches, and when it is enough.
+"""Report skipped steps with the documents of their batches, and end a run that skips too many.
 
-The step itself decides (`train.step.guard`); this is what the host says of it.
+The skip-step guard inside the step decides (`train.step.guard`); this module is its host side.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from train.data import Loader
-from train.log import note
 from train.metrics.records import Records
 
+log = logging.getLogger(__name__)
+
 NAMED = 5
-"""Documents that a line of the log names; skipped.jsonl has all of them."""
+"""Documents that a log line names; skipped.jsonl has all of them."""
 
 
 class Skips:
-    """Watches the lines of the metrics for skipped steps, and writes skipped.jsonl.
+    """Watch the metrics for skipped steps and write skipped.jsonl.
 
-    A line of it has step, reason, and documents, "file:line" of every one in the batch.
+    A line of skipped.jsonl has step, reason, and documents: "file:line" of each in the batch.
     """
 
     def __init__(self, path: Path, loader: Loader, *, patience: int, start: int):
-        """Lines after `start`, of a run that died, are dropped.
+        """Open the records; lines after `start`, of a run that was killed, are dropped.
 
         Args:
-            path: of skipped.jsonl; made when the first step is skipped.
-            loader: knows what is in a batch.
-            patience: skipped steps in a row that are too many.
-            start: step the run goes on from.
+            path: of skipped.jsonl; created when the first step is skipped.
+            loader: of the training data, for the documents of a batch.
+            patience: number of skipped steps in a row that ends the run.
+            start: step the run resumes from.
         """
         self._path, self._loader, self._patience = path, loader, patience
         self._records = Records(path, start=start) if jax.process_index() == 0 else None
 
     def look(self, line: dict[str, Any], position: dict[str, Any]) -> None:
-        """Says so if a step was skipped.
+        """Log a step if it was skipped.
 
         Args:
-            line: of the metrics.
+            line: metrics of the step.
             position: `Loader.state()` before the step's batch was drawn.
 
         Raises:
-            FloatingPointError: as many in a row as the run has patience for.
+            FloatingPointError: `patience` steps in a row were skipped.
         """
         if not line["in_a_row"]:
             return
         what = self.write(line, position)
         if line["in_a_row"] < self._patience:
-            note(f"step {line['step']} skipped: {what}")
+            log.info(f"step {line['step']} skipped: {what}")
             return
         raise FloatingPointError(
             f"{line['in_a_row']:.0f} steps in a row were skipped (--guard.patience="
@@ -58,7 +60,7 @@ class Skips:
         )
 
     def write(self, line: dict[str, Any], position: dict[str, Any]) -> str:
-        """Writes down a step that was skipped; returns why, and some of its documents."""
+        """Record a skipped step; return the reason and some of its documents."""
         reason = f"loss {line['loss']:.4g}, gradient norm {line['grad_norm']:.4g}"
         documents = self._loader.documents(position)
         if self._records is not None:

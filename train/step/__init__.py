@@ -1,1 +1,1 @@
-"""What is compiled: the step, its loss, its optimizer and its guard."""
+"""One optimizer step: loss, gradients, guard, optimizer, state."""

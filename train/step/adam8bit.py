@@ -1,17 +1,18 @@
-"""Adam whose two moments take 2 or 1 bytes a parameter instead of 4.
+"""Low-bit Adam: each of the two moments takes 2 bytes or 1 byte a parameter instead of 4.
 
-Each moment is read, updated in float32, and written back with stochastic rounding: a decay rate of
-0.999 changes it by less than a step of its coarse numbers, and would be lost to the nearest.
+A moment is read, updated in float32, and written back with stochastic rounding. A decay rate of
+0.999 changes a moment by less than the distance of two representable numbers; rounding to nearest
+would lose the change.
 
-8 bits: blocks of up to 256 numbers along the last axis share a float32 scale, their largest. The
-codes are not linear but cubes, (c/127)^3 with a sign and (c/255)^3 without: a block holds numbers
-of 1 to 2e6, or 1 to 1.7e7. Of the second moment the root is stored. Adam divides by it, and where
-it vanished the step would be huge: what is above zero never becomes zero. Codes keep the
-parameter's shape, so they are sharded as it is. Norms and biases are few, and stay float32.
+int8: blocks of up to 256 numbers along the last axis share a float32 scale, their largest absolute
+value. Codes are cubic, (c/127)^3 with a sign and (c/255)^3 without, so that a block spans numbers
+of 1 to 2e6, or 1 to 1.7e7. The second moment is stored as its root. Adam divides by the root, and
+a root rounded to zero would give a huge step: positive numbers never become zero. Codes have the
+parameter's shape and sharding. Norms and biases are few and stay float32.
 
 References:
     "8-bit Optimizers via Block-wise Quantization", Dettmers et al. 2022, arXiv:2110.02861: blocks,
-    and why codes must not be linear; there a table holds them, here a power, which needs none.
+    and why codes must not be linear. The paper uses a table of codes, this module a power.
 """
 
 import functools
@@ -27,27 +28,27 @@ from jaxtyping import Array, Float, UInt32
 from train.step.rounding import random_bits, to_bfloat16
 
 BLOCK = 256
-"""Most numbers that share a scale."""
+"""Largest number of elements that share a scale."""
 
 
 class Quantized(NamedTuple):
-    """Numbers in 8 bits.
+    """An array quantized to 8 bits.
 
     Attributes:
-        codes: int8 (with sign) or uint8, shaped and sharded as the parameter.
-        scales: float32, the last axis divided by the block.
+        codes: int8 (signed) or uint8, with the parameter's shape and sharding.
+        scales: float32, one for each block of the last axis.
     """
 
     codes: jax.Array
     scales: jax.Array
 
 
-class CompactAdamState(NamedTuple):
-    """Adam's state.
+class Adam8bitState(NamedTuple):
+    """State of low-bit Adam.
 
     Attributes:
-        count: int32 scalar, steps done.
-        mu: first moments, a tree as the parameters: float32, bfloat16 or `Quantized`.
+        count: int32 scalar, updates done.
+        mu: first moments, a tree like the parameters: float32, bfloat16 or `Quantized`.
         nu: roots of the second moments.
     """
 
@@ -62,19 +63,19 @@ def scale_by_adam8bit(
     *,
     eps: float = 1e-8,
     moment_dtype: Literal["bf16", "int8"],
-    compact: Callable[[Any], Any],
+    low_bit: Callable[[Any], Any],
 ) -> optax.GradientTransformation:
-    """Adam's direction, m / (sqrt(v) + eps) of the unbiased moments.
+    """Return Adam's direction, m / (sqrt(v) + eps) of the unbiased moments.
 
     Args:
         b1: decay of the first moment.
         b2: decay of the second.
         eps: added to the denominator.
-        moment_dtype: what the moments are stored in.
-        compact: tree of parameters -> tree of bools: which have compact moments.
+        moment_dtype: storage type of the moments.
+        low_bit: tree of parameters -> tree of flags; False: float32 moments.
     """
 
-    def init(params) -> CompactAdamState:
+    def init(params) -> Adam8bitState:
         def zeros(dtype) -> Any:
             def one(p, small):
                 if not small:
@@ -83,9 +84,9 @@ def scale_by_adam8bit(
                     return jnp.zeros_like(p, jnp.bfloat16)
                 return Quantized(jnp.zeros_like(p, dtype), _scales_like(p))
 
-            return jax.tree.map(one, params, compact(params))
+            return jax.tree.map(one, params, low_bit(params))
 
-        return CompactAdamState(jnp.int32(0), zeros(jnp.int8), zeros(jnp.uint8))
+        return Adam8bitState(jnp.int32(0), zeros(jnp.int8), zeros(jnp.uint8))
 
     def update(updates, state, params=None):
         count = state.count + 1
@@ -101,16 +102,16 @@ def scale_by_adam8bit(
             bits = functools.partial(random_bits, g.shape, count)
             mus.append(_write(m, mu, bits(2 * i)))
             nus.append(_write(jnp.sqrt(v), nu, bits(2 * i + 1)))
-        new = CompactAdamState(count, tree.unflatten(mus), tree.unflatten(nus))
+        new = Adam8bitState(count, tree.unflatten(mus), tree.unflatten(nus))
         return tree.unflatten(directions), new
 
     return optax.GradientTransformation(init, update)
 
 
 def block_size(last: int) -> int:
-    """Numbers that share a scale: the largest power of two that divides the axis, up to `BLOCK`.
+    """Return the block length: the largest power of two that divides the axis, up to `BLOCK`.
 
-    It does not depend on the mesh, so that a checkpoint goes from one to another.
+    The length does not depend on the mesh, so that a checkpoint can move to another mesh.
     """
     return min(BLOCK, last & -last)
 
@@ -118,7 +119,7 @@ def block_size(last: int) -> int:
 def quantize(
     x: Float[Array, "*shape"], bits: UInt32[Array, "*shape"], *, signed: bool
 ) -> Quantized:
-    """To 8 bits; random bits decide which of the two neighbours."""
+    """Quantize to 8 bits; random bits choose one of the two neighbouring codes."""
     blocks = _blocks(x)
     scales = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True)
     share = jnp.abs(blocks) / jnp.where(scales > 0, scales, 1.0)  # 0 to 1
@@ -135,7 +136,7 @@ def quantize(
 
 
 def dequantize(q: Quantized) -> Float[Array, "..."]:
-    """Back to float32."""
+    """Return the float32 values."""
     signed = q.codes.dtype == jnp.int8
     level = _blocks(q.codes.astype(jnp.float32)) * (1 / (127 if signed else 255))
     return (level * level * level * q.scales[..., None]).reshape(q.codes.shape)
@@ -152,13 +153,13 @@ def _write(x: jax.Array, like: Any, bits: jax.Array) -> Any:
 
 
 def _blocks(x: jax.Array) -> jax.Array:
-    """[..., last] -> [..., blocks, block]."""
+    """Reshape [..., last] -> [..., blocks, block]."""
     block = block_size(x.shape[-1])
     return x.reshape(*x.shape[:-1], x.shape[-1] // block, block)
 
 
 def _scales_like(p: jax.Array) -> jax.Array:
-    """Zero scales, split over the devices as the parameter is where their number allows it."""
+    """Return zero scales, sharded like the parameter where the number of blocks divides."""
     zeros = jnp.zeros((*p.shape[:-1], p.shape[-1] // block_size(p.shape[-1])), jnp.float32)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

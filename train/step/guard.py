@@ -1,13 +1,14 @@
-"""Gradients that would do harm: skipped inside the step, counted, and an end to it.
+"""Skip-step guard: decide inside the step whether a gradient may update the weights.
 
-A step whose loss or gradient is not finite, or whose gradient norm is far above what it has been,
-changes neither parameters nor optimizer, its count included: the batch is as if it had not been
-drawn, and the learning rate's schedule waits one step. Only `TrainState.step`, which counts
-batches, goes on.
+A step whose loss or gradient is not finite, or whose gradient norm is a spike, changes neither
+parameters nor optimizer state, the optimizer's step count included. Training continues as if the
+batch had not been drawn, and the learning-rate schedule waits one step. Only `TrainState.step`,
+which counts batches, advances.
 
-Old or new is chosen by `where`, which XLA on a GPU puts into the one pass that Adam is anyway. A
-`lax.cond` around the update, compiled for an H200, needs no less memory (16.97 GB beside the state
-either way, 1.8B with full remat), but writes all gradients out in fp32 first and has the host wait.
+`jnp.where` selects the old or the new state; XLA on a GPU fuses the selection into the pass over
+the weights that Adam makes anyway. A `lax.cond` around the update, compiled for an H200, needs the
+same memory (16.97 GB beside the state, 1.8B with full remat), but writes all gradients in fp32
+first and makes the host wait.
 """
 
 from typing import NamedTuple
@@ -16,18 +17,18 @@ import jax
 import jax.numpy as jnp
 
 WARMUP = 20
-"""Updates before a spike can be one: the first norms say little about the next."""
+"""Updates before the first spike is detected: the first norms predict the next ones badly."""
 
 MEMORY = 50
-"""Updates that the mean norm goes back."""
+"""Updates in the running mean of the norm."""
 
 
 class Guard(NamedTuple):
-    """What has been skipped, and what is usual. Part of the state, and of its checkpoints.
+    """Skip counters and the running mean of the gradient norm, part of the train state.
 
     Attributes:
         skipped: int32 scalar, steps skipped so far.
-        in_a_row: int32 scalar, those since the last update.
+        in_a_row: int32 scalar, steps skipped since the last update.
         norm: float32 scalar, running mean of the gradient norm; 0 before the first update.
     """
 
@@ -37,26 +38,25 @@ class Guard(NamedTuple):
 
 
 def new_guard() -> Guard:
-    """Nothing skipped, nothing known."""
+    """Return the guard before the first step."""
     return Guard(skipped=jnp.int32(0), in_a_row=jnp.int32(0), norm=jnp.float32(0))
 
 
-def judge(
+def should_update(
     guard: Guard, *, updates: jax.Array, loss: jax.Array, norm: jax.Array, spike: float
 ) -> tuple[jax.Array, Guard]:
-    """Whether a step may change anything.
+    """Decide whether a step may update weights and optimizer state.
 
     Args:
         guard: before the step.
-        updates: int32 scalar, updates done before it.
-        loss: of the step.
-        norm: of its gradient, before clipping.
-        spike: how many times the usual norm is too much; infinity: nothing is.
+        updates: int32 scalar, updates done before the step.
+        loss: float32 scalar, of the step.
+        norm: float32 scalar, norm of the gradient before clipping.
+        spike: largest norm that passes, as a multiple of the running mean; infinity: all pass.
 
     Returns:
-        (bool scalar: whether to update; the guard after the step). A norm that is too large counts
-        in the mean as the largest that would have passed: so the mean follows when large norms
-        become the rule.
+        (bool scalar: True to update, the guard after the step). A spike enters the mean as the
+        largest norm that would have passed, so that the mean follows when large norms persist.
     """
     known = (updates >= WARMUP) & (guard.norm > 0)
     largest = jnp.where(known, spike * guard.norm, jnp.inf)

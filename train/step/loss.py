@@ -1,12 +1,12 @@
-"""Cross-entropy over a large vocabulary, a chunk of positions at a time.
+"""Fused linear cross-entropy over a large vocabulary, one chunk of positions at a time.
 
-A row of 32,768 positions against 92,544 tokens is 12 GB of float32 logits. Here at most
-`chunk_tokens` positions per device have logits at once, forward and backward: the chunk's
-gradients are formed in the same pass as its loss, while its logits exist, so that the backward
-pass neither keeps logits nor computes them again.
+A row of 32,768 positions and 92,544 tokens has 12 GB of float32 logits. This loss materializes the
+logits of at most `chunk_tokens` positions per device, forward and backward: the gradients of a
+chunk are computed in the forward pass, together with its loss, so that the backward pass neither
+stores nor recomputes logits.
 
-B batch, T position, C position inside a chunk, D embed, V vocab. The files of the model choose the
-shardings; this one only reads them off its arguments.
+B batch, T position, C position inside a chunk, D embed, V vocab. Shardings are read from the
+arguments; the model chooses them.
 
 References:
     "Liger Kernel", Hsu et al. 2024, section 3.2 (fused linear cross-entropy) for the idea of
@@ -33,7 +33,7 @@ def cross_entropy(
     *,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> Float[Array, ""]:
-    """Sum over positions of weight * -log softmax(x @ w)[target]; see `cross_entropy_and_z`."""
+    """Sum weight * -log softmax(x @ w)[target] over positions; see `cross_entropy_and_z`."""
     return cross_entropy_and_z(x_BTD, w_DV, targets_BT, weights_BT, chunk_tokens=chunk_tokens)[0]
 
 
@@ -46,43 +46,43 @@ def cross_entropy_and_z(
     z_loss: float = 0.0,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """What is minimised, and the part of it that is the z-loss.
+    """Return the total loss (cross-entropy + z-loss) and its z-loss term, summed over positions.
 
-    The sum over positions of weight * (-log softmax(x @ w)[target] + z_loss * log(Z)^2), where Z is
-    the softmax's denominator: the second term keeps log(Z) near 0, and with it the logits small.
+    The total is the sum over positions of
+    weight * (-log softmax(x @ w)[target] + z_loss * log(Z)^2), where Z is the denominator of the
+    softmax. The second term keeps log(Z) near 0 and the logits small.
 
-    A sum and no mean: the caller divides by the number of loss tokens of the whole step, over
-    devices, rows and accumulation, which no microbatch knows.
+    The caller divides by the number of loss tokens of the whole step, over devices, rows and
+    microbatches; a microbatch alone does not have that number.
 
     Args:
         x_BTD: final hidden states in the compute dtype; B may be sharded, T and D not.
-        w_DV: the unembedding, gathered over the axes that shard B; V may be sharded.
+        w_DV: output matrix, gathered over the axes that shard B; V may be sharded.
         targets_BT: token ids in [0, V).
         weights_BT: float32, 0 where there is no target. Not differentiated.
         z_loss: the second term's factor; 1e-4 in PaLM.
         chunk_tokens: positions per device and chunk.
 
     Returns:
-        (the whole sum, the sum of its second terms), float32 scalars, replicated. Only the first
-        is differentiated.
+        (total, z-loss term), float32 scalars, replicated. Only the total is differentiated.
 
     Raises:
-        ValueError: if chunk_tokens is not positive.
+        ValueError: chunk_tokens is not positive.
 
     Memory:
-        One chunk of logits in float32 and of their gradient in x's dtype, and, when
-        differentiated, w's gradient in float32.
+        The logits of one chunk in float32 and their gradient in the dtype of x; when
+        differentiated, also the gradient of w in float32.
     """
     if chunk_tokens < 1:
         raise ValueError(f"{chunk_tokens=} must be at least 1")
     local = functools.partial(_sums, chunk_tokens, z_loss)
-    batch = _axes_of_rows(x_BTD)
+    batch = _batch_axes(x_BTD)
     if not batch:
         return local(x_BTD, w_DV, targets_BT, weights_BT)
 
     def on_each_device(x_BTD, w_DV, targets_BT, weights_BT):
-        # Marking w as different on each device puts the sum of its gradient over devices after
-        # the loop over chunks, once, instead of into every turn of it.
+        # Marking w as varying over devices puts the all-reduce of its gradient after the loop over
+        # chunks, once, instead of into every iteration.
         w_DV = jax.lax.pcast(w_DV, batch, to="varying")
         return jax.lax.psum(local(x_BTD, w_DV, targets_BT, weights_BT), batch)
 
@@ -122,8 +122,8 @@ def _forward(chunk_tokens, z_loss, x_BTD, w_DV, targets_BT, weights_BT):
     start = (_zeros_like_sums(weights_BT), jnp.zeros_like(w_DV, dtype=jnp.float32))
     (sums, dw_DV), dx_NBCD = jax.lax.scan(step, start, chunks)
     dx_BTD = _join(dx_NBCD, x_BTD.shape)
-    # float32 sums may wait in w's dtype: the gradient of every other weight leaves a matrix
-    # product in the compute dtype too.
+    # The float32 sums are stored in the dtype of w: the gradient of every other weight leaves a
+    # matrix product in the compute dtype, too.
     return sums, (dx_BTD, dw_DV.astype(w_DV.dtype))
 
 
@@ -142,14 +142,14 @@ _sums.defvjp(_forward, _backward)
 
 
 def _losses(z_loss, x_BCD, w_DV, targets_BC):
-    """Losses, their z-loss part, and their derivative by the logits, all in float32.
+    """Return losses, their z-loss term, and the gradient of the logits, all in float32.
 
-    softmax - onehot, and with log(Z)^2, whose derivative is 2 log(Z) softmax,
-    (1 + 2 z_loss log(Z)) softmax - onehot.
+    The gradient is softmax - onehot. With log(Z)^2, whose derivative is 2 log(Z) softmax, the
+    gradient is (1 + 2 z_loss log(Z)) softmax - onehot.
     """
     logits_BCV = jnp.einsum("BCD,DV->BCV", x_BCD, w_DV, preferred_element_type=jnp.float32)
     lse_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-    # A comparison with every id instead of a gather: V may be sharded, and XLA fuses it away.
+    # A comparison with every id instead of a gather, because V may be sharded; XLA fuses it.
     ids_V = jax.lax.broadcasted_iota(
         targets_BC.dtype, logits_BCV.shape, 2, out_sharding=jax.typeof(logits_BCV).sharding
     )
@@ -168,7 +168,7 @@ def _add(sums, losses_BC, zs_BC, weights_BC):
 
 
 def _split(chunk_tokens, *arrays_BT):
-    """[B, T, ...] -> [number of chunks, B, C, ...], T padded with zeros (weight 0) to fit."""
+    """Reshape [B, T, ...] -> [chunks, B, C, ...]; T is padded with zeros (weight 0)."""
     B, T = arrays_BT[0].shape[:2]
     C = min(T, max(1, chunk_tokens // B))
     n = -(-T // C)
@@ -186,13 +186,13 @@ def _join(a_NBCD, shape):
 
 
 def _zeros_like_sums(weights_BT):
-    """Two float32 zeros of the type (varying over which devices) that sums of weights have."""
+    """Return two float32 zeros that vary over the same mesh axes as sums of the weights."""
     zero = jnp.sum(jnp.zeros_like(weights_BT))
     return zero, zero
 
 
-def _axes_of_rows(x_BTD) -> tuple[str, ...]:
-    """Mesh axes that shard the first dimension."""
+def _batch_axes(x_BTD) -> tuple[str, ...]:
+    """Return the mesh axes that shard the first dimension."""
     spec = jax.typeof(x_BTD).sharding.spec
     axes = spec[0] or () if spec else ()
     return (axes,) if isinstance(axes, str) else tuple(axes)

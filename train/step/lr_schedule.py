@@ -1,4 +1,4 @@
-"""Learning rate by step: a linear warm-up, then one of `SHAPES`.
+"""Learning-rate schedules: a linear warm-up, then a cosine, linear, constant or WSD shape.
 
 References:
     WSD: "MiniCPM", Hu et al. 2024, arXiv:2404.06395, section 4.
@@ -14,12 +14,12 @@ from train.config.sections import OptimConfig
 
 
 def schedule(config: OptimConfig, lr: float, steps: int) -> optax.Schedule:
-    """The rate of every step.
+    """Return the learning rate as a function of the step.
 
     Args:
-        config: warmup and decay are shares of steps, min_lr_ratio a share of lr.
-        lr: the peak.
-        steps: of the whole run.
+        config: warmup_ratio and decay_ratio are fractions of steps, min_lr_ratio one of lr.
+        lr: peak learning rate.
+        steps: optimizer steps of the whole run.
 
     Returns:
         step (int32 scalar, from 0) -> float32 scalar. The first step's rate is above 0, the
@@ -39,21 +39,14 @@ def schedule(config: OptimConfig, lr: float, steps: int) -> optax.Schedule:
     return rate
 
 
-def _cosine(config: OptimConfig, lr: float, rest: int) -> optax.Schedule:
-    return optax.cosine_decay_schedule(lr, rest, config.last_ratio)
-
-
-def _linear(config: OptimConfig, lr: float, rest: int) -> optax.Schedule:
-    return optax.linear_schedule(lr, config.last_ratio * lr, rest)
-
-
-def _constant(_: OptimConfig, lr: float, rest: int) -> optax.Schedule:
-    return optax.constant_schedule(lr)
-
-
 def _wsd(config: OptimConfig, lr: float, rest: int) -> optax.Schedule:
     fall = max(1, math.ceil(config.last_decay * rest))
     return optax.linear_schedule(lr, config.last_ratio * lr, fall, rest - fall)
 
 
-_SHAPES = {"cosine": _cosine, "linear": _linear, "constant": _constant, "wsd": _wsd}
+_SHAPES = {
+    "cosine": lambda c, lr, rest: optax.cosine_decay_schedule(lr, rest, c.last_ratio),
+    "linear": lambda c, lr, rest: optax.linear_schedule(lr, c.last_ratio * lr, rest),
+    "constant": lambda _, lr, __: optax.constant_schedule(lr),
+    "wsd": _wsd,
+}

@@ -1,4 +1,4 @@
-"""Optimizers from optax: clip the gradient, take a direction, decay weights, scale by the rate.
+"""Optimizers from optax: clip gradients, take a direction, decay weights, scale by the rate.
 
 References:
     AdamW: Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2.
@@ -7,7 +7,7 @@ References:
     Muon: Jordan et al. 2024; its scale as in Liu et al. 2025, arXiv:2502.16982, section 2.2.
 """
 
-import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -17,35 +17,26 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import DTypeLike
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
+from models.matrices import MATRICES, is_norm_or_bias
 from train.config.sections import OptimConfig
 from train.step.adam8bit import scale_by_adam8bit
 from train.step.lr_schedule import schedule
 from train.step.rounding import round_weights
 
-MATRICES = {
-    "wqkv_DKgH": MuonDimensionNumbers(-4, -1),  # every head of q, k, v is a matrix of its own
-    "wo_NHD": MuonDimensionNumbers((-3, -2), -1),
-    "w1_DF": MuonDimensionNumbers(-2, -1),
-    "w3_DF": MuonDimensionNumbers(-2, -1),
-    "w2_FD": MuonDimensionNumbers(-2, -1),
-}
-"""What Muon makes orthogonal: dimensions that the input has, and the output. Other dimensions,
-such as layers, count matrices. Everything else (embedding, output matrix, norms) is Adam's."""
-
 MUON_RMS = 0.2
-"""Root mean square of Muon's updates: Adam's usual one, so that both share a learning rate."""
+"""Root mean square of Muon's updates: that of Adam's, so that both share a learning rate."""
 
 
 def optimizer(
     config: OptimConfig, lr: float, steps: int, *, param_dtype: DTypeLike = jnp.float32
 ) -> optax.GradientTransformation:
-    """The whole update rule.
+    """Build the whole update rule.
 
     Args:
-        config: which, its rates, and the schedule.
-        lr: the peak learning rate.
-        steps: of the whole run.
-        param_dtype: of the weights; in bfloat16 they are rounded stochastically.
+        config: optimizer, decay rates, clipping and schedule.
+        lr: peak learning rate.
+        steps: optimizer steps of the whole run.
+        param_dtype: of the weights; bfloat16 weights are rounded stochastically.
 
     Returns:
         An optax transformation over trees of weights and float32 gradients. Updates are float32.
@@ -68,69 +59,68 @@ def optimizer(
         return rule.init(as_float32(params))
 
     def update(updates, state, params=None):
-        with _promotion_of_optax():
+        # optax mixes Python floats with int32 counts: legal, but not under strict promotion
+        with jax.numpy_dtype_promotion("standard"):
             return rule.update(updates, state, as_float32(params))
 
     return optax.GradientTransformation(init, update)
 
 
 def decayed(params):
-    """Which parameters weight decay pulls on: all but norms and biases, told by their names."""
-
-    def is_matrix(path, _):
-        return "norm" not in _name(path) and "bias" not in _name(path)
-
-    return jax.tree_util.tree_map_with_path(is_matrix, params)
+    """Return a tree of flags: True for parameters with weight decay, all but norms and biases."""
+    return jax.tree_util.tree_map_with_path(lambda p, _: not is_norm_or_bias(_name(p)), params)
 
 
 def _direction(config: OptimConfig) -> optax.GradientTransformation:
-    """Where to go for a rate of 1, before weight decay."""
+    """Return the update direction at a learning rate of 1, before weight decay."""
     b1, b2 = config.rates
     if config.name == "adamw":
         if config.moment_dtype == "fp32":
             return optax.scale_by_adam(b1, b2)
-        return _whole(scale_by_adam8bit(b1, b2, moment_dtype=config.moment_dtype, compact=decayed))
+        return _on_whole_arrays(
+            scale_by_adam8bit(b1, b2, moment_dtype=config.moment_dtype, low_bit=decayed)
+        )
     if config.name == "lion":
         return optax.scale_by_lion(b1, b2)
     if config.name == "adafactor":
-        return _whole(optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)))
-    return _whole(_muon(b1, b2))
+        return _on_whole_arrays(
+            optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+        )
+    return _on_whole_arrays(_muon(b1, b2))
 
 
 def _muon(b1: float, b2: float) -> optax.GradientTransformation:
-    def matrices(params):
-        return jax.tree_util.tree_map_with_path(lambda path, _: MATRICES[_name(path)], params)
+    """Return Muon for the matrices of the blocks, Adam for embedding, output matrix and norms."""
+
+    def dimensions(params):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: MuonDimensionNumbers(*MATRICES[_name(path)]), params
+        )
 
     def labels(params):
-        def label(path, _):
-            return "muon" if _name(path) in MATRICES else "adam"
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: "muon" if _name(path) in MATRICES else "adam", params
+        )
 
-        return jax.tree_util.tree_map_with_path(label, params)
-
-    def to_adams_size(updates, state, params=None):
+    def to_rms_of_adam(updates, state, params=None):
         def scaled(path, u):
-            dims = MATRICES[_name(path)]
-            sides = [_size(u, dims.reduction_axis), _size(u, dims.output_axis)]
-            return u * (MUON_RMS * max(sides) ** 0.5)
+            inputs, output = MATRICES[_name(path)]
+            longer = max(math.prod(u.shape[axis] for axis in inputs), u.shape[output])
+            return u * (MUON_RMS * longer**0.5)
 
         return jax.tree_util.tree_map_with_path(scaled, updates), state
 
-    of_matrices = optax.chain(
-        scale_by_muon(weight_dimension_numbers=matrices),
-        optax.GradientTransformation(optax.init_empty_state, to_adams_size),
+    matrices = optax.chain(
+        scale_by_muon(weight_dimension_numbers=dimensions),
+        optax.GradientTransformation(optax.init_empty_state, to_rms_of_adam),
     )
-    return optax.partition({"muon": of_matrices, "adam": optax.scale_by_adam(b1, b2)}, labels)
+    return optax.partition({"muon": matrices, "adam": optax.scale_by_adam(b1, b2)}, labels)
 
 
-def _size(u: jax.Array, axes) -> int:
-    of_axes = (axes,) if isinstance(axes, int) else axes
-    return functools.reduce(lambda n, axis: n * u.shape[axis], of_axes, 1)
+def _on_whole_arrays(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Run a rule that mixes the elements of an array while the array is sharded.
 
-
-def _whole(rule: optax.GradientTransformation) -> optax.GradientTransformation:
-    """A rule that looks across the elements of an array, over which devices it may be split.
-
-    Where its parts come together is the compiler's business; results lie where the arguments do.
+    The compiler adds the communication; results have the shardings of the arguments.
     """
 
     def update(updates, state, params=None):
@@ -150,8 +140,3 @@ def _whole(rule: optax.GradientTransformation) -> optax.GradientTransformation:
 
 def _name(path) -> str:
     return str(getattr(path[-1], "key", path[-1]))
-
-
-def _promotion_of_optax():
-    """Optax mixes Python floats with int32 counts, and ranks: legal, but not in strict mode."""
-    return jax.numpy_dtype_promotion("standard")

@@ -1,9 +1,8 @@
-"""Stochastic rounding: up or down at random, so that small changes are kept on average.
+"""Stochastic rounding: round up or down at random, so that small changes are kept on average.
 
-To the nearest, a weight in bfloat16 (8 bits) would ignore every update below 1/512 of it, and a
-moment in 8 bits every decay below its step. The random numbers are a hash of the element's index
-and a seed: they cost a few integer operations inside the update, no memory, and are the same on
-any mesh and after any resume.
+Rounding to nearest would lose every update of a bfloat16 weight (8 bits) below 1/512 of the weight.
+The random numbers are a hash of the element's index and a seed: a few integer operations inside the
+update, no memory, and the same on any mesh and after any resume.
 
 References:
     "Revisiting BFloat16 Training", Zamirai et al. 2020, arXiv:2010.06192, section 3.
@@ -21,12 +20,12 @@ from jaxtyping import Array, Float, UInt32
 def random_bits(
     shape: tuple[int, ...], step: jax.Array, stream: int | jax.Array
 ) -> UInt32[Array, "..."]:
-    """32 random bits for each element.
+    """Return 32 random bits for each element.
 
     Args:
         shape: of the result.
         step: int32 scalar.
-        stream: tells arrays apart that are rounded in the same step.
+        stream: a different number for each array that is rounded in the same step.
     """
     seed = _hash(_hash(step.astype(jnp.uint32)) + jnp.asarray(stream, jnp.uint32))
     index = jnp.zeros(shape, jnp.uint32)
@@ -36,7 +35,7 @@ def random_bits(
 
 
 def to_bfloat16(x: Float[Array, "*shape"], bits: UInt32[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Rounds float32 to one of its two neighbours in bfloat16, the nearer one more often."""
+    """Round float32 to one of its two bfloat16 neighbours, the nearer one more often."""
     raw = jax.lax.bitcast_convert_type(x, jnp.uint32)
     # bfloat16 is the upper half of float32: a random lower half carries with its probability
     raw = (raw + (bits & jnp.uint32(0xFFFF))) & jnp.uint32(0xFFFF0000)
@@ -44,19 +43,19 @@ def to_bfloat16(x: Float[Array, "*shape"], bits: UInt32[Array, "*shape"]) -> Flo
 
 
 class RoundedState(NamedTuple):
-    """What the random numbers of `round_weights` depend on.
+    """State of `round_weights`: the seed of its random numbers.
 
     Attributes:
-        count: int32 scalar, steps done.
+        count: int32 scalar, updates done.
     """
 
     count: jax.Array
 
 
 def round_weights() -> optax.GradientTransformation:
-    """Turns float32 updates into ones that lead from bfloat16 weights to bfloat16 weights.
+    """Round float32 updates so that bfloat16 weight + update is a bfloat16 number.
 
-    Last in a chain. weight + update is then exact, so that whoever adds them rounds nothing.
+    Must be the last transformation of a chain. The sum is then exact in bfloat16.
     """
 
     def init(params) -> RoundedState:

@@ -1,7 +1,7 @@
-"""What a step changes: step number, weights, optimizer, guard. One pytree, donated.
+"""Train state: step number, weights, optimizer state and skip-step guard, as one pytree.
 
-Weights are a nested dict of arrays and not the module, so that a checkpoint can be read without
-the module's class, and optax sees nothing but arrays.
+Weights are a nested dict of arrays instead of a module: a checkpoint can be read without the
+module's class, and optax sees only arrays.
 """
 
 from collections.abc import Callable
@@ -17,16 +17,16 @@ from models.sharding import shardings
 from train.step.guard import Guard, new_guard
 
 Params = dict[str, Any]
-"""Nested dict of arrays, named as in the model."""
+"""Nested dict of arrays, with the parameter names of the model."""
 
 
 class TrainState(NamedTuple):
     """State of training between two steps, or the same tree of structs or shardings.
 
     Attributes:
-        step: int32 scalar, batches done; those that were skipped count too.
-        params: in the type they are stored in, sharded as `models.sharding` says.
-        opt_state: moments, sharded as their parameters.
+        step: int32 scalar, batches done, skipped ones included.
+        params: in their storage type, with the shardings of `models.sharding`.
+        opt_state: moments, sharded like their parameters.
         guard: scalars, see `train.step.guard`.
     """
 
@@ -37,7 +37,7 @@ class TrainState(NamedTuple):
 
     @property
     def mesh(self) -> Mesh:
-        """The devices that hold it."""
+        """Mesh of the devices that hold the state."""
         sharding = self.step.sharding
         assert isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
         return sharding.mesh
@@ -46,18 +46,18 @@ class TrainState(NamedTuple):
 def abstract_state(
     make_model: Callable[[], nnx.Module], tx: optax.GradientTransformation, mesh: Mesh
 ) -> tuple[nnx.GraphDef, TrainState]:
-    """The state without its numbers: what is compiled for, and what a checkpoint is restored into.
+    """Return the structure of the train state, for compilation and for restoring checkpoints.
 
     Args:
-        make_model: builds the model; traced, so nothing is allocated.
+        make_model: builds the model; traced, so that nothing is allocated.
         tx: the optimizer.
         mesh: the devices.
 
     Returns:
-        (the model without parameters, to `nnx.merge` with them; ShapeDtypeStructs with shardings).
+        (graphdef, the model without parameters for `nnx.merge`; ShapeDtypeStructs with shardings).
 
     Raises:
-        ValueError: if the mesh does not divide the model's weights.
+        ValueError: the mesh does not divide the model's weights.
     """
     graphdef, weights = nnx.split(jax.eval_shape(make_model))
     params = jax.tree.map(
@@ -71,26 +71,26 @@ def abstract_state(
         return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec))
 
     with jax.set_mesh(mesh):
-        return graphdef, jax.tree.map(on_mesh, jax.eval_shape(_beginning(tx), params))
+        return graphdef, jax.tree.map(on_mesh, jax.eval_shape(_initial(tx), params))
 
 
 def new_state(params: Params, tx: optax.GradientTransformation, like: TrainState) -> TrainState:
-    """The state before the first step.
+    """Return the state before the first step.
 
     Args:
-        params: sharded; consumed.
+        params: sharded; donated.
         tx: the optimizer.
         like: from `abstract_state`.
     """
-    where = jax.tree.map(lambda a: a.sharding, like)
+    shardings_of_state = jax.tree.map(lambda a: a.sharding, like)
     with jax.set_mesh(like.mesh):
-        return jax.jit(_beginning(tx), donate_argnums=0, out_shardings=where)(params)
+        return jax.jit(_initial(tx), donate_argnums=0, out_shardings=shardings_of_state)(params)
 
 
 def params_of(model: nnx.Module, like: TrainState) -> Params:
-    """The weights of a model as `new_state` takes them: of the type and where `like` wants them.
+    """Return the weights of a model in the dtypes and shardings of `like`, for `new_state`.
 
-    Weights that are so already are not copied.
+    Weights that have them already are not copied.
     """
     with jax.set_mesh(like.mesh):
         return jax.tree.map(
@@ -100,8 +100,8 @@ def params_of(model: nnx.Module, like: TrainState) -> Params:
         )
 
 
-def _beginning(tx: optax.GradientTransformation) -> Callable[[Params], TrainState]:
-    """Makes parameters -> the state before the first step."""
+def _initial(tx: optax.GradientTransformation) -> Callable[[Params], TrainState]:
+    """Return a function from parameters to the state before the first step."""
     return lambda params: TrainState(
         step=jnp.int32(0), params=params, opt_state=tx.init(params), guard=new_guard()
     )

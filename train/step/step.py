@@ -1,10 +1,10 @@
-"""One optimizer step as a pure function: (state, batch) -> (state, metrics), compiled once.
+"""One optimizer step as a pure function, (state, batch) -> (state, metrics), compiled once.
 
-Gradients are of the sum of losses divided by the number of loss tokens of the whole step, over
-microbatches, rows and devices, so that 1 x 8 rows, 8 x 1 and 2 x 4 are the same step.
+The loss is the sum over all positions divided by the number of loss tokens of the whole step, over
+microbatches, rows and devices, so that 1 x 8 rows, 8 x 1 and 2 x 4 give the same step.
 
 A microbatch, B row of a microbatch, T position, D embed. A `Batch` has arrays [A, B, T] here; its
-segment_ids may be None: one document a row, without padding.
+segment_ids are None for rows of one document without padding.
 """
 
 import functools
@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from models.sharding import spec
 from train.data import Batch
 from train.distributed.hosts import share
-from train.step.guard import judge
+from train.step.guard import should_update
 from train.step.loss import cross_entropy_and_z
 from train.step.state import Params, TrainState
 
@@ -37,68 +37,50 @@ def make_step(
     spike: float = math.inf,
     z_loss: float = 0.0,
 ) -> Step:
-    """The training step, for `compile_step`.
+    """Make the training step, for `compile_step`.
 
     Args:
         graphdef: the model's, from `train.step.state.abstract_state`.
         tx: the optimizer.
         schedule: its learning rate, for the metrics.
-        spike: gradient norms above this many times the usual one are skipped (`train.step.guard`).
+        spike: gradient norms above this multiple of their running mean are skipped
+            (`train.step.guard`).
         z_loss: factor of the z-loss (`train.step.loss`).
 
     Returns:
-        (state, batch [A, B, T]) -> (new state, float32 scalars: loss, the mean cross-entropy over
-        the step's loss tokens; z_loss, the mean of what is added to it, if anything is; grad_norm
-        before clipping; lr; loss_tokens; tokens, those that are not padding; skipped, steps so far
-        that changed nothing, and in_a_row, those at its end).
+        (state, batch [A, B, T]) -> (new state, metrics). Metrics are float32 scalars: loss, the
+        mean cross-entropy over the step's loss tokens; z_loss, the mean of the z-loss term, if
+        there is one; grad_norm before clipping; lr; loss_tokens; tokens without padding; skipped,
+        steps skipped so far; in_a_row, steps skipped since the last update.
     """
-
-    def micro_loss(params: Params, micro, count: jax.Array) -> tuple[jax.Array, jax.Array]:
-        model = nnx.merge(graphdef, params)
-        x_BTD = model.hidden(micro.tokens, positions=micro.positions, segment_ids=micro.segment_ids)
-        total, z = cross_entropy_and_z(
-            x_BTD, model.unembedding(), micro.targets, micro.loss_mask, z_loss=z_loss
-        )
-        return total / count, z / count
-
-    def loss_and_grads(params: Params, batch: Batch, count: jax.Array):
-        value_and_grad = jax.value_and_grad(micro_loss, has_aux=True)
-        grad_accum = batch.tokens.shape[0]
-        if grad_accum == 1:  # without a second copy of the gradients
-            return value_and_grad(params, jax.tree.map(lambda a: a[0], batch), count)
-
-        def add(carry, micro):
-            of_micro = value_and_grad(params, micro, count)
-            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, of_micro), None
-
-        zeros = jax.tree.map(
-            lambda p: jnp.zeros_like(p, jnp.float32),
-            ((jnp.float32(0), jnp.float32(0)), params),
-        )
-        return jax.lax.scan(add, zeros, batch)[0]
-
-    def update(grads: Params, params: Params, opt_state: optax.OptState):
-        updates, opt_state = tx.update(_in_float32(grads), opt_state, params)
-        return jax.tree.map(_updated, params, updates), opt_state
+    loss = functools.partial(_microbatch_loss, graphdef, z_loss)
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
     def step(state: TrainState, batch: Batch):
         loss_tokens = jnp.sum(batch.loss_mask)
-        # A batch without a single target has loss 0 and gradient 0, not NaN.
-        (total, z), grads = loss_and_grads(state.params, batch, jnp.maximum(loss_tokens, 1.0))
-        norm, done = optax.tree.norm(_in_float32(grads)), state.step - state.guard.skipped
-        good, guard = judge(state.guard, updates=done, loss=total, norm=norm, spike=spike)
+        # A batch without a target has loss 0 and gradient 0, not NaN.
+        count = jnp.maximum(loss_tokens, 1.0)
+        (total, z), grads = _accumulate(value_and_grad, state.params, batch, count)
+        grads = _in_float32(grads)
+        norm, updates = optax.tree.norm(grads), state.step - state.guard.skipped
+        old = state.params, state.opt_state
+        new = _apply(tx, grads, *old)
+        # A finite gradient can still give an update that is not finite.
+        finite = jnp.stack([jnp.isfinite(p).all() for p in jax.tree.leaves(new[0])]).all()
+        judged = jnp.where(finite, total, jnp.nan)
+        good, guard = should_update(
+            state.guard, updates=updates, loss=judged, norm=norm, spike=spike
+        )
         metrics = {
             "loss": total - z,
             **({"z_loss": z} if z_loss else {}),
             "grad_norm": norm,
-            "lr": schedule(done),
+            "lr": schedule(updates),
             "loss_tokens": loss_tokens,
             "tokens": _count_tokens(batch),
             "skipped": guard.skipped.astype(jnp.float32),
             "in_a_row": guard.in_a_row.astype(jnp.float32),
         }
-        old = state.params, state.opt_state
-        new = update(grads, *old)
         params, opt_state = jax.tree.map(functools.partial(jnp.where, good), new, old)
         return TrainState(state.step + 1, params, opt_state, guard), metrics
 
@@ -108,33 +90,33 @@ def make_step(
 def compile_step(
     step: Step, like: TrainState, batch: Batch, options: dict[str, bool] | None = None
 ) -> jax.stages.Compiled:
-    """Compiles for one shape of batch; the state's memory is reused for the new state.
+    """Compile a step for one shape of batch; the new state reuses the memory of the old one.
 
     Args:
         step: from `make_step`.
         like: the state, or its ShapeDtypeStructs with shardings.
-        batch: the same of a batch.
-        options: for the compiler, as `train.distributed.device.compiler_options` has them.
+        batch: arrays of a batch, or their ShapeDtypeStructs.
+        options: compiler options, from `train.distributed.device.compiler_options`.
 
     Returns:
-        The step; it consumes its first argument.
+        The compiled step; it donates its first argument.
 
     Raises:
-        ValueError, NotImplementedError: what attention or model cannot do, found in tracing.
+        ValueError, NotImplementedError: attention or model refuse the shapes while tracing.
     """
-    where = jax.tree.map(lambda a: a.sharding, like)
+    of_state = jax.tree.map(lambda a: a.sharding, like)
     with jax.set_mesh(like.mesh):
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(of_state, None))
         return jitted.lower(like, batch).compile(compiler_options=options)
 
 
 def put_batch(batch: Batch, *, grad_accum: int, mesh: Mesh) -> Batch:
-    """Splits the loader's rows into microbatches [A, B, T], and these over the devices.
+    """Split rows into microbatches [A, B, T] and put them on the devices.
 
     Args:
-        batch: numpy arrays [A * B, T]; of several processes each has its own part of the rows
-            (`train.distributed.hosts.share`), and which rows share a microbatch depends on how many
-            processes there are.
+        batch: numpy arrays [A * B, T]; each of several processes has its own part of the rows
+            (`train.distributed.hosts.share`). The rows of a microbatch depend on the number of
+            processes.
         grad_accum: A.
         mesh: the devices.
     """
@@ -143,7 +125,7 @@ def put_batch(batch: Batch, *, grad_accum: int, mesh: Mesh) -> Batch:
     def put(a: np.ndarray) -> jax.Array:
         rows, T = a.shape
         return jax.make_array_from_process_local_data(
-            _rows_over(mesh),
+            _batch_sharding(mesh),
             a.reshape(grad_accum, rows // grad_accum, T),
             (grad_accum, rows * parts // grad_accum, T),
         )
@@ -152,19 +134,55 @@ def put_batch(batch: Batch, *, grad_accum: int, mesh: Mesh) -> Batch:
 
 
 def batch_struct(*, rows: int, seq_len: int, grad_accum: int, mesh: Mesh) -> Batch:
-    """What `put_batch` returns, without numbers."""
+    """Return the ShapeDtypeStructs of what `put_batch` returns."""
 
     def struct(dtype) -> Any:
         shape = (grad_accum, rows // grad_accum, seq_len)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=_rows_over(mesh))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=_batch_sharding(mesh))
 
     dtypes = dict.fromkeys(Batch._fields, jnp.int32) | {"loss_mask": jnp.float32}
     return Batch(**{name: struct(dtype) for name, dtype in dtypes.items()})
 
 
-def _updated(p: jax.Array, update: jax.Array) -> jax.Array:
-    """The new weight in its own type; a bfloat16 one is exact, the optimizer has rounded it."""
-    return (p.astype(update.dtype) + update).astype(p.dtype)
+def _microbatch_loss(
+    graphdef: nnx.GraphDef, z_loss: float, params: Params, micro: Any, count: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return (loss, its z-loss term) of a microbatch [B, T], both divided by count."""
+    model = nnx.merge(graphdef, params)
+    x_BTD = model.hidden(micro.tokens, positions=micro.positions, segment_ids=micro.segment_ids)
+    total, z = cross_entropy_and_z(
+        x_BTD, model.unembedding(), micro.targets, micro.loss_mask, z_loss=z_loss
+    )
+    return total / count, z / count
+
+
+def _accumulate(value_and_grad: Callable, params: Params, batch: Batch, count: jax.Array):
+    """Sum ((loss, z-loss), gradients) over the microbatches of a batch [A, B, T]."""
+    if batch.tokens.shape[0] == 1:  # without a second copy of the gradients
+        return value_and_grad(params, jax.tree.map(lambda a: a[0], batch), count)
+
+    def add(carry, micro):
+        of_micro = value_and_grad(params, micro, count)
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, of_micro), None
+
+    zeros = jax.tree.map(
+        lambda p: jnp.zeros_like(p, jnp.float32),
+        ((jnp.float32(0), jnp.float32(0)), params),
+    )
+    return jax.lax.scan(add, zeros, batch)[0]
+
+
+def _apply(
+    tx: optax.GradientTransformation, grads: Params, params: Params, opt_state: optax.OptState
+) -> tuple[Params, optax.OptState]:
+    """Return the updated parameters, in their own dtypes, and the updated optimizer state."""
+    updates, opt_state = tx.update(grads, opt_state, params)
+
+    def add(p: jax.Array, update: jax.Array) -> jax.Array:
+        # The optimizer has rounded updates of bfloat16 parameters, so that the cast is exact.
+        return (p.astype(update.dtype) + update).astype(p.dtype)
+
+    return jax.tree.map(add, params, updates), opt_state
 
 
 def _in_float32(grads: Params) -> Params:
@@ -172,11 +190,11 @@ def _in_float32(grads: Params) -> Params:
 
 
 def _count_tokens(batch: Batch) -> jax.Array:
-    """How many are not padding, in float32."""
+    """Count the tokens that are not padding, as float32."""
     if batch.segment_ids is None:
         return jnp.float32(batch.tokens.size)
     return jnp.sum((batch.segment_ids > 0).astype(jnp.float32))
 
 
-def _rows_over(mesh: Mesh) -> NamedSharding:
+def _batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec((None, "batch", None), mesh))

@@ -1,7 +1,13 @@
 """A checkpoint comes back bit for bit, or not at all."""
 
+import errno
+import os
 import resource
 import shutil
+import tempfile
+import threading
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +23,7 @@ from train.step.guard import new_guard
 from train.step.optim import optimizer
 from train.step.state import TrainState, new_state
 
+POOL = "metadata_store"  # an executor of orbax: its idle thread ends with the process
 IDENTITY = {"model.hidden_size": 64, "tokenizer": "byte", "seed": 0}
 
 
@@ -71,6 +78,22 @@ def test_round_trip_on_another_mesh(tmp_path, mesh):
     assert restored.params["w"].sharding == like.params["w"].sharding
 
 
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, mesh, wrong):
+    """One such weight is enough; the checkpoint before stays the latest."""
+    saved(tmp_path, mesh, [3], keep=1)
+    state = state_on(mesh, 4)
+    w = np.array(state.params["w"])
+    w[5, 1] = wrong
+    bad = state._replace(params={"w": jax.device_put(w, state.params["w"].sharding)})
+    with Checkpoints(tmp_path, keep_last=1) as checkpoints:
+        with pytest.raises(FloatingPointError, match="not finite after step 4.*checkpoint: 3"):
+            checkpoints.save(bad, data={}, identity=IDENTITY)
+        assert checkpoints.latest == 3
+        checkpoints.save(state, data={}, identity=IDENTITY)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["4"]
+
+
 def test_keeps_the_last(tmp_path, mesh):
     saved(tmp_path, mesh, [1, 2, 3, 4], keep=2)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["3", "4"]
@@ -90,18 +113,18 @@ def test_looking_creates_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_half_written_checkpoint_is_not_there(tmp_path, mesh):
-    """What a kill while saving leaves behind is ignored, and removed by who trains on."""
+def test_a_partial_checkpoint_does_not_count(tmp_path, mesh):
+    """The directory that a kill during a save leaves is ignored, and removed on request."""
     saved(tmp_path, mesh, [3])
     (tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp").mkdir()
     checkpoints = Checkpoints(tmp_path, keep_last=2)
     assert checkpoints.latest == 3
-    checkpoints.remove_half_written()
+    checkpoints.remove_partial()
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["3"]
 
 
 def test_a_full_disk_is_one_line_and_the_last_good_one_stays(tmp_path, mesh):
-    """The file-size limit stands in for the disk: writes fail with an OS error half way."""
+    """A file-size limit simulates the full disk: a write fails in the middle."""
     saved(tmp_path, mesh, [3], keep=1)
     checkpoints = Checkpoints(tmp_path, keep_last=1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -133,8 +156,27 @@ def test_too_little_room_is_found_before_writing(tmp_path, mesh, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def spoil_json(checkpoint):
-    (checkpoint / "run" / "metadata").write_text("{")
+def metadata(checkpoint):
+    return checkpoint / "run" / "metadata"
+
+
+def edit_metadata(old: bytes, new: bytes):
+    """Make a damage that replaces a part of the metadata."""
+
+    def edit(checkpoint):
+        content = metadata(checkpoint).read_bytes()
+        assert old in content
+        metadata(checkpoint).write_bytes(content.replace(old, new))
+
+    return edit
+
+
+def replace_metadata(content: bytes):
+    return lambda checkpoint: metadata(checkpoint).write_bytes(content)
+
+
+def lose_metadata(checkpoint):
+    metadata(checkpoint).unlink()
 
 
 def data_file(checkpoint):
@@ -143,13 +185,13 @@ def data_file(checkpoint):
 
 
 def cut_data(checkpoint):
-    """As a disk that lied about its writes leaves it."""
+    """Cut a file in half, as a disk that lied about its writes leaves it."""
     file = data_file(checkpoint)
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
 def flip_a_bit(checkpoint):
-    """Which orbax does not notice."""
+    """Flip a bit of an array, which orbax does not notice."""
     data = bytearray(data_file(checkpoint).read_bytes())
     data[len(data) // 2] ^= 0x10
     data_file(checkpoint).write_bytes(data)
@@ -159,33 +201,171 @@ def lose_directory(checkpoint):
     shutil.rmtree(checkpoint / "state")
 
 
-@pytest.mark.parametrize("damage", [spoil_json, cut_data, flip_a_bit, lose_directory])
-def test_a_corrupt_latest_checkpoint_is_put_aside_and_said(tmp_path, mesh, damage, capfd):
-    """The one before it is used, and the next one of that step can be written."""
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(cut_data, id="array-cut"),
+        pytest.param(flip_a_bit, id="array-bit"),
+        pytest.param(lose_directory, id="arrays-lost"),
+        pytest.param(lose_metadata, id="metadata-lost"),
+    ],
+)
+def test_a_damaged_checkpoint_is_quarantined(tmp_path, mesh, damage, caplog):
+    """The one before it is restored, in one line, and a new one of that step can be written."""
     saved(tmp_path, mesh, [3, 6], size=4096)
-    capfd.readouterr()
     damage(tmp_path / "checkpoints" / "6")
+    caplog.clear()
     with Checkpoints(tmp_path, keep_last=2) as checkpoints:
         checkpoints.check(IDENTITY)
         restored, position = checkpoints.restore(structs(state_on(mesh, size=4096)))
         assert (checkpoints.latest, position) == (3, {"row": 24})
         jax.tree.map(np.testing.assert_array_equal, restored, state_on(mesh, 3, 4096))
-        said = capfd.readouterr().out
-        assert said.count("\n") == 1 and said.startswith("cannot read the checkpoint ")
-        assert said.endswith(f"it is now {tmp_path / 'unreadable-6'}, using step 3\n")
-        assert list((tmp_path / "unreadable-6").iterdir())
+        [message] = [r.getMessage() for r in caplog.records if r.name.startswith("train")]
+        assert message.startswith(f"the checkpoint {tmp_path / 'checkpoints' / '6'} is damaged (")
+        assert message.endswith(f"moved to {tmp_path / 'corrupt-6'}, using step 3")
+        assert "\n" not in message
+        assert checkpoints.quarantined == [tmp_path / "corrupt-6"]
+        assert list((tmp_path / "corrupt-6").iterdir())
         checkpoints.save(state_on(mesh, 6, 4096), data={"row": 48}, identity=IDENTITY)
     with Checkpoints(tmp_path, keep_last=2) as checkpoints:
         assert checkpoints.latest == 6
         assert checkpoints.restore(structs(state_on(mesh, size=4096)))[1] == {"row": 48}
 
 
-def test_when_none_can_be_read_nothing_begins_anew(tmp_path, mesh, capfd):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(edit_metadata(b'"row": 48', b'"row": 58'), id="another-position"),
+        pytest.param(edit_metadata(b'"identity"', b'"identitx"'), id="another-key"),
+        pytest.param(edit_metadata(b'"sha256"', b'"sha257"'), id="another-digest-key"),
+        pytest.param(edit_metadata(b'"seed": 0', b'"seed": 1'), id="another-run"),
+        pytest.param(replace_metadata(b""), id="metadata-empty"),
+        pytest.param(replace_metadata(b"[" * 100_000), id="metadata-nested"),
+    ],
+)
+def test_damaged_metadata_are_found_before_arrays_are_read(tmp_path, mesh, damage):
+    """Neither another position nor another run's identity is believed."""
+    saved(tmp_path, mesh, [3, 6])
+    damage(tmp_path / "checkpoints" / "6")
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    checkpoints.check(IDENTITY)
+    assert checkpoints.latest == 3
+    assert checkpoints.quarantined == [tmp_path / "corrupt-6"]
+
+
+def test_when_none_can_be_read_nothing_begins_anew(tmp_path, mesh):
     saved(tmp_path, mesh, [3])
-    spoil_json(tmp_path / "checkpoints" / "3")
+    lose_metadata(tmp_path / "checkpoints" / "3")
     with pytest.raises(ValueError, match="no checkpoint of .* can be read: choose another --out"):
         Checkpoints(tmp_path, keep_last=2).check(IDENTITY)
-    assert (tmp_path / "unreadable-3").exists()
+    assert (tmp_path / "corrupt-3").exists()
+    assert Checkpoints(tmp_path, keep_last=2).quarantined == [tmp_path / "corrupt-3"]
+
+
+@pytest.fixture
+def as_user():
+    """Permissions hold for this process, also where the tests run as root; yields a directory."""
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+        if os.getresuid()[2] == 0:
+            os.setresuid(0, 0, 0)
+
+
+def take_permission(path, mode):
+    """Set the mode, and give up root's right to ignore it."""
+    path.chmod(mode)
+    if os.getuid() == 0:
+        for each in (path, *path.parents):
+            if each.is_relative_to(tempfile.gettempdir()) and each != Path(tempfile.gettempdir()):
+                os.chown(each, 65534, 65534)
+        os.setresuid(65534, 65534, 0)
+
+
+@pytest.mark.parametrize("what", ["run/metadata", "state", "."])
+def test_a_checkpoint_without_permission_is_not_moved(as_user, mesh, what):
+    """It may be intact: the error names it, and it stays where it is."""
+    saved(as_user, mesh, [3, 6])
+    like = structs(state_on(mesh))
+    for path in (as_user, *as_user.rglob("*")):
+        path.chmod(0o777)
+    take_permission(as_user / "checkpoints" / "6" / what, 0)
+    with Checkpoints(as_user, keep_last=2) as checkpoints:
+        with pytest.raises(OSError) as error:
+            checkpoints.check(IDENTITY)
+            checkpoints.restore(like)
+    message = str(error.value)
+    assert "cannot read the checkpoint" in message and "no permission to read" in message
+    assert "stays where it is" in message and "\n" not in message
+    assert sorted(p.name for p in (as_user / "checkpoints").iterdir()) == ["3", "6"]
+    assert not list(as_user.glob("corrupt-*"))
+
+
+def read_only(checkpoints, monkeypatch):
+    for path in (checkpoints.parent, *checkpoints.parent.rglob("*")):
+        path.chmod(0o777)
+    take_permission(checkpoints, 0o555)
+
+
+def no_inodes(checkpoints, monkeypatch):
+    """The step's directory can be made, those inside it cannot."""
+    mkdir = os.mkdir
+
+    def full(path, *args, **kwargs):
+        if "/state.orbax" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        mkdir(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "mkdir", full)
+
+
+def no_threads(checkpoints, monkeypatch):
+    """The first threads of the save start, later ones do not."""
+    start, left = threading.Thread.start, [7]
+
+    def fail_later(thread):
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", fail_later)
+
+
+@pytest.mark.parametrize(
+    ("obstacle", "reason"),
+    [
+        (read_only, "Permission denied"),
+        (no_inodes, "No space left on device"),
+        (no_threads, "can't start new thread"),
+    ],
+)
+def test_a_save_that_cannot_be_made_ends_within_seconds(
+    as_user, mesh, obstacle, reason, monkeypatch, capfd
+):
+    """One line, the old checkpoint stays, and no thread keeps the process from ending."""
+    saved(as_user, mesh, [3])
+    new = state_on(mesh, 4)
+    before = set(threading.enumerate())
+    capfd.readouterr()
+    obstacle(as_user / "checkpoints", monkeypatch)
+    checkpoints = Checkpoints(as_user, keep_last=1)
+    with pytest.raises(OSError) as error:
+        checkpoints.save(new, data={"row": 32}, identity=IDENTITY)
+        checkpoints.wait()
+    monkeypatch.undo()
+    message = str(error.value)
+    assert reason in message and "step 3 is intact" in message and "\n" not in message
+    deadline = time.monotonic() + 10
+    for thread in set(threading.enumerate()) - before:
+        if not thread.daemon and not thread.name.startswith(POOL):
+            thread.join(deadline - time.monotonic())
+            assert not thread.is_alive(), thread
+    assert capfd.readouterr() == ("", "")
+    if os.getresuid()[2] == 0:
+        os.setresuid(0, 0, 0)
+    with Checkpoints(as_user, keep_last=1) as again:
+        restored, _ = again.restore(structs(state_on(mesh)))
+    jax.tree.map(np.testing.assert_array_equal, restored, state_on(mesh, 3))
 
 
 def test_keeps_the_best_beside_the_last(tmp_path, mesh):
@@ -200,10 +380,11 @@ def test_keeps_the_best_beside_the_last(tmp_path, mesh):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "4", "6"]
 
 
-def test_other_code_is_said(tmp_path, mesh, capfd, monkeypatch):
+def test_other_code_is_logged(tmp_path, mesh, caplog, monkeypatch):
+    caplog.set_level("INFO", "train")
     saved(tmp_path, mesh, [3])
     Checkpoints(tmp_path, keep_last=1).check(IDENTITY)
-    assert "other code" not in capfd.readouterr().out
+    assert "other code" not in caplog.text
     monkeypatch.setattr("train.checkpoint.checkpoints.code_version", lambda: {"commit": "abc"})
     Checkpoints(tmp_path, keep_last=1).check(IDENTITY)
-    assert "step 3 was written by other code: commit " in capfd.readouterr().out
+    assert "step 3 was written by other code: commit " in caplog.text

@@ -31,7 +31,7 @@ def files(tmp_path):
 
 
 def test_the_loss_is_the_mean_over_loss_tokens(files, tiny_model, tmp_path):
-    """Whatever the batch size, the last batch of which is not full."""
+    """The last batch is not full: the mean is not one of batch means."""
     mesh = make_mesh(MeshConfig(data=8, fsdp=1, tensor=1))
     graphdef, state = nnx.split(tiny_model)
     params = nnx.to_pure_dict(state)
@@ -43,7 +43,7 @@ def test_the_loss_is_the_mean_over_loss_tokens(files, tiny_model, tmp_path):
         on_mesh = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
         got = evaluate(3, on_mesh)["one"]
         total = 0.0
-        for batch in loader.once():
+        for batch in loader.one_epoch():
             batch = jax.tree.map(jnp.asarray, batch)
             x = tiny_model.hidden(
                 batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids

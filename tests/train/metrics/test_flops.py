@@ -1,4 +1,4 @@
-"""MFU counts what the formula says, and nothing for a device without a known peak."""
+"""FLOPs and causal pairs match the formula and a count by brute force."""
 
 import numpy as np
 

@@ -1,11 +1,13 @@
 """metrics.jsonl holds a line per step of this run, also after a run that died."""
 
+import io
 import json
 import time
 
 import jax.numpy as jnp
 import pytest
 
+from train.metrics.flops import training_flops
 from train.metrics.metrics import Metrics
 
 VALUES = {
@@ -39,13 +41,13 @@ def test_a_line_has_what_was_measured(tmp_path, tiny, capsys):
     assert line["loss_tokens_per_second"] == pytest.approx(80 / line["seconds"])
     assert line["all_tokens_per_second"] == pytest.approx(128 / line["seconds"])
     shown = capsys.readouterr().err
-    assert "step 1/6: loss 2.500, grad 1.00, lr 1.00e-03, " in shown
+    assert shown.startswith("step 1/6: loss 2.500, ") and "lr 1.00e-03, grad norm 1.00, " in shown
     assert "tokens/s" in shown and "GiB" in shown
     assert f"waited {line['data_seconds']:.3f} s for data" in shown
 
 
 def test_time_is_split(tmp_path, tiny):
-    """What was waited for and what was computed add up; each line counts its own."""
+    """Waiting and computing add up to the step's time, and each line has its own parts."""
     metrics = open_metrics(tmp_path / "metrics.jsonl", tiny)
     for _ in range(2):
         with metrics.timed("data"):
@@ -58,6 +60,41 @@ def test_time_is_split(tmp_path, tiny):
     parts = ("data", "checkpoint", "evaluation", "compute")
     assert sum(first[f"{p}_seconds"] for p in parts) == pytest.approx(first["seconds"])
     assert second["data_seconds"] == second["checkpoint_seconds"] == 0
+
+
+def test_speeds_are_without_evaluation_and_checkpoints(tmp_path, tiny, monkeypatch):
+    """A step with an evaluation has the tokens/s and the MFU of its neighbours."""
+    monkeypatch.setattr("train.metrics.metrics.peak_flops", lambda _: 1e9)
+    metrics = open_metrics(tmp_path / "metrics.jsonl", tiny)
+    with metrics.timed("data"):
+        time.sleep(0.02)
+    for part in ("evaluation", "checkpoint"):
+        with metrics.timed(part):
+            time.sleep(0.1)
+    line = metrics.record(1, VALUES, pairs=50)
+    metrics.close()
+    training = line["compute_seconds"] + line["data_seconds"]
+    assert line["seconds"] > training + 0.2 and line["data_seconds"] > 0.02
+    assert line["tokens_per_second"] == pytest.approx(100 / training)
+    flops = training_flops(tiny, 100, 50)
+    assert line["mfu"] == pytest.approx(flops / training / 8e9)
+
+
+@pytest.mark.parametrize("columns", [80, 120, 200])
+def test_the_progress_line_fits_the_terminal(tmp_path, tiny, monkeypatch, columns):
+    """Values that do not fit are left out; loss and bar are always there."""
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    metrics = open_metrics(tmp_path / "metrics.jsonl", tiny, steps=100_000)
+    for step in (99_998, 99_999):
+        metrics.record(step, VALUES, pairs=0)
+    metrics.close()
+    shown = [part for part in screen.getvalue().split("\r") if "loss" in part]
+    assert shown and all(len(part.rstrip("\n")) <= columns for part in shown)
+    assert "/100000 [" in shown[-1] and "loss 2.500" in shown[-1]
+    assert ("GiB" in shown[-1]) == (columns == 200)
 
 
 def test_skipped_steps_are_shown(tmp_path, tiny, capsys):

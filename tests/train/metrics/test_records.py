@@ -1,4 +1,4 @@
-"""What a run wrote down stays up to the step it goes on from, and a full disk loses none of it."""
+"""Records stay up to the step that a run resumes from, and a full disk loses none of them."""
 
 import json
 import resource
@@ -50,7 +50,21 @@ def test_any_text_comes_back(tmp_path: Path) -> None:
     assert read_records(path) == [{"step": 1, "text": text}]
 
 
-@pytest.mark.parametrize("line", [b"\0\0\0\0", b"\xff", b"[1]", b'{"epoch": 1}', b""])
+def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
+    """JSON has no NaN: other programs could not read the line."""
+    path = tmp_path / "metrics.jsonl"
+    Records(path, start=0).write(
+        {"step": 1, "loss": float("nan"), "grad_norm": float("inf"), "lr": 0.5, "set": "a"}
+    )
+    written = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert written == {"step": 1, "loss": None, "grad_norm": None, "lr": 0.5, "set": "a"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"\0\0\0\0", b"\xff", b"[1]", b'{"epoch": 1}', b"", b"[" * 100_000, b'{"step": "1"}'],
+    ids=["zeros", "no-utf8", "list", "no-step", "empty", "nested", "step-is-text"],
+)
 def test_a_line_that_is_damaged_or_of_something_else_is_named(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
@@ -62,7 +76,7 @@ def test_a_line_that_is_damaged_or_of_something_else_is_named(tmp_path: Path, li
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
-    """The file-size limit stands in for the disk."""
+    """A file-size limit simulates the full disk."""
     path = tmp_path / "metrics.jsonl"
     written = "".join(json.dumps({"step": n}) + "\n" for n in range(100))
     path.write_text(written)

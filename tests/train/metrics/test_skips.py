@@ -9,7 +9,7 @@ from train.metrics.skips import NAMED, Skips
 
 
 class Documents(Loader):
-    """As much of a loader as `Skips` asks for."""
+    """The part of a loader that `Skips` uses."""
 
     def __init__(self, count: int):
         self.count = count
@@ -22,16 +22,17 @@ def line(step: int, in_a_row: int) -> dict:
     return {"step": step, "in_a_row": float(in_a_row), "loss": float("nan"), "grad_norm": 3.0}
 
 
-def test_a_skip_is_said_and_written_with_all_documents(tmp_path, capsys):
+def test_a_skip_is_logged_and_recorded_with_all_documents(tmp_path, caplog):
+    caplog.set_level("INFO", "train")
     skips = Skips(tmp_path / "skipped.jsonl", Documents(NAMED + 2), patience=3, start=0)
     skips.look(line(1, 0), {"row": 5})
     assert not (tmp_path / "skipped.jsonl").exists()
     skips.look(line(2, 1), {"row": 10})
     [written] = map(json.loads, (tmp_path / "skipped.jsonl").read_text().splitlines())
     assert written["step"] == 2 and len(written["documents"]) == NAMED + 2
-    said = capsys.readouterr().out
-    assert "step 2 skipped: loss nan, gradient norm 3; documents data.json:10, " in said
-    assert "and 2 more" in said and "data.json:16" not in said
+    output = caplog.text
+    assert "step 2 skipped: loss nan, gradient norm 3; documents data.json:10, " in output
+    assert "and 2 more" in output and "data.json:16" not in output
 
 
 def test_patience_ends_the_run_with_the_reason(tmp_path):

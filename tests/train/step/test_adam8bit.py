@@ -32,7 +32,7 @@ def bits(step: int = 0) -> jax.Array:
 
 @pytest.mark.parametrize(("signed", "decades"), [(True, 5), (False, 6)])
 def test_codes_are_close_over_many_decades(signed, decades):
-    """Within the distance to the next code, for the smallest and the largest numbers of a block."""
+    """The error is below the distance to the next code, for small and large numbers of a block."""
     x = spread(0, decades)
     x = x if signed else jnp.abs(x)
     q = quantize(x, bits(), signed=signed)
@@ -72,7 +72,7 @@ def test_blocks_divide_the_axis(last, block):
 @pytest.mark.parametrize("b2", [0.95, 0.999])
 def test_directions_follow_adams(state, tolerance, b2):
     """Over 100 steps of noisy gradients of all sizes: the error is noise, without a bias."""
-    compact = scale_by_adam8bit(0.9, b2, moment_dtype=state, compact=lambda p: {"w": True})
+    compact = scale_by_adam8bit(0.9, b2, moment_dtype=state, low_bit=lambda p: {"w": True})
     exact = optax.scale_by_adam(0.9, b2)
     sizes = jnp.abs(spread(2, 3)) + 1e-4
     params = {"w": jnp.zeros(SHAPE)}
@@ -94,7 +94,7 @@ def test_directions_follow_adams(state, tolerance, b2):
 
 def test_int8_takes_two_bytes_and_leaves_norms_alone():
     tx = scale_by_adam8bit(
-        0.9, 0.95, moment_dtype="int8", compact=lambda p: {"w": True, "norm": False}
+        0.9, 0.95, moment_dtype="int8", low_bit=lambda p: {"w": True, "norm": False}
     )
     state = tx.init({"w": jnp.zeros(SHAPE), "norm": jnp.zeros((512,))})
     assert isinstance(state.mu["w"], Quantized) and state.nu["norm"].dtype == jnp.float32

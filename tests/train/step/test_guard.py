@@ -1,17 +1,17 @@
-"""What harms is skipped, what is usual is learned, and a new usual is accepted."""
+"""The skip-step guard skips spikes, learns the usual norm and accepts a new usual norm."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.step.guard import MEMORY, WARMUP, judge, new_guard
+from train.step.guard import MEMORY, WARMUP, new_guard, should_update
 
 
 def after(norms, *, spike=10.0, loss=1.0):
-    """(which norms passed, the guard at the end)."""
+    """Return (True for each norm that passed, the guard at the end)."""
     guard, updates, passed = new_guard(), 0, []
     for norm in norms:
-        good, guard = judge(
+        good, guard = should_update(
             guard,
             updates=jnp.int32(updates),
             loss=jnp.float32(loss),

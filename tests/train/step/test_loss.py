@@ -37,7 +37,7 @@ def dense(x_BTD, w_DV, targets_BT, weights_BT):
 
 @pytest.mark.parametrize("chunk_tokens", [1, 8, 40, 10_000])
 def test_equals_the_dense_loss(chunk_tokens):
-    """Whatever the chunk, also where it does not divide T or exceeds it."""
+    """Any chunk length gives the same, also one that does not divide T or exceeds T."""
     x, w, targets, weights = inputs()
 
     def chunked(x, w):
@@ -92,7 +92,7 @@ def test_bf16_inputs_sum_in_float32():
 
 
 def test_positions_without_weight_leave_no_trace():
-    """Weight 0: neither value nor gradient, whatever target stands there."""
+    """Weight 0: neither value nor gradient, whatever the target."""
     x, w, targets, weights = inputs()
     weights = weights.at[:, 5].set(0)
     loss, dx = jax.value_and_grad(cross_entropy)(x, w, targets, weights)

@@ -10,7 +10,7 @@ from models.internlm2 import InternLM2
 from train.config.sections import MeshConfig, OptimConfig
 from train.distributed.mesh import make_mesh
 from train.step.optim import optimizer
-from train.step.state import _beginning, abstract_state, new_state, params_of
+from train.step.state import _initial, abstract_state, new_state, params_of
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_no_device_ever_holds_a_whole_optimizer_state(tiny, tx):
     _, like = abstract_state(lambda: InternLM2(tiny, rngs=nnx.Rngs(0)), tx, mesh)
     where = jax.tree.map(lambda a: a.sharding, like)
     with jax.set_mesh(mesh):
-        begin = jax.jit(_beginning(tx), donate_argnums=0, out_shardings=where)
+        begin = jax.jit(_initial(tx), donate_argnums=0, out_shardings=where)
         memory = begin.lower(like.params).compile().memory_analysis()
     total = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(like))
     held = memory.output_size_in_bytes + memory.temp_size_in_bytes
