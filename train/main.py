@@ -1,4 +1,4 @@
-"""`python -m train.main`: trains. What a person did wrong is one line, not a traceback."""
+"""`python -m train.main`: train a model. User errors are one line on stderr, not a traceback."""
 
 import sys
 from collections.abc import Sequence
@@ -6,30 +6,32 @@ from collections.abc import Sequence
 import jax
 
 from jaxattn.errors import first_line, is_out_of_memory
-from train.config.cli import fail, parse
-from train.config.config import Config
-from train.config.recipes import check_recipe, find_recipe, recipe_list
+from train.config.cli import fail
+from train.config.recipes import check_recipe, parse_flags, recipe_list
 from train.distributed import device
-from train.distributed.hosts import check_same, connect
-from train.distributed.peers import Peers, leave
+from train.distributed.hosts import RESTART, check_same, connect, leave
+from train.log import safe_console, set_up_logging
 from train.run.dry_run import dry_run
-from train.run.flatten import resolved
 from train.run.loop import run
+from train.run.summary import flatten_config
+
+USER_ERRORS = (ValueError, NotImplementedError, OSError, FloatingPointError)
 
 
+@safe_console()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parses, trains, and returns the exit status.
+    """Parse the flags, train, and return the exit status.
 
     Args:
-        argv: the flags; by default the process's.
+        argv: The flags; None: those of the process.
 
     Returns:
-        0, also after a signal while it trains; 1 where the run cannot be done or went wrong; 2
-        where a flag is wrong; 130 after Ctrl-C before or behind training, or twice.
+        0, also after a signal during training; 1 where the run is impossible or failed; 2 for a
+        wrong flag; 130 after Ctrl-C outside of training, or after a second one.
     """
     try:
         argv = sys.argv[1:] if argv is None else argv
-        config = parse(Config, argv, "train.main", default=find_recipe(argv))
+        config = parse_flags(argv)
         if config.recipe == "list":
             print(recipe_list())
             return 0
@@ -39,40 +41,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         connect(config.dist)
         device.set_up(keep_compiled=True)
-        with Peers():
-            check_same(resolved(config))
-            (dry_run if config.dry_run else run)(config)
-    except (ValueError, NotImplementedError, OSError, FloatingPointError) as error:
-        if config.traceback:
+        set_up_logging("debug" if config.verbose else config.log_level)
+        check_same(flatten_config(config))
+        if config.dry_run:
+            return 0 if dry_run(config) else 1
+        run(config)
+    except (*USER_ERRORS, jax.errors.JaxRuntimeError, KeyboardInterrupt) as error:
+        reason = None if config.traceback else _reason(error)
+        if reason is None:
             raise
-        return _failed(error)
-    except KeyboardInterrupt:  # in training the first one is a wish, see train/run/signals.py
-        if config.traceback:
-            raise
-        _failed("stopped by Ctrl-C; the same command begins anew, or from the last checkpoint")
-        return 130
-    except jax.errors.JaxRuntimeError as error:
-        if config.traceback:
-            raise
-        if is_out_of_memory(error):
-            return _failed(
-                "out of memory; a larger --grad_accum or a shorter --seq_len needs less: "
-                f"{first_line(error)}"
-            )
-        if jax.process_count() == 1:
-            raise
-        return _failed(
-            "another process of the run has ended or does not answer; start all of them again, "
-            f"and they go on from the last checkpoint ({first_line(error):.200})"
-        )
+        if jax.distributed.is_initialized():
+            leave(reason)
+        return fail(reason, 130 if isinstance(error, KeyboardInterrupt) else 1)
     return 0
 
 
-def _failed(error: object) -> int:
-    """Says what went wrong. One of several processes leaves at once, which ends the others."""
-    if not jax.distributed.is_initialized():
-        return fail(error, 1)
-    leave(str(error))
+def _reason(error: BaseException) -> str | None:
+    """Return one line for people; None for an error of the program itself."""
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped by Ctrl-C; the same command begins anew, or from the last checkpoint"
+    if is_out_of_memory(error):
+        remedy = "a larger --grad_accum, --remat=full or a shorter --seq_len needs less"
+        return f"out of memory; {remedy} ({first_line(error)})"
+    runtime = isinstance(error, jax.errors.JaxRuntimeError)
+    # jax raises the error of a CPU collective as ValueError.
+    if jax.distributed.is_initialized() and (runtime or "Gloo" in str(error)):
+        return f"another process of the run has ended or does not answer: {RESTART}"
+    return None if runtime else str(error)
 
 
 if __name__ == "__main__":

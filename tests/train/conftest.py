@@ -1,7 +1,6 @@
 """A model small enough to compile in seconds, on any mesh of 8 devices."""
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,8 +12,9 @@ from models.config import PRESETS, ModelConfig
 from models.execution import Execution
 from models.internlm2 import InternLM2, init
 from train.config.config import Config
-from train.config.sections import DataConfig, OptimConfig
+from train.config.sections import OptimConfig
 from train.data import Batch
+from train.log import set_up_logging
 from train.run import loop
 
 TINY = ModelConfig(
@@ -31,6 +31,12 @@ TINY = ModelConfig(
 def own_token_cache(tmp_path_factory, monkeypatch):
     """No test reads or writes the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "user_cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def logging_to_stdout():
+    """Log lines are written to stdout, as under `train.main`."""
+    set_up_logging()
 
 
 @pytest.fixture(scope="session")
@@ -66,27 +72,12 @@ def packed_rows() -> Batch:
     )
 
 
-OUTSIDE_OF_THE_STEP = {
-    **{"out": None, "data": DataConfig(), "prompts": (), "sample_every": 0, "profile": None},
-    **{"save_every": 1, "eval_every": 1, "log_every": 1, "log": (), "chat": False},
-}
-"""Flags that change what a run reads, writes and says, but not its step."""
-
-
 @pytest.fixture(scope="session")
-def tiny_run(tiny, said_by) -> Iterator[Callable[..., Config]]:
-    """Makes the config of one and the same run of 8 steps, in a directory of its own.
+def tiny_run(tiny) -> Callable[..., Config]:
+    """Make the config of one and the same run of 8 steps, in a directory of its own.
 
-    As long as it lives, runs that differ in what the step does not depend on share a compiled one.
+    The step is compiled once: jax's compilation cache of the session (tests/conftest.py) has it.
     """
-    compiled = {}
-    compile_step = loop.compile_training
-
-    def compile_once(config, *rest):
-        key = dataclasses.replace(config, **OUTSIDE_OF_THE_STEP)
-        if key not in compiled or config.out == said_by:  # the run whose words are a test's
-            compiled[key] = compile_step(config, *rest)
-        return compiled[key]
 
     def config(out: Path) -> Config:
         return Config(
@@ -100,21 +91,13 @@ def tiny_run(tiny, said_by) -> Iterator[Callable[..., Config]]:
             out=str(out),
         )
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "compile_training", compile_once)
-        yield config
+    return config
 
 
 @pytest.fixture(scope="session")
-def said_by(tmp_path_factory) -> str:
-    """The directory of `finished`."""
-    return str(tmp_path_factory.mktemp("runs") / "finished")
-
-
-@pytest.fixture(scope="session")
-def finished(tiny_run, said_by) -> Path:
-    """The directory of that run, trained to its end; what it said is in <directory>.log."""
-    out = Path(said_by)
+def finished(tiny_run, tmp_path_factory) -> Path:
+    """Return the directory of that run, trained to its end; <directory>.log has its log."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
     with out.with_suffix(".log").open("w") as log, contextlib.redirect_stdout(log):
         loop.run(tiny_run(out))
     return out

@@ -1,12 +1,19 @@
 """What a person gets wrong: one line on stderr, an exit status, and nothing half-written."""
 
+import contextlib
 import dataclasses
+import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 
+import jax
 import pytest
 
 from models.config import PRESETS
+from tests.train.runs import losses
 from train.main import main
 
 
@@ -39,7 +46,8 @@ def refused(capsys, tmp_path, tiny):
         ("--data.stall_minutes=0", "--data.stall_minutes=0.0 must be above 0"),
         ("--z_loss=-1", "--z_loss=-1.0 must be at least 0"),
         ("--dist.processes=2", "--dist.coordinator, --dist.processes and --dist.id go together"),
-        ("--dtype=int8", "invalid choice 'int8'"),
+        ("--dtype=int8", "--dtype=int8 must be one of bfloat16, float32"),
+        ("--attn=palas", "--attn=palas must be one of auto, cudnn"),
     ],
 )
 def test_wrong_flag_is_status_2(refused, flag, message):
@@ -49,7 +57,6 @@ def test_wrong_flag_is_status_2(refused, flag, message):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--attn=palas"], "unknown attention implementation 'palas'; choose one of auto"),
         (["--attn=pallas"], "its kernels are for Hopper GPUs"),
         (["--attn=eager", "--seq_len=32768", "--batch_size=64"], "GiB a layer, this device has"),
         (["--model=internlm2-3b"], "is no preset (nano, internlm2-1.8b"),
@@ -89,7 +96,7 @@ def test_hf_directory_without_weights(refused, tmp_path, tiny):
 
 def test_tokenizer_beyond_the_model(refused, tiny, monkeypatch):
     monkeypatch.setitem(PRESETS, "small", dataclasses.replace(tiny, vocab_size=256))
-    assert "byte has 265 tokens, more than the 256 that small has" in refused("--model=small")
+    assert "byte has 265 tokens, more than the 256 of small" in refused("--model=small")
 
 
 RUN = ["--model=tiny", "--seq_len=64", "--batch_size=8", "--steps=8", "--save_every=3"]
@@ -105,9 +112,13 @@ def test_another_models_checkpoint(refused, finished):
 
 
 def test_other_data_than_the_checkpoints(refused, finished, tmp_path):
+    """Names flag, files and remedy, before anything is written."""
     (tmp_path / "other.txt").write_text("other words " * 100)
+    before = sorted(finished.rglob("*"))
     said = refused(*RUN, "--data", str(tmp_path / "other.txt"), out=finished)
-    assert "the saved data position belongs to other data" in said
+    assert f"--data: {finished} was trained on the built-in text, now it is {tmp_path}" in said
+    assert "other.txt: choose another --out" in said
+    assert sorted(finished.rglob("*")) == before
 
 
 def test_no_resume_never_overwrites(refused, finished):
@@ -156,3 +167,57 @@ def test_ctrl_c_while_the_step_compiles(refused, monkeypatch):
 def test_traceback_on_request(tmp_path):
     with pytest.raises(ValueError, match="is no preset"):
         main(["--model=nono", f"--out={tmp_path}", "--traceback"])
+
+
+class Full(io.StringIO):
+    """A console on a full disk."""
+
+    def write(self, text=""):
+        raise OSError(28, "No space left on device")
+
+    flush = write
+
+
+def test_a_full_console_does_not_end_the_run(tiny, finished, tmp_path):
+    """Neither stdout nor stderr can be written: the run trains, saves, and has status 0."""
+    out = tmp_path / "out"
+    with contextlib.redirect_stdout(Full()), contextlib.redirect_stderr(Full()):
+        assert main([*RUN, "--attn=sdpa", "--optim.lr=1e-2", f"--out={out}"]) == 0
+    assert losses(out) == losses(finished)
+
+
+def test_out_of_memory_is_one_line(refused, monkeypatch):
+    """XLA's message has a page of buffers behind its first line."""
+
+    def full(*_):
+        page = "RESOURCE_EXHAUSTED: Out of memory\nLargest buffers:\n  1. 8 GiB\n  2. 8 GiB"
+        raise jax.errors.JaxRuntimeError(page)
+
+    monkeypatch.setattr("train.run.loop.compile_training", full)
+    said = refused("--model=tiny")
+    assert "out of memory; a larger --grad_accum, --remat=full or a shorter --seq_len" in said
+    assert "(RESOURCE_EXHAUSTED: Out of memory)" in said and "buffers" not in said
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "nowhere.txt: No such file"),
+        (b"", "has no line of text"),
+        (b"\xff\xfe", "is not UTF-8"),
+    ],
+)
+def test_prompts_are_read_before_anything_is_written(text, message, refused, tmp_path):
+    file = tmp_path / "nowhere.txt"
+    if text is not None:
+        file.write_bytes(text)
+    said = refused("--model=tiny", "--sample_every=5", "--prompts", str(file))
+    assert message in said
+
+
+def test_a_platform_that_is_not_here_is_one_line():
+    command = [sys.executable, "-m", "train.main", "--model=nano"]
+    env = os.environ | {"JAX_PLATFORMS": "tpu"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "error: jax finds no device for JAX_PLATFORMS=tpu: unset it" in done.stderr

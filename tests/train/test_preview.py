@@ -1,4 +1,4 @@
-"""The preview shows what is learned, and its report adds up."""
+"""The preview shows the tokens with loss, and the report that a run logs."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def test_answers_alone_stand_between_marks(batch):
     count = int(batch.segment_ids.max())
     assert text.count("--- document") == count == text.count("«") == text.count("»")
     assert "<|im_start|>assistant\n«A" in text and "<|im_end|>»\n" in text
-    assert f"--- {int((batch.segment_ids == 0).sum())} places of padding" in text
+    assert f"--- {int((batch.segment_ids == 0).sum())} tokens of padding" in text
 
 
 def test_colours(batch):
@@ -56,11 +56,34 @@ def test_histogram_holds_every_length():
 
 def test_the_whole_preview(path, capsys):
     assert main(["--data", str(path), "--seq_len=64", "--rows=2", "--tokens=3", "--no_color"]) == 0
-    said = capsys.readouterr().out
-    assert "=== row 2 of" in said and "9 documents (0 split" in said
-    assert f"broken: {path}:10: 'answer' is empty" in said
-    assert f"dropped: {path}:11: " in said
-    assert "attention work that the document mask saves" in said
+    output = capsys.readouterr().out
+    assert "=== row 2 of" in output and "9 documents (0 split" in output
+    assert "the document mask saves " in output and "broken: " not in output
+    with open_data([path], load_tokenizer("byte"), seq_len=64, batch_size=1) as loader:
+        lines = [str(loader.report), *loader.report.notes()]
+    assert len(lines) == 3 and all(line in output for line in lines)  # as in the log of a run
+    assert main(["--data", str(path), "--seq_len=64", "--rows=0", "--all"]) == 0
+    output = capsys.readouterr().out
+    assert f"broken: {path}:10: 'answer' is empty" in output and f"dropped: {path}:11: " in output
+
+
+def test_color_by_default_on_a_terminal_only(path, capsys, monkeypatch):
+    """Standard output is looked at when the preview is called, not when it is imported."""
+    for terminal in (True, False):
+        monkeypatch.setattr("sys.stdout.isatty", lambda terminal=terminal: terminal, raising=False)
+        assert main(["--data", str(path), "--seq_len=64", "--tokens=0"]) == 0
+        assert ("\033[32m" in capsys.readouterr().out) == terminal
+
+
+def test_escape_sequences_in_data_do_not_reach_the_terminal(tmp_path, capsys):
+    """Clear-screen and title sequences, as ESC and as 8-bit control characters, bell, return."""
+    path = tmp_path / "a.jsonl"
+    bad = "a\x1b[2Jb\x9b2Jc\x1b]0;title\x07d\re\x7f"
+    path.write_text(json.dumps({"text": bad}) + "\n" + json.dumps({"text": 3, bad: 1}))
+    assert main(["--data", str(path), "--seq_len=64", "--no_color"]) == 0
+    output = capsys.readouterr().out
+    assert not any(ord(c) < 32 and c not in "\n\t" or 127 <= ord(c) < 160 for c in output)
+    assert r"a\x1b[2Jb\x9b2Jc\x1b]0;title\x07d\x0de\x7f" in output
 
 
 def preview(path, **how) -> subprocess.Popen:
@@ -81,10 +104,10 @@ def test_every_row_is_shown_once_and_text_that_cannot_be_is_escaped(tmp_path):
     path = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
     path.write_text('{"text": "na\u00efve"}')
     with preview(path, env=os.environ | {"PYTHONIOENCODING": "ascii:strict"}) as shown:
-        said, errors = shown.communicate()
+        output, errors = shown.communicate()
     assert (shown.returncode, errors) == (0, b"")
-    assert said.count(b"=== row") == 1
-    assert rb"na\xefve" in said and rb"caf\udce9.jsonl: 1 rows" in said
+    assert output.count(b"=== row") == 1
+    assert rb"na\xefve" in output and rb"caf\udce9.jsonl: 1 rows" in output
 
 
 def test_bad_flags_and_data_are_one_line(capsys, tmp_path):

@@ -1,1 +1,1 @@
-"""`python -m train.bench`: the whole step's table, beside PyTorch's."""
+"""`python -m train.bench`: time whole training steps, beside PyTorch's."""

@@ -1,106 +1,103 @@
-"""The bench's cells in processes of their own: measured one by one, compiled several at a time.
+"""Run the bench's cells in child processes: measured one by one, compiled several at a time.
 
-Compiling a step takes longer than timing it, and leaves the GPU idle but for XLA's trials of
-matrix products (autotuning). jax keeps what they found beside the compiled steps, so the first cell
-is compiled alone, and the others try little, and share the GPU, while they compile together.
+Compiling a step takes longer than timing it, and leaves the GPU idle except for XLA's autotuning of
+matrix products. jax caches autotuning results beside the compiled steps. So the first cell is
+compiled alone; the other cells tune little and share the GPU while they compile together.
 """
 
 import contextlib
 import dataclasses
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
+from jaxattn.bench import harness
 from train.bench.shapes import TORCH, Cell
 
-COMPILING = ("compile_seconds", "cache_hits")  # of the child that measures: cold, or from a cache
+COMPILING = ("compile_seconds", "cache_hits")  # of a process that compiles: cold, or from a cache
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Ahead:
-    """Cells that are compiled before they are measured."""
+class CompiledCells:
+    """Cells that were compiled before they are measured."""
 
     cache: str
-    """The directory that has what was compiled."""
+    """Directory of the compilation cache."""
 
     failed: dict[Cell, str]
-    """Why, for each that could not be compiled."""
+    """Reason for each cell that could not be compiled."""
 
 
 @contextlib.contextmanager
-def compiled_ahead(cells: Sequence[Cell], jobs: int) -> Iterator[Ahead]:
-    """Compiles ours (not PyTorch's) into one cache: the first alone, then `jobs` at a time.
+def compile_first(cells: Sequence[Cell], jobs: int) -> Iterator[CompiledCells]:
+    """Compile all cells of jax into one cache: the first alone, then `jobs` at a time.
 
-    A cell that cannot be compiled stops nothing, and one that came before all others is not the
-    first: measuring will say why it cannot run.
+    A cell that cannot be compiled stops nothing, and the next one is then the first.
 
     Args:
-        cells: what will be measured.
-        jobs: processes at a time; they take of the GPU's memory only what they need.
+        cells: cells that will be measured.
+        jobs: processes at a time; they allocate only the GPU memory that they need.
 
     Yields:
-        What `run_cell` wants to know. The cache is removed at the end.
+        The compiled cells, for `run_cell`. The cache is removed at the end.
     """
     ours = iter([cell for cell in cells if cell.attn not in TORCH])
     failed: dict[Cell, str] = {}
     with _new_cache() as cache:
 
         def compiles(cell: Cell) -> bool:
-            fields, sparing = dataclasses.asdict(cell), {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-            said = _run("train.bench.cell", fields, "--compile_only", **_caching(cache), **sparing)
-            if "why" in said:
-                failed[cell] = said["why"]
+            variables = _caching(cache) | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+            found = harness.run_child(
+                "train.bench.cell", dataclasses.asdict(cell), "--compile_only", **variables
+            )
+            if "why" in found:
+                failed[cell] = found["why"]
             return cell not in failed
 
-        any(map(compiles, ours))  # up to the first that does
+        any(map(compiles, ours))  # up to the first that compiles
         with ThreadPoolExecutor(jobs) as pool:
             list(pool.map(compiles, ours))
-        yield Ahead(cache=cache, failed=failed)
+        yield CompiledCells(cache=cache, failed=failed)
 
 
-def run_cell(cell: Cell, *, cached: bool, ahead: Ahead | None = None) -> dict[str, Any]:
-    """Measures in a process of its own, and compiles in a second one.
+def run_cell(cell: Cell, *, cached: bool, compiled: CompiledCells | None = None) -> harness.Cell:
+    """Measure a cell in a child process, and compile it again in a second one.
 
     Args:
-        cell: what to measure.
-        cached: whether to start the second.
-        ahead: the cell is compiled: there is nothing for a second to find out.
+        cell: the cell.
+        cached: True to start the second process.
+        compiled: cells of `compile_first`; no second process is needed.
 
     Returns:
-        What `cell.Program.measure` or `torch_cell.measure` returns, and
-        cached_compile_seconds with cached_cache_hits, programs found in the cache (or cached_why
-        there are none); or the cell's fields and "why" it cannot run. With `ahead` compile_seconds
-        is missing: other processes were busy beside it.
+        The results of `cell.Program.measure` or `torch_cell.measure`, with cached_compile_seconds
+        and cached_cache_hits (programs found in the cache), or cached_why; or the cell's fields
+        and `why` it cannot run. With `compiled`, compile_seconds is missing: other processes ran at
+        the same time.
     """
     fields = dataclasses.asdict(cell)
     if cell.attn in TORCH:
         if not has_torch():
             return fields | {"why": "PyTorch is not installed (pip install -e '.[torch]')"}
-        # The GPU is PyTorch's: jax, which reads the rows, must not take it.
-        return _run("train.bench.torch_cell", fields, JAX_PLATFORMS="cpu")
-    if ahead is not None:
-        found = _run("train.bench.cell", fields, **_caching(ahead.cache))
+        # PyTorch uses the GPU: jax, which reads the rows, must not allocate its memory.
+        return harness.run_child("train.bench.torch_cell", fields, JAX_PLATFORMS="cpu")
+    if compiled is not None:
+        found = harness.run_child("train.bench.cell", fields, **_caching(compiled.cache))
         compiling = {name: found.pop(name) for name in COMPILING if name in found}
         if compiling and not compiling["cache_hits"]:
-            compiling = {"why": ahead.failed.get(cell, "what was compiled ahead was not found")}
+            compiling = {"why": compiled.failed.get(cell, "the compiled step was not in the cache")}
         return found | {f"cached_{name}": value for name, value in compiling.items()}
     with _new_cache() as cache:
-        found = _run("train.bench.cell", fields, **_caching(cache))
+        found = harness.run_child("train.bench.cell", fields, **_caching(cache))
         if cached and "ms" in found:
             same = fields | {"remat": found["remat"]}
-            again = _run("train.bench.cell", same, "--compile_only", **_caching(cache))
+            again = harness.run_child("train.bench.cell", same, "--compile_only", **_caching(cache))
             found |= {f"cached_{n}": again[n] for n in (*COMPILING, "why") if n in again}
     return found
 
 
 def has_torch() -> bool:
-    """Whether PyTorch is installed."""
+    """Return True if PyTorch is installed."""
     return importlib.util.find_spec("torch") is not None
 
 
@@ -109,19 +106,8 @@ def _new_cache() -> tempfile.TemporaryDirectory:
 
 
 def _caching(cache: str) -> dict[str, str]:
-    """Environment in which jax keeps all that it compiles, and what autotuning found, there."""
+    """Return the environment in which jax caches every compiled program and tuning result."""
     return {
         "JAX_COMPILATION_CACHE_DIR": cache,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-
-
-def _run(module: str, fields: dict[str, Any], *flags: str, **variables: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", module, json.dumps(fields), *flags]
-    environment = dict(os.environ) | variables
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    try:
-        return json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, json.JSONDecodeError):
-        said = [text for text in done.stderr.splitlines() if text.strip()] or ["nothing"]
-        return fields | {"why": f"process ended with {done.returncode}: {said[-1][:300]}"}

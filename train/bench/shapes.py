@@ -1,4 +1,4 @@
-"""A cell of `python -m train.bench`: its fields, its rows, how it is timed and counted."""
+"""Cells of `python -m train.bench`: fields, rows of tokens, timing and counting."""
 
 import dataclasses
 import itertools
@@ -13,27 +13,28 @@ from jaxattn.bench.shapes import document_lengths
 from jaxattn.device import peak_flops
 from models.config import PRESETS
 from models.tokenizer import load_tokenizer
-from train.data import Batch, default_cache, open_data
+from train.cache_dirs import token_cache
+from train.data import Batch, ReadOptions, open_data
 from train.metrics.flops import causal_pairs, training_flops
 
 RowKind = Literal["dense", "packed", "data"]
 
 TORCH = {"torch_sdpa": "sdpa", "torch_eager": "eager"}
-"""The bench's names of PyTorch's attention, and transformers' own."""
+"""Name of PyTorch's attention in the bench -> name in transformers."""
 
 STEPS = 3
-"""Steps from one wait for the device to the next, queued as in training."""
+"""Steps between two waits for the device, queued as in training."""
 
 LONG_STEP = 2.0
-"""Seconds from which a run is one step: what is queued no longer matters, the GPU's time does."""
+"""Seconds of a step from which a timed run is one step: queueing no longer matters."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cell:
-    """What to measure."""
+    """Fields of a measurement."""
 
     model: str
-    """A preset."""
+    """Preset."""
 
     attn: str
     """Implementation: jaxattn's, or torch_sdpa, torch_eager."""
@@ -42,7 +43,7 @@ class Cell:
     """Tokens of a row."""
 
     tokens: int
-    """Of a step, per device that holds rows; at least one row each."""
+    """Tokens of a step, per device that holds rows; at least one row each."""
 
     rows: RowKind
     """One document each, documents of log-normal length, or packed files."""
@@ -51,48 +52,63 @@ class Cell:
     """Key of `models.remat.REMAT`; None: the fastest that fits."""
 
     scan_layers: bool
-    """Compile one block for all layers."""
+    """Compile one layer for all layers."""
 
     dtype: str
-    """Compute type."""
+    """Compute dtype."""
 
     param_dtype: Literal["fp32", "bf16"]
-    """Of the stored weights."""
+    """Dtype of the stored weights."""
 
     optim: str
     """Optimizer."""
 
     state: Literal["fp32", "bf16", "int8"]
-    """Of AdamW's moments."""
+    """Dtype of AdamW's moments."""
+
+    grad_accum: int
+    """Microbatches of a step."""
+
+    z_loss: float
+    """Factor of the z-loss."""
+
+    deterministic: bool
+    """Bitwise reproducible steps."""
 
     repeats: int
-    """Timed runs of `STEPS` steps, or of one from `LONG_STEP` on; their median counts."""
+    """Number of timed runs of `STEPS` steps, or of one from `LONG_STEP` on."""
 
     data: tuple[str, ...]
-    """Files, for rows of "data"."""
+    """Files of rows "data"."""
 
     tokenizer: str
-    """Makes their ids."""
+    """Tokenizer of the files."""
 
     @property
     def batch_size(self) -> int:
-        """Rows of a step, per device that holds rows."""
-        return max(1, self.tokens // self.seq_len)
+        """Return the rows of a step per device that holds rows: a multiple of grad_accum."""
+        return max(1, self.tokens // self.seq_len // self.grad_accum) * self.grad_accum
+
+
+def cell_of(fields: dict[str, Any]) -> Cell:
+    """Return the cell of fields that were passed as JSON."""
+    given: dict[str, Any] = {**fields, "data": tuple(fields["data"])}
+    return Cell(**given)
 
 
 def batches(cell: Cell, rows: int) -> list[Batch]:
-    """The batches that the steps of a timed run work on, one after another.
+    """Return the batches of the steps of a timed run, in order.
 
     Args:
-        cell: what to measure.
-        rows: of a batch.
+        cell: the cell.
+        rows: rows of a batch.
 
     Returns:
-        `STEPS` batches of files, else one for all steps. Those without documents have no
-        segment_ids: the plain causal mask, which every implementation knows.
+        `STEPS` batches of files, else one batch for all steps. Dense rows have no segment_ids: a
+        causal mask, which every implementation supports.
 
     Raises:
-        ValueError, OSError: data or tokenizer that cannot be read, or do not suit the model.
+        ValueError, OSError: data or tokenizer cannot be read, or do not suit the model.
     """
     vocab_size = PRESETS[cell.model].vocab_size
     if cell.rows != "data":
@@ -104,20 +120,22 @@ def batches(cell: Cell, rows: int) -> list[Batch]:
             f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, more than the "
             f"{vocab_size} of {cell.model}: choose another --tokenizer or --model"
         )
-    length, cache = cell.seq_len, default_cache()
-    with open_data(cell.data, tokenizer, seq_len=length, batch_size=rows, cache=cache) as loader:
+    length, reading = cell.seq_len, ReadOptions(cache=token_cache())
+    with open_data(
+        cell.data, tokenizer, seq_len=length, batch_size=rows, reading=reading
+    ) as loader:
         return [next(loader) for _ in range(STEPS)]
 
 
 def random_rows(rows: int, seq_len: int, vocab_size: int, *, packed: bool) -> Batch:
-    """Rows [rows, seq_len] without padding, every position with a target.
+    """Return rows [rows, seq_len] without padding, with a target at every position.
 
     Args:
-        rows: of the batch.
+        rows: rows of the batch.
         seq_len: tokens of a row.
         vocab_size: of the uniform random tokens.
-        packed: documents with the lengths of jaxattn.bench's 7b_32k_packed (log-normal, median
-            1,500, sigma 1), the same in every row; else one a row.
+        packed: True: documents with the lengths of jaxattn.bench's 7b_32k_packed (log-normal,
+            median 1,500, sigma 1), the same in every row; False: one document a row.
     """
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, vocab_size, (rows, seq_len + 1), dtype=np.int32)
@@ -136,15 +154,15 @@ def random_rows(rows: int, seq_len: int, vocab_size: int, *, packed: bool) -> Ba
 def time_steps(
     step: Callable[[int], object], wait: Callable[[object], object], repeats: int
 ) -> tuple[float, float]:
-    """Seconds of the very first step, and of a step after it: median of the timed runs.
+    """Return the seconds of the first step, and the median seconds of a step in the timed runs.
 
-    A run is `STEPS` steps, after as many to warm up. From `LONG_STEP` on it is one step, and the
-    second step, which no longer waits for anything that comes once, is the first run.
+    A run is `STEPS` steps, after as many steps of warm-up. From `LONG_STEP` on a run is one step,
+    and the second step is the first run.
 
     Args:
         step: launches the i-th step, without waiting for it.
-        wait: waits for what `step` returned.
-        repeats: timed runs.
+        wait: waits for the result of `step`.
+        repeats: number of timed runs.
     """
     numbers = itertools.count()
 
@@ -165,31 +183,31 @@ def time_steps(
 def outcome(
     cell: Cell, work: list[Batch], *, seconds: float, device: str, devices: int
 ) -> dict[str, Any]:
-    """The cell's fields and what follows from its time.
+    """Return the cell's fields and the results that follow from its time.
 
     Args:
-        cell: what was measured.
-        work: the batches; their padding is no work.
+        cell: the cell.
+        work: its batches; padding does not count as work.
         seconds: of a step.
-        device: its kind, for its peak.
-        devices: how many.
+        device: `device_kind`, for the peak.
+        devices: number of devices.
 
     Returns:
-        batch_size, over all devices; ms; tokens_per_second, without padding; filled, the share
-        of the rows that is not padding; mfu, where the device's peak is known.
+        batch_size, over all devices; ms; tokens_per_second, without padding; filled, the fraction
+        of the rows without padding; mfu, if the device's peak is known.
     """
-    tokens = pairs = places = 0
+    tokens = pairs = positions = 0
     for batch in work:
         rows, length = batch.tokens.shape
         ids = np.ones((rows, length), np.int32) if batch.segment_ids is None else batch.segment_ids
         tokens += int(np.count_nonzero(ids))
         pairs += causal_pairs(ids)
-        places += rows * length
+        positions += rows * length
     found = dataclasses.asdict(cell) | {
-        "batch_size": places // len(work) // cell.seq_len,
+        "batch_size": positions // len(work) // cell.seq_len,
         "ms": 1e3 * seconds,
         "tokens_per_second": tokens / len(work) / seconds,
-        "filled": tokens / places,
+        "filled": tokens / positions,
     }
     if peak := peak_flops(device):
         useful = training_flops(PRESETS[cell.model], tokens, pairs) / len(work)

@@ -1,30 +1,32 @@
-"""The bench's results for people and for the next call: lines, Markdown, plots, one JSON file."""
+"""Write the bench's results: console lines, Markdown tables, plots, and the checks of a file."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-Found = dict[str, Any]
-"""A cell's fields, and what was measured or why it cannot run; device, versions and date."""
+from jaxattn.bench.harness import Cell, markdown_table, read_cells, write_cells
+from jaxattn.device import GiB
+from train.bench.shapes import TORCH
 
-GiB = 2**30
-
+RESULTS, TABLE = "bench.json", "table.md"
 KEY = (
     *("model", "rows", "data", "seq_len", "tokens", "attn", "remat", "scan_layers"),
     *("dtype", "param_dtype", "optim", "state"),
 )
-"""What makes a cell a new one; any other with the same is replaced."""
-
+LATER = {"grad_accum": 1, "z_loss": 0.0, "deterministic": False}
+"""Fields that identify a cell, with the values of files without them. A new cell replaces an old
+one with the same fields."""
+ORIGIN = ("device", "versions", "date")
 HEADER = (
     f"{'model':<14} {'rows':<6} {'seq_len':>7} {'x':>3} {'attention':<11} {'remat':<9} "
     f"{'ms/step':>9} {'tokens/s':>9} {'MFU':>6} {'peak GiB':>8} {'plan':>6} {'XLA':>6} "
     f"{'compile s':>9} {'cached':>6}"
 )
+ROWS = {"dense": "one document a row", "packed": "packed documents", "data": "packed files"}
 
 
-def line(cell: Found) -> str:
-    """A cell as one line, printed when it is known."""
+def line(cell: Cell) -> str:
+    """Return a cell as one line under `HEADER`."""
     where = f"{cell['model']:<14} {cell['rows']:<6} {cell['seq_len']:>7}"
     if "why" in cell:
         return f"{where} {'':>3} {cell['attn']:<11} cannot run: {cell['why']}"
@@ -36,54 +38,59 @@ def line(cell: Found) -> str:
     )
 
 
-def read(path: Path, device: str) -> list[Found]:
-    """The cells that earlier calls have written.
+def read(out: Path, device: str) -> list[Cell]:
+    """Read the cells of earlier calls and check that new ones can be written.
 
     Args:
-        path: of the JSON file; none has no cells.
-        device: that new cells will be of.
+        out: directory of the results; created if it does not exist.
+        device: device of the new cells.
 
     Raises:
-        ValueError: it holds something else, or cells of another device.
+        ValueError: the file has another content, or cells of another device.
+        OSError: the directory cannot be written.
     """
-    if not path.exists():
-        return []
-    try:
-        cells = json.loads(path.read_text())["cells"]
-        others = {cell["device"] for cell in cells} - {device}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not of this bench: {error!r}; choose another --out") from error
-    if others:
-        raise ValueError(f"{path} is of {', '.join(others)}, not {device}: choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    for name in (RESULTS, TABLE):
+        if (out / name).is_dir():
+            raise IsADirectoryError(f"--out={out}: {out / name} is a directory")
+    probe = out / f".{RESULTS}.tmp"
+    probe.touch()
+    probe.unlink()
+    cells = read_cells(out / RESULTS, device)
+    for cell in cells:
+        needed = (*KEY, *ORIGIN, *(() if "why" in cell else ("ms", "tokens_per_second")))
+        missing = [name for name in needed if name not in cell]
+        numbers = [cell.get(name, 0) for name in ("ms", "tokens_per_second", "seq_len", "tokens")]
+        if missing or not all(isinstance(number, int | float) for number in numbers):
+            what = f"a cell has no '{missing[0]}'" if missing else "a cell has text for a number"
+            raise ValueError(f"{out / RESULTS} is not of this bench: {what}; choose another --out")
     return cells
 
 
-def merged(cells: list[Found], new: Found) -> list[Found]:
-    """The cells with a new one, in place of those that it replaces.
+def key(cell: Cell) -> Iterable[tuple]:
+    """Yield the key of a cell, then that of its refusal before a remat was chosen."""
+    full = LATER | cell
+    if cell["attn"] in TORCH:  # chosen by the memory, as its remat is
+        full["grad_accum"] = 1
+    for same in (full, full | {"remat": None}):
+        yield tuple(json.dumps(same[name]) for name in (*KEY, *LATER))
 
-    One that ran also takes the place of the refusal of the same cell without a remat.
-    """
-    replaced = {_key(new), _key(new | {"remat": None})}
-    return [cell for cell in cells if _key(cell) not in replaced] + [new]
 
-
-def write(cells: list[Found], out: Path) -> None:
-    """Writes bench.json, table.md, and a plot for each model and kind of rows."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "bench.json").write_text(json.dumps({"cells": cells}, indent=1) + "\n")
-    (out / "table.md").write_text(markdown(cells))
+def write(cells: list[Cell], out: Path) -> None:
+    """Write bench.json, table.md, and a plot for each model and kind of rows."""
+    write_cells(cells, out / RESULTS)
+    (out / TABLE).write_text(markdown(cells))
     for (model, rows), group in _groups(cells, "model", "rows"):
         plot(group, out / f"{model}-{rows}.png")
 
 
-def markdown(cells: list[Found]) -> str:
-    """Implementations side by side, each at its fastest; every cell; why others cannot run."""
-    parts = _side_by_side(cells), _every(cells), _refusals(cells)
-    return "\n".join([_origin(cells) + "\n", *parts])
+def markdown(cells: list[Cell]) -> str:
+    """Return three parts: implementations at their fastest, every cell, reasons of the others."""
+    return "\n".join([_origin(cells) + "\n", _side_by_side(cells), _every(cells), _reasons(cells)])
 
 
-def plot(cells: list[Found], path: Path) -> None:
-    """Draws step time against sequence length, a line per implementation, each at its fastest."""
+def plot(cells: list[Cell], path: Path) -> None:
+    """Plot step time against sequence length, one line for each implementation at its fastest."""
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -111,41 +118,35 @@ def plot(cells: list[Found], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-ROWS = {"dense": "one document a row", "packed": "packed documents", "data": "packed files"}
-
-
-def _side_by_side(cells: list[Found]) -> str:
+def _side_by_side(cells: list[Cell]) -> str:
     attns = list(dict.fromkeys(cell["attn"] for cell in cells))
-    lines = _head("rows", *attns)
+    lines = [["rows", *attns]]
     for (model, rows, stored, length), group in _groups(cells, "model", "rows", _stored, "seq_len"):
-        ran = [cell for cell in group if "ms" in cell]
+        ran = sorted((cell for cell in group if "ms" in cell), key=lambda cell: -cell["ms"])
+        best = {cell["attn"]: cell for cell in ran}
+        most = max((cell["tokens_per_second"] for cell in ran), default=None)
         size = f"{length:,}" + (f" x {ran[0]['batch_size']}" if ran else "")
-        best = {}
-        for cell in sorted(ran, key=lambda cell: -cell["ms"]):
-            best[cell["attn"]] = cell
-        speeds = {attn: cell["tokens_per_second"] for attn, cell in best.items()}
-        texts = []
+        texts = [f"{model}, {rows}, {size}" + ("" if stored == "fp32" else f", {stored}")]
         for attn in attns:
-            if attn not in best:
+            if attn in best:
+                text = f"{best[attn]['ms']:,.0f} ({best[attn]['tokens_per_second']:,.0f})"
+                texts.append(f"**{text}**" if best[attn]["tokens_per_second"] == most else text)
+            else:
                 tried = any(cell["attn"] == attn for cell in group)
                 texts.append("cannot run" if tried else "")
-                continue
-            text = f"{best[attn]['ms']:,.0f} ({speeds[attn]:,.0f})"
-            texts.append(f"**{text}**" if speeds[attn] == max(speeds.values()) else text)
-        where = f"{model}, {rows}, {size}" + ("" if stored == "fp32" else f", {stored}")
-        lines.append(_row(where, *texts))
-    return "ms a step (tokens/s), each implementation with its fastest remat.\n\n" + "".join(lines)
+        lines.append(texts)
+    head = "ms a step (tokens/s), each implementation with its fastest remat.\n\n"
+    return head + markdown_table(lines)
 
 
-def _every(cells: list[Found]) -> str:
+def _every(cells: list[Cell]) -> str:
     names = ("model", "rows", "attention", "weights, moments", "remat", "ms", "tokens/s", "MFU")
-    lines = _head(*names, "peak GiB", "plan", "XLA", "compile s", "from cache")
-    ordered = sorted(cells, key=lambda c: (c["model"], c["rows"], c["seq_len"], _stored(c)))
-    for cell in ordered:
+    lines = [[*names, "peak GiB", "plan", "XLA", "compile s", "from cache"]]
+    for cell in sorted(cells, key=lambda c: (c["model"], c["rows"], c["seq_len"], _stored(c))):
         if "why" in cell:
             continue
         lines.append(
-            _row(
+            [
                 cell["model"],
                 f"{cell['rows']}, {cell['seq_len']:,} x {cell['batch_size']}",
                 cell["attn"],
@@ -154,21 +155,18 @@ def _every(cells: list[Found]) -> str:
                 f"{cell['ms']:,.1f}",
                 f"{cell['tokens_per_second']:,.0f}",
                 _mfu(cell),
-                _gib(cell, "peak_memory_bytes"),
-                _gib(cell, "plan_bytes"),
-                _gib(cell, "xla_bytes"),
-                _seconds(cell, "compile_seconds"),
-                _seconds(cell, "cached_compile_seconds"),
-            )
+                *(_gib(cell, name) for name in ("peak_memory_bytes", "plan_bytes", "xla_bytes")),
+                *(_seconds(cell, f"{name}compile_seconds") for name in ("", "cached_")),
+            ]
         )
     return (
-        "Every cell that ran; PyTorch's remat is none or gradient checkpointing (full), with the "
-        "rows in as many parts as it says, its peak that of tensors.\n\n" + "".join(lines)
+        "Every cell that ran. PyTorch's remat is none or gradient checkpointing (full), with the "
+        "number of microbatches; its peak is that of tensors.\n\n" + markdown_table(lines)
     )
 
 
-def _refusals(cells: list[Found]) -> str:
-    """What cannot run: a line for each reason."""
+def _reasons(cells: list[Cell]) -> str:
+    """Return one line for each reason why cells cannot run."""
     where: dict[str, list[str]] = {}
     for cell in cells:
         if "why" in cell:
@@ -177,65 +175,49 @@ def _refusals(cells: list[Found]) -> str:
     return "".join(f"- {', '.join(names)} cannot run: {why}\n" for why, names in where.items())
 
 
-def _head(*names: str) -> list[str]:
-    return [_row(*names), _row(*["---"] * len(names))]
+def _origin(cells: list[Cell]) -> str:
+    """Return device, versions and dates of the cells."""
+    return "; ".join(dict.fromkeys(", ".join(cell[name] for name in ORIGIN) for cell in cells))
 
 
-def _row(*texts: str) -> str:
-    return f"| {' | '.join(texts)} |\n"
+def _groups(cells: list[Cell], *by) -> Iterator[tuple[tuple, list[Cell]]]:
+    """Yield (values, cells with them) by fields or functions, in order of appearance.
 
-
-def _origin(cells: list[Found]) -> str:
-    """Device, versions and dates of the cells."""
-    return "; ".join(
-        dict.fromkeys(f"{cell['device']}, {cell['versions']}, {cell['date']}" for cell in cells)
-    )
-
-
-def _groups(cells: list[Found], *by) -> Iterator[tuple[tuple, list[Found]]]:
-    """(values, cells that have them), by fields or functions, in order of appearance.
-
-    Lengths are in their own order.
+    The field seq_len, if it is the last, is in increasing order.
     """
 
-    def values(cell: Found) -> tuple:
+    def values(cell: Cell) -> tuple:
         return tuple(key(cell) if callable(key) else cell[key] for key in by)
 
     keys = list(dict.fromkeys(map(values, cells)))
     if by[-1] == "seq_len":
         first = {key[:-1]: n for n, key in reversed([*enumerate(keys)])}
         keys.sort(key=lambda key: (first[key[:-1]], key[-1]))
-    for key in keys:
-        yield key, [cell for cell in cells if values(cell) == key]
+    for found in keys:
+        yield found, [cell for cell in cells if values(cell) == found]
 
 
-def _key(cell: Found) -> tuple:
-    return tuple(json.dumps(cell[name]) for name in KEY)
-
-
-def _stored(cell: Found) -> str:
-    """What weights and moments are stored in, and the optimizer if it is no AdamW."""
+def _stored(cell: Cell) -> str:
+    """Return the dtypes of weights and moments, and the options that are not the default."""
     name = "" if cell["optim"] == "adamw" else f", {cell['optim']}"
+    name += "".join(f", {option}" for option in ("z_loss", "deterministic") if cell.get(option))
     if cell["param_dtype"] == cell["state"]:
         return cell["state"] + name
     return f"{cell['param_dtype']}, {cell['state']}{name}"
 
 
-def _remat(cell: Found) -> str:
-    return (
-        f"{cell['remat']} x {cell['grad_accum']}"
-        if cell.get("grad_accum", 1) > 1
-        else cell["remat"]
-    )
+def _remat(cell: Cell) -> str:
+    microbatches = cell.get("grad_accum", 1)
+    return f"{cell['remat']} x {microbatches}" if microbatches > 1 else cell["remat"]
 
 
-def _mfu(cell: Found) -> str:
+def _mfu(cell: Cell) -> str:
     return f"{cell['mfu']:.1%}" if "mfu" in cell else "-"
 
 
-def _gib(cell: Found, name: str) -> str:
+def _gib(cell: Cell, name: str) -> str:
     return f"{cell[name] / GiB:.1f}" if name in cell else "-"
 
 
-def _seconds(cell: Found, name: str) -> str:
+def _seconds(cell: Cell, name: str) -> str:
     return f"{cell[name]:.1f}" if name in cell else "-"

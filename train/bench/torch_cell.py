@@ -1,17 +1,15 @@
-"""The bench's cells of PyTorch: `python -m train.bench.torch_cell '<json>'`, as `train.bench.cell`.
+"""Measure a cell with PyTorch in a child process: `python -m train.bench.torch_cell '<json>'`.
 
-The step is what a user of transformers writes: LlamaForCausalLM of the same shape (InternLM2 is
-Llama under other names), random weights, its own loss, gradients clipped at 1, fused AdamW. With
-param_dtype fp32 weights and moments are fp32 and the products run under autocast; with bf16 both
-are bf16. Documents are a dense mask [B, 1, T, T], the only one that SDPA and eager know.
+The step is that of a user of transformers: LlamaForCausalLM of the same shape (InternLM2 is Llama
+under other names), random weights, the model's loss, gradients clipped at 1, fused AdamW. With
+param_dtype fp32, weights and moments are fp32 and matrix products run under autocast; with bf16
+both are bf16. Documents are a dense mask [B, 1, T, T], the only one that SDPA and eager support.
 
-PyTorch is no dependency: this file is run when a cell of it is asked for.
+PyTorch is not a dependency: only the bench runs this module.
 """
 
 import dataclasses
 import gc
-import json
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,9 +19,10 @@ import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from jaxattn.bench import harness
 from models.config import PRESETS
 from models.weights import llama
-from train.bench.shapes import TORCH, Cell, batches, outcome, time_steps
+from train.bench.shapes import TORCH, Cell, batches, cell_of, outcome, time_steps
 from train.data import Batch
 from train.metrics.metrics import resident_peak
 
@@ -31,18 +30,18 @@ RATE = 1e-4
 
 
 def measure(cell: Cell) -> dict[str, Any]:
-    """Times the step, in the first way that the memory allows.
+    """Time the step with the first setting that fits the memory.
 
     Args:
-        cell: what to measure; its remat is "none", "full" (gradient checkpointing), or None for
-            the first of: none; full; full, with the rows in 2, 4, ... parts (accumulation).
+        cell: the cell; remat is "none", "full" (gradient checkpointing), or None for the first
+            that fits of: none; full; full with 2, 4, ... microbatches.
 
     Returns:
-        `shapes.outcome` with the remat and: grad_accum, the parts; peak_memory_bytes, that
-        PyTorch held in tensors; loss. Or "why" it cannot run.
+        `shapes.outcome` with the remat, and grad_accum; peak_memory_bytes of PyTorch's tensors;
+        loss. Or `why` the cell cannot run.
     """
     if why := why_not(cell):
-        return dataclasses.asdict(cell) | {"why": why}
+        return {"why": why}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     work = batches(cell, cell.batch_size)
     tried = []
@@ -53,23 +52,24 @@ def measure(cell: Cell) -> dict[str, Any]:
             tried.append(f"{remat} x {grad_accum}")
         gc.collect()  # the error's traceback held the model
         torch.cuda.empty_cache()
-    why = f"out of memory, with remat x parts of {', '.join(tried)}"
-    return dataclasses.asdict(cell) | {"why": why}
+    return {"why": f"out of memory, with remat x microbatches of {', '.join(tried)}"}
 
 
 def why_not(cell: Cell) -> str | None:
-    """Why PyTorch cannot run the cell; None if it can."""
+    """Return the reason why PyTorch cannot run the cell; None if it can."""
     if cell.dtype == "bfloat16" and not torch.cuda.is_available():
         return "PyTorch finds no CUDA GPU"
     if cell.remat not in (None, "none", "full"):
         return f"PyTorch's remat is none or full (gradient checkpointing), not {cell.remat}"
+    if cell.grad_accum > 1 or cell.z_loss or cell.deterministic:
+        return "PyTorch's cells have no --grad_accum, --z_loss and --deterministic"
     if cell.optim != "adamw" or cell.state != cell.param_dtype:
         return "PyTorch's fused AdamW keeps its moments in the type of the weights"
     return None
 
 
 def ways(cell: Cell) -> Iterator[tuple[str, int]]:
-    """(remat, parts of the rows), the fastest first."""
+    """Yield (remat, microbatches), the fastest first."""
     for remat in ("none", "full") if cell.remat is None else (cell.remat,):
         yield remat, 1
     grad_accum = 2
@@ -81,7 +81,7 @@ def ways(cell: Cell) -> Iterator[tuple[str, int]]:
 
 
 def make_model(cell: Cell, device: str) -> Any:
-    """The model with random weights, ready to train."""
+    """Return the model with random weights, in training mode."""
     stored = torch.bfloat16 if cell.param_dtype == "bf16" else torch.float32
     config = LlamaConfig.from_dict(llama.hf_config(PRESETS[cell.model], dtype="float32"))
     config.use_cache = False
@@ -96,14 +96,14 @@ def make_model(cell: Cell, device: str) -> Any:
 
 
 def inputs(batch: Batch, device: str, dtype: Any) -> dict[str, Any]:
-    """Arguments of the model for rows [B, T]; positions without a target are not learned."""
+    """Return the model's arguments for rows [B, T]; positions without a target have no loss."""
     tokens, targets, learned = (
         torch.as_tensor(np.ascontiguousarray(x), device=device)
         for x in (batch.tokens, batch.targets, batch.loss_mask)
     )
     arguments = {
         "input_ids": tokens.long(),
-        "labels": tokens.long(),  # only says that the loss is wanted
+        "labels": tokens.long(),  # not used beside shift_labels, but without it there is no loss
         "shift_labels": targets.long().masked_fill(learned == 0, -100),
         "position_ids": torch.as_tensor(batch.positions, device=device).long(),
     }
@@ -159,16 +159,6 @@ def _parts(batch: Batch, grad_accum: int) -> Iterator[Batch]:
         yield Batch(*(None if x is None else x[part::grad_accum] for x in batch))  # pyright: ignore[reportArgumentType]
 
 
-def main() -> None:
-    """Measures the cell of the command line and prints the result, or why there is none."""
-    fields = json.loads(sys.argv[1])
-    cell = Cell(**fields | {"data": tuple(fields["data"])})
-    try:
-        result = measure(cell)
-    except (ValueError, OSError) as error:
-        result = dataclasses.asdict(cell) | {"why": str(error)}
-    print(json.dumps(result))
-
-
 if __name__ == "__main__":
-    main()
+    given = harness.child_fields()
+    harness.report(lambda: measure(cell_of(given)), given)

@@ -1,4 +1,4 @@
-"""Flags to a frozen dataclass; what is wrong with them is one line."""
+"""Parse flags into a frozen dataclass; a wrong flag is one line."""
 
 import contextlib
 import dataclasses
@@ -6,23 +6,38 @@ import difflib
 import io
 import re
 import sys
-from collections.abc import Sequence
+import types
+from collections.abc import Iterator, Mapping, Sequence
 
+import docstring_parser
 import tyro
 
 
-def parse[C](config: type[C], argv: Sequence[str], module: str, *, default: C | None = None) -> C:
-    """Reads the flags; `--help` prints them and exits.
+def parse[C](
+    config: type[C],
+    argv: Sequence[str],
+    module: str,
+    *,
+    default: C | None = None,
+    synonyms: Mapping[str, str] | None = None,
+    ignore_unknown: bool = False,
+) -> C:
+    """Parse the flags; `--help` prints them and exits.
 
     Args:
-        config: a dataclass; its fields are the flags, sections have a dot.
-        argv: what was typed.
-        module: the program's, for `--help`.
-        default: values of what is not given; None: the dataclass's own.
+        config: Dataclass whose fields are the flags; flags of a section have a dot.
+        argv: Words of the command line.
+        module: Name of the program's module, for `--help`.
+        default: Values of flags that are not given; None: the dataclass's own.
+        synonyms: Hints for unknown flags by their name, without dashes, in lower case.
+        ignore_unknown: Skip unknown flags, for a dataclass with a part of the flags.
 
     Raises:
-        ValueError: what is wrong, with the nearest flag if one is unknown.
+        ValueError: A flag is wrong; names the nearest flag if it is unknown.
     """
+    if {"-h", "--help"} & {*argv} and not ignore_unknown:
+        for section in _sections(config):
+            _join_help(section)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -33,18 +48,19 @@ def parse[C](config: type[C], argv: Sequence[str], module: str, *, default: C | 
                 args=list(argv),
                 use_underscores=True,
                 return_unknown_args=True,
+                add_help=not ignore_unknown,
             )
     except SystemExit as stop:
         if not stop.code:
             raise
         raise ValueError(_message(said.getvalue())) from stop
-    if unknown:
-        raise ValueError(_unknown(unknown[0], flags(config)))
+    if unknown and not ignore_unknown:
+        raise ValueError(_unknown(unknown[0], flags(config), synonyms or {}))
     return parsed
 
 
 def flags(config: type, prefix: str = "--") -> list[str]:
-    """Every flag of a dataclass and of its sections."""
+    """Return every flag of a dataclass and of its sections."""
     names = []
     for field in dataclasses.fields(config):
         if isinstance(field.default_factory, type):
@@ -57,22 +73,58 @@ def flags(config: type, prefix: str = "--") -> list[str]:
 
 
 def fail(error: object, status: int) -> int:
-    """Says what went wrong on one line of stderr; returns the status to exit with."""
+    """Print an error on one line of stderr; return the status to exit with."""
     print("error:", " ".join(str(error).split()), file=sys.stderr)
     return status
 
 
-def _unknown(argument: str, known: list[str]) -> str:
+def _sections(config: type) -> Iterator[type]:
+    yield config
+    for field in dataclasses.fields(config):
+        if isinstance(field.default_factory, type):
+            yield from _sections(field.default_factory)
+
+
+def _join_help(config: type) -> None:
+    """Give each field its docstring as help on one line; tyro would keep its line breaks."""
+    docs = {p.arg_name: p.description for p in docstring_parser.parse_from_object(config).params}
+    for field in dataclasses.fields(config):
+        text = " ".join((docs.get(field.name) or "").split())
+        if text:
+            field.metadata = types.MappingProxyType({**field.metadata, "help": text})
+
+
+def _unknown(argument: str, known: list[str], synonyms: Mapping[str, str]) -> str:
     flag = argument.split("=")[0]
+    if hint := synonyms.get(flag.lstrip("-").replace("-", "_").lower()):
+        return f"unknown argument {flag}: {hint}"
     near = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
     return f"unknown argument {flag}{f'; the nearest is {near[0]}' if near else ''}; see --help"
 
 
+_KINDS = {"int()": "INT", "float()": "FLOAT", "string to float": "FLOAT"}
+
+
 def _message(box: str) -> str:
-    """What tyro says inside its frame, which has no sides where the terminal is not UTF-8."""
+    """Return the text inside tyro's frame, in plain words."""
+    # The frame has no sides where the terminal is not UTF-8.
     lines = [line.strip("│ ") for line in box.splitlines()][1:]  # the first one is a title
     if lines and not lines[0].strip("-"):
         del lines[0]
     end = next((i for i, line in enumerate(lines) if not line.strip("─-")), None)
-    # What a dataclass or a section of it refuses names its flag itself.
-    return re.sub(r"^Error parsing \w+: ", "", " ".join(lines[:end]))
+    text = re.sub(r"(\d,) (?=\d{3})", r"\1", " ".join(lines[:end]))  # tyro breaks lines in 1,440
+    if found := re.match(
+        r"Error parsing (\S+): no type matching (.+) could .* from \[(.*)\]", text
+    ):
+        flag, kind, values = found.groups()
+        kind = kind.removeprefix("{None}|").strip("{}")
+        return f"{flag}={values.replace(', ', ' ').replace("'", '')} must be {kind}"
+    if found := re.match(r"Error parsing (\S+): .*?(int\(\)|string to float).*: '(.*)'$", text):
+        flag, kind, value = found.groups()
+        return f"{flag}={value} must be {_KINDS[kind]}"
+    if found := re.match(r"invalid choice '(.*)' for argument '(\S+)'\. Expected .*\((.*)\)", text):
+        value, flag, choices = found.groups()
+        known = sorted(c for c in re.findall(r"'([^']*)'", choices) if c != "None")
+        return f"{flag}={value} must be one of {', '.join(known)}"
+    # A check of a dataclass or of a section names its flag itself.
+    return re.sub(r"^Error parsing \w+: ", "", text)

@@ -1,14 +1,16 @@
-"""What a person may ask of a run. One frozen object, made once, by `train.main`.
+"""Configuration of a run: one frozen dataclass, made once by `train.main`.
 
-Nothing below `train/` ever receives it. A field that is None is chosen by the device and the
-model (`train.run.resolve`), and the choice is said in the log.
+Nothing outside `train` receives it. A field that is None is chosen by device and model, in
+`train.run.resolve`, and the log has the choice.
 """
 
 import dataclasses
 import math
 from typing import Annotated, Literal
 
-from models.remat import REMAT
+import tyro
+
+from jaxattn.api import Impl
 from train.config.sections import (
     DataConfig,
     DistConfig,
@@ -21,125 +23,136 @@ from train.config.sections import (
 from train.config.window import parse_window
 
 MOST_STEPS = 2**31 - 1
-"""The state counts them in int32."""
+"""Largest number of steps, and of tokens in a step: they are counted in int32."""
+
+MOST_ROPE = 1e6
+
+Remat = Literal["none", "dots", "qkv", "attention", "full", "offload"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Trains InternLM2 on packed documents, and writes checkpoints, metrics and a sample."""
+    """Train InternLM2 on packed documents; write checkpoints and metrics."""
 
     recipe: Annotated[str | None, chosen("NAME|list")] = None
-    """Values for the other flags, each of which overrides it; "list" shows the recipes."""
+    """Recipe whose values the other flags override; "list" shows all recipes."""
 
     model: Annotated[str | None, chosen("NAME|DIR")] = None
-    """Preset (nano, internlm2-1.8b, internlm2-7b, internlm2-20b) or a directory of HF weights. By
-    default nano, or internlm2-1.8b on a GPU that it fits."""
+    """Preset (nano, internlm2-1.8b, internlm2-7b, internlm2-20b; random weights) or a directory of
+    Hugging Face weights. By default nano, or internlm2-1.8b on a GPU with enough memory."""
 
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
 
     tokenizer: Annotated[str | None, chosen("byte|FILE|DIR")] = None
-    """"byte", a SentencePiece tokenizer.model, or a directory that holds one. By default the HF
-    directory's own, else byte."""
+    """Tokenizer: "byte", a SentencePiece tokenizer.model, or a directory with a tokenizer. By
+    default the one in the directory of --model, else byte."""
 
-    attn: str = "auto"
-    """Attention: auto, pallas (flash_attention_2), cudnn, xla (sdpa), eager. What is named runs,
-    or the run stops and says why."""
+    attn: Impl = "auto"
+    """Attention implementation. auto takes pallas on a Hopper GPU, else xla. flash_attention_2 is
+    pallas, sdpa is xla. cudnn has no document mask: each row must hold one document. An
+    implementation that cannot run is an error, never replaced."""
 
     deterministic: bool = False
-    """The same losses and weights, bit for bit, in every run on GPUs of one kind: attention's
-    backward at 7 products for 5, and XLA without atomic sums and without timing its products."""
+    """Make losses and weights bitwise reproducible on GPUs of one kind. The backward pass of
+    attention then computes 7 matrix products instead of 5, and XLA uses no atomic additions and no
+    autotuning of matrix products."""
 
     seq_len: int = 512
-    """Tokens in a packed row."""
+    """Tokens of a packed row."""
 
     rope_factor: Annotated[float | None, chosen("FLOAT")] = None
-    """Factor of the model's rotary scaling, instead of its own; --seq_len may be as many times its
-    trained length. A model without scaling gets dynamic (NTK) scaling."""
+    """Factor of rotary scaling, instead of the model's own: --seq_len may be the trained length
+    times this factor. A model without scaling gets dynamic (NTK) scaling."""
 
     batch_size: Annotated[int | None, chosen("INT")] = None
-    """Rows in a step. By default as many as make 2,048 tokens, or 32,768 per GPU."""
+    """Rows of an optimizer step, over all devices and microbatches. By default as many as hold
+    2,048 tokens, or 32,768 tokens for each GPU."""
 
     grad_accum: int = 1
-    """Parts that a step's rows are worked through in; more parts take less memory."""
+    """Gradient-accumulation microbatches of an optimizer step. More microbatches need less
+    memory."""
 
     steps: int = 120
-    """Optimizer steps of the whole run, those before a resume included."""
+    """Optimizer steps of the whole run, including those before a resume."""
 
     epochs: Annotated[float | None, chosen("FLOAT")] = None
-    """Instead of --steps: as many as it takes to see the data so often."""
+    """Passes over the data, instead of --steps."""
 
     seed: int = 0
-    """Of the initial weights and of the order of the documents."""
+    """Seed of the initial weights and of the order of the data."""
 
     out: Annotated[str | None, chosen("DIR")] = None
-    """Where checkpoints and metrics.jsonl go. By default runs/<model>-<seq_len>."""
+    """Directory of checkpoints and records. By default runs/<model>-<seq_len>; with --data or
+    --tokenizer, or trained weights, their name and hash are added."""
 
     resume: bool = True
-    """Go on from the latest checkpoint in --out. Without it, --out must hold none."""
+    """Resume from the latest checkpoint in --out. With --no_resume, --out must hold no readable
+    checkpoint."""
 
     save_every: int = 500
-    """Steps between checkpoints; the last step always makes one."""
+    """Steps between checkpoints. The last step is always saved."""
 
     save_minutes: float = 30.0
-    """Minutes after which a checkpoint is made even if --save_every has not come round."""
+    """Longest time between checkpoints, in minutes."""
 
     keep_last: int = 2
-    """Checkpoints to keep, newest first."""
+    """Number of latest checkpoints to keep."""
 
     keep_best: int = 1
-    """Checkpoints to keep beside those: the ones with the lowest validation loss (the mean over the
-    sets), among those made at a step of --eval_every."""
+    """Number of further checkpoints to keep: those with the lowest validation loss (mean over the
+    sets) among the checkpoints of evaluated steps."""
 
     log_every: int = 1
     """Steps between lines of metrics.jsonl."""
 
     eval_every: int = 100
-    """Steps between evaluations on --data.val, every row of it; the last step always makes one."""
+    """Steps between evaluations on all rows of --data.val. The last step is always evaluated."""
 
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Where the numbers of metrics.jsonl and eval.jsonl go too; needs tensorboardX, or wandb."""
+    """Further destinations of the metrics. Needs the package tensorboardX or wandb."""
 
     prompts: tuple[str, ...] = ()
-    """Texts that the model goes on with as it is trained, in samples.jsonl; FILE.txt is a text a
-    line."""
+    """Prompts of samples during training, which are written to samples.jsonl. FILE.txt stands for
+    the lines of the file."""
 
     sample_every: int = 0
-    """Steps between samples from --prompts; 0: none. They need a copy of the weights in the compute
-    type."""
+    """Steps between samples of --prompts; 0: no samples. Samples need a copy of the weights in the
+    compute dtype."""
 
     chat: bool = False
-    """The prompts are a user's messages, to be answered."""
+    """Treat each prompt as a chat message of a user and generate the reply."""
 
     profile: Annotated[str | None, chosen("START:STOP")] = None
-    """Write a trace of the device's work in these steps to <out>/profile; a few are enough."""
+    """Write a profiler trace of these steps to <out>/profile. A few steps are enough."""
 
-    remat: Annotated[str | None, chosen("NAME")] = None
-    """What the backward pass finds in memory: none of a block recomputed ("none"), what matrix
-    products and attention gave kept ("dots"), q, k, v and the output of attention ("qkv"), only
-    the output ("attention"), nothing kept ("full"); or as "attention", in the host's memory
-    ("offload"). By default the first of dots, attention, full that fits the device."""
+    remat: Annotated[Remat | None, chosen("{none,dots,qkv,attention,full,offload}")] = None
+    """Rematerialization: the activations of a layer that are saved for the backward pass. none:
+    all; dots: outputs of matrix products and attention; qkv: q, k, v and attention output;
+    attention: attention output; full: none, all are recomputed; offload: attention output, in host
+    memory. By default the first of dots, attention, full that fits the device."""
 
-    scan_layers: Annotated[bool | None, chosen("BOOL")] = None
-    """One compiled block for all layers, which compiles faster, instead of each layer of its own,
-    which runs faster. By default not on a GPU, unless --remat=offload."""
+    scan_layers: Annotated[bool | None, chosen("{True,False}")] = None
+    """Compile one layer for all layers (a scan): compiles faster, runs slower. By default False on
+    a GPU, except with --remat=offload."""
 
-    dtype: Annotated[Literal["bfloat16", "float32"] | None, chosen("bfloat16|float32")] = None
-    """Compute type. By default bfloat16 on a GPU, float32 elsewhere."""
+    dtype: Annotated[Literal["bfloat16", "float32"] | None, chosen("{bfloat16,float32}")] = None
+    """Compute dtype. By default bfloat16 on a GPU, else float32."""
 
     param_dtype: Literal["fp32", "bf16"] = "fp32"
-    """What weights are stored in between steps; bf16 ones are updated with stochastic rounding."""
+    """Dtype of the stored weights. bf16 weights are updated with stochastic rounding."""
 
     dry_run: bool = False
-    """Show the configuration, the mesh and the memory plan, compile, compare the plan with the
-    compiler's, and stop; nothing is read, trained or written."""
+    """Print the command with all choices, and the memory plan; compile the step and compare. No
+    data are read, nothing is trained or written. The exit status is 1 if the run does not fit."""
 
     dry_run_device: Annotated[str | None, chosen("NAME|GiB")] = None
-    """With --dry_run: plan for this GPU, which need not be here: h200, h100, a100, or its GiB. As
-    many of them as the --mesh has."""
+    """GPU to plan for with --dry_run, which need not be installed: h200, h100, a100-80, a100-40,
+    l40s, rtx4090, rtx3090, rtx5090, or the memory of a Hopper GPU in GiB. The sizes of --mesh
+    count the GPUs."""
 
     z_loss: float = 0.0
-    """Factor of the squared log of the softmax's denominator, which is added to the loss to keep
-    the logits small: 1e-4 in PaLM. The loss that is shown is without it."""
+    """Factor of the z-loss, log(Z)^2 of the softmax's denominator Z, which is added to the loss;
+    PaLM has 1e-4. The reported loss is without it."""
 
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
 
@@ -149,21 +162,26 @@ class Config:
 
     dist: DistConfig = dataclasses.field(default_factory=DistConfig)
 
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least level of the lines that are logged to standard output."""
+
+    verbose: Annotated[bool, tyro.conf.arg(aliases=["-v"])] = False
+    """Short for --log_level=debug."""
+
     traceback: bool = False
-    """Show where in the code an error came from."""
+    """Print the Python traceback of an error."""
 
     def __post_init__(self):
-        """Checks ranges.
+        """Check the ranges.
 
         Raises:
-            ValueError: naming the flag, its value and the bound.
+            ValueError: A value is out of range; names the flag, the value and the bound.
         """
         for name, least in (
             ("seq_len", 2),
             ("batch_size", 1),
             ("grad_accum", 1),
             ("steps", 1),
-            ("seed", 0),
             ("save_every", 1),
             ("keep_last", 1),
             ("keep_best", 0),
@@ -175,26 +193,19 @@ class Config:
             require(value is None or value >= least, f"--{name}", value, f"at least {least}")
         bound = f"at most {MOST_STEPS:,}"
         require(self.steps <= MOST_STEPS, "--steps", self.steps, bound)
+        # jax keeps 32 bits: a larger seed would draw the weights of a smaller one.
+        require(0 <= self.seed < 2**32, "--seed", self.seed, "at least 0 and below 4,294,967,296")
         require(0 <= self.z_loss < math.inf, "--z_loss", self.z_loss, "at least 0 and finite")
-        require(
-            self.rope_factor is None or 1 <= self.rope_factor < math.inf,
-            "--rope_factor",
-            self.rope_factor,
-            "at least 1 and finite",
-        )
+        factor = self.rope_factor
+        bound = f"at least 1 and at most {MOST_ROPE:,.0f}"
+        require(factor is None or 1 <= factor <= MOST_ROPE, "--rope_factor", factor, bound)
         require(self.save_minutes > 0, "--save_minutes", self.save_minutes, "above 0")
-        require(
-            self.epochs is None or 0 < self.epochs < math.inf,
-            "--epochs",
-            self.epochs,
-            "above 0 and finite",
-        )
-        if self.remat is not None and self.remat not in REMAT:
-            raise ValueError(f"--remat={self.remat} must be one of {', '.join(REMAT)}")
+        right = self.epochs is None or 0 < self.epochs < math.inf
+        require(right, "--epochs", self.epochs, "above 0 and finite")
         if self.sample_every and not self.prompts:
             raise ValueError(f"--sample_every={self.sample_every} needs --prompts")
         if self.epochs is None:
-            self.check_profile()
+            self.check_profile(self.steps)
         if self.dry_run_device is not None and not self.dry_run:
             raise ValueError(
                 f"--dry_run_device={self.dry_run_device} describes a GPU for --dry_run: add it"
@@ -205,14 +216,15 @@ class Config:
                 f"--grad_accum={self.grad_accum}"
             )
 
-    def check_profile(self) -> None:
-        """Checks that the run reaches the end of --profile, once its steps are known.
+    def check_profile(self, steps: int) -> None:
+        """Check that the run reaches the end of --profile, once its steps are known.
+
+        Args:
+            steps: Steps of the run.
 
         Raises:
-            ValueError: it is no window, or ends after the last step.
+            ValueError: --profile is no window, or ends after the last step.
         """
-        if self.profile is not None and parse_window(self.profile)[1] > self.steps:
+        if self.profile is not None and parse_window(self.profile)[1] > steps:
             given = f" of --epochs={self.epochs:g}" if self.epochs is not None else ""
-            raise ValueError(
-                f"--profile={self.profile} ends after the last step, {self.steps}{given}"
-            )
+            raise ValueError(f"--profile={self.profile} ends after the last step, {steps}{given}")

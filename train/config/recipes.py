@@ -1,9 +1,10 @@
-"""Named configurations, each flag of which can be overridden.
+"""Recipes: named configurations, each flag of which can be overridden.
 
-They are XTuner's for InternLM2, with its hyperparameters. What is different here: documents packed
-into a row never see each other; a loss is the mean over the tokens of the whole step; rows of one
-step are computed together where memory allows (XTuner accumulates single rows: the same step); the
-warm-up begins at the rate of its first step instead of a fortieth, or a 1e-5th, of the peak.
+They have the hyperparameters of XTuner's recipes for InternLM2. Differences from XTuner: attention
+never crosses documents that are packed into one row; the loss is the mean over the tokens of the
+whole step; rows of a step are computed together where memory allows (XTuner accumulates single
+rows: the same step); the warm-up starts at the rate of its first step instead of a fortieth, or a
+1e-5th, of the peak.
 
 References:
     InternLM/xtuner v0.1.23, xtuner/configs/internlm: internlm2_7b_full_finetune_custom_dataset_e1,
@@ -11,19 +12,20 @@ References:
 """
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 
 from models.config import PRESETS
+from train.config.cli import parse
 from train.config.config import Config
 from train.config.sections import OptimConfig
+from train.config.synonyms import SYNONYMS
 
 PROMPTS = ("请给我介绍五个上海的景点", "Please tell me five scenic spots in Shanghai")
-"""XTuner's, for samples while training."""
+"""Prompts of XTuner, for samples during training."""
 
 
 def _full_32k(model: str) -> Config:
-    """One epoch of long rows; a row a device and step."""
+    """Return one epoch of rows of 32,768 tokens; one row a device and step."""
     return Config(
         model=model,
         seq_len=32_768,
@@ -38,7 +40,7 @@ def _full_32k(model: str) -> Config:
 
 
 def _full_alpaca(model: str) -> Config:
-    """Three epochs of Alpaca in rows of 2,048; 16 rows a device and step."""
+    """Return three epochs of Alpaca in rows of 2,048 tokens; 16 rows a device and step."""
     return Config(
         model=model,
         seq_len=2_048,
@@ -58,32 +60,46 @@ RECIPES = {f"{size}-full-32k": _full_32k(size) for size in _SIZES}
 RECIPES |= {f"{size}-full-alpaca-2k": _full_alpaca(size) for size in _SIZES}
 
 
-def find_recipe(argv: Sequence[str]) -> Config:
-    """The configuration that the flags override.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Given:
+    """The flags that decide on the defaults of the others."""
+
+    recipe: str | None = None
+    steps: int | None = None
+    epochs: float | None = None
+
+
+def parse_flags(argv: Sequence[str]) -> Config:
+    """Parse the flags of train.main, over the values of --recipe.
 
     Args:
-        argv: what was typed.
+        argv: Words of the command line.
 
     Raises:
-        ValueError: no such recipe, or --steps and --epochs together.
+        ValueError: A flag is wrong, there is no such recipe, or --steps and --epochs are both
+            given.
     """
-    steps, epochs = _given(argv, "steps"), _given(argv, "epochs")
-    if steps is not None and epochs is not None:
-        raise ValueError(f"--steps={steps} and --epochs={epochs} contradict: leave one out")
-    name = _given(argv, "recipe")
-    if name is None or name == "list":
-        return Config()
-    if name not in RECIPES:
-        raise ValueError(f"--recipe={name} must be one of {', '.join(RECIPES)}, or list")
-    recipe = RECIPES[name]
-    return recipe if steps is None else dataclasses.replace(recipe, epochs=None)
+    given = parse(_Given, argv, "train.main", ignore_unknown=True)
+    if given.steps is not None and given.epochs is not None:
+        raise ValueError(
+            f"--steps={given.steps} and --epochs={given.epochs:g} contradict: leave one out"
+        )
+    default = None
+    if given.recipe not in (None, "list"):
+        if given.recipe not in RECIPES:
+            known = ", ".join(RECIPES)
+            raise ValueError(f"--recipe={given.recipe} must be one of {known}, or list")
+        default = RECIPES[given.recipe]
+        if given.steps is not None:
+            default = dataclasses.replace(default, epochs=None)
+    return parse(Config, argv, "train.main", default=default, synonyms=SYNONYMS)
 
 
 def check_recipe(config: Config) -> None:
-    """Checks that a recipe got the data that it is for, and weights that know a tokenizer.
+    """Check that a recipe has data to train on, and weights or a tokenizer.
 
     Raises:
-        ValueError: one is missing.
+        ValueError: They are missing.
     """
     if config.recipe is None or config.dry_run:
         return
@@ -92,25 +108,15 @@ def check_recipe(config: Config) -> None:
     if config.model in PRESETS and config.tokenizer is None:
         raise ValueError(
             f"--recipe={config.recipe} needs --model DIR, trained weights: --model={config.model} "
-            "begins with random ones, for which --tokenizer must say what they learn to read"
+            "begins with random ones, for which --tokenizer must be given"
         )
 
 
 def recipe_list() -> str:
-    """A line for each recipe."""
+    """Return one line for each recipe."""
     return "\n".join(
         f"{name:<32} rows of {c.seq_len:>6,} tokens, {c.epochs:g} epoch{'s' * (c.epochs != 1)}, "
         f"learning rate {c.optim.lr:g}, betas {c.optim.rates}, "
         f"weight decay {c.optim.weight_decay:g}"
         for name, c in RECIPES.items()
     )
-
-
-def _given(argv: Sequence[str], flag: str) -> str | None:
-    """The value that a flag was given, the last one counting."""
-    value = None
-    for here, following in itertools.pairwise([*argv, ""]):
-        name, equals, after = here.partition("=")
-        if name == f"--{flag}":
-            value = after if equals else following
-    return value

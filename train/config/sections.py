@@ -1,6 +1,6 @@
-"""The sections of a run's configuration, each for one part of the program.
+"""Sections of the configuration of a run, each for one part of the program.
 
-A field that is None is chosen by the device and the model (`train.run.resolve`).
+A field that is None is chosen by device and model, in `train.run.resolve`.
 """
 
 import dataclasses
@@ -11,15 +11,15 @@ import tyro
 
 
 def chosen(metavar: str):
-    """An option that the program chooses where it is not given."""
+    """Annotate a flag that the program chooses where it is not given."""
     return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
 
 
 def require(holds: bool, flag: str, value: object, bound: str) -> None:
-    """Checks a flag's value.
+    """Check the value of a flag.
 
     Raises:
-        ValueError: naming the flag, its value and the bound.
+        ValueError: `holds` is false; names the flag, its value and the bound.
     """
     if not holds:
         raise ValueError(f"{flag}={value} must be {bound}")
@@ -27,42 +27,46 @@ def require(holds: bool, flag: str, value: object, bound: str) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What to train on."""
+    """Training and validation data."""
 
     files: Annotated[
         tuple[str, ...] | None, tyro.conf.arg(name="", metavar="FILE...", help_behavior_hint="")
     ] = None
-    """Files to train on: .txt, .json, .jsonl, the same as .gz or .zst, .parquet, .arrow, and
-    directories that the datasets library saved. Their format is recognised by their content.
-    Without any: the built-in corpus. FILE:2 is twice in every epoch, FILE:0.3 a random 30% of
-    it."""
+    """Training files: .txt, .json, .jsonl, each also as .gz or .zst, .parquet, .arrow, and
+    directories of the datasets library. The format of the rows is recognised by their content.
+    FILE:2 repeats a file twice in each epoch, FILE:0.3 takes a random 30% of it. By default the
+    built-in text."""
 
     packing: Literal["fit", "concat", "xtuner"] = "fit"
-    """How rows are filled: with whole documents, best fit first; from one stream of all tokens, cut
-    every --seq_len; or as XTuner's Packer does it, for comparisons."""
+    """Packing of documents into rows. fit: whole documents, best fit first; concat: one stream of
+    all tokens, split every --seq_len; xtuner: as XTuner's Packer does, for comparisons."""
 
     val: Annotated[tuple[str, ...] | None, chosen("FILE...|SHARE")] = None
-    """Validation: files, each a set of its own name, or a share such as 0.01 of the documents of
-    every training file, which is then not trained on. Always packed by fit. Their losses go to
-    eval.jsonl."""
+    """Validation data: files, each a set with the file's name, or a share such as 0.01 of the
+    documents of each training file, which are then left out of training. Packing is always fit.
+    Losses are written to eval.jsonl."""
 
     too_long: Literal["drop", "head", "tail"] = "drop"
-    """What becomes of a chat longer than a row: left out, or cut to its head or its tail. Raw text
-    is split. All of it is counted and said."""
+    """Treatment of chats longer than a row: drop the chat, or keep its head or its tail. Raw text
+    is split. The log has the counts."""
+
+    reasoning: Literal["keep", "drop"] = "keep"
+    """Reasoning of an answer (reasoning_content, <think> ... </think>): kept before the answer in
+    <think> ... </think> and trained on, or dropped."""
 
     cache: Annotated[str | None, chosen("DIR")] = None
-    """Where tokens are kept, so that a file is tokenised once. By default internlm2-jax in the
-    user's cache directory."""
+    """Directory of the token cache, by which a file is tokenised once. By default internlm2-jax in
+    the user's cache directory."""
 
     stall_minutes: float = 10.0
-    """How long to wait for a batch before the run saves and stops. A first look at files, which
-    tokenises them, has no limit."""
+    """Minutes to wait for a batch before the run saves and stops. Opening and tokenising the files
+    has no limit."""
 
     strict: bool = False
-    """Stop at the first broken row, naming its file and line, instead of counting and skipping."""
+    """Stop at the first broken row, with its file and line, instead of skipping it."""
 
     def __post_init__(self):
-        """Checks ranges."""
+        """Check the ranges."""
         if self.files == ():
             raise ValueError("--data names no file: name some, or leave it out for built-in text")
         if self.val == ():
@@ -74,10 +78,10 @@ class DataConfig:
 
     @property
     def hold_out(self) -> float:
-        """The share of the documents that --data.val asks for; 0 where it names files or nothing.
+        """Share of the documents that --data.val holds out; 0 where it names files or nothing.
 
         Raises:
-            ValueError: a number that is no share.
+            ValueError: The number is not between 0 and 1.
         """
         try:
             [share] = map(float, self.val or ())
@@ -89,48 +93,50 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """The update rule, and its learning rate: a linear warm-up, then a schedule."""
+    """Optimizer and learning rate: a linear warm-up, then a schedule."""
 
     name: Literal["adamw", "adafactor", "lion", "muon"] = "adamw"
-    """adafactor stores almost no second moment, lion only one moment; muon makes the momentum of
-    every weight matrix orthogonal, and leaves the rest to adamw."""
+    """Optimizer. adafactor stores a factored second moment, lion one moment; muon orthogonalises
+    the momentum of weight matrices and uses adamw for all other parameters."""
 
     moment_dtype: Literal["fp32", "bf16", "int8"] = "fp32"
-    """What adamw stores its two moments in: 8, 4 or 2 bytes a parameter."""
+    """Dtype of adamw's two moments: 8, 4 or 2 bytes a parameter for both."""
 
     lr: Annotated[float | None, chosen("FLOAT")] = None
-    """Peak learning rate. By default 2e-3 for nano, 3e-4 for a larger preset, 2e-5 for trained
-    weights; a tenth of it for lion."""
+    """Peak learning rate. By default 2e-3 for nano, 3e-4 for larger presets, 2e-5 for trained
+    weights; a tenth of that for lion."""
 
     betas: Annotated[tuple[float, float] | None, chosen("FLOAT FLOAT")] = None
-    """Decay rates of the two moments; of lion's step and its moment. By default 0.9 0.95; for lion
-    0.9 0.99. Adafactor has none of its own choosing."""
+    """Decay rates of the two moments; for lion, of its update and its moment. By default 0.9 0.95,
+    for lion 0.9 0.99. Not for adafactor."""
 
     weight_decay: float = 0.01
-    """Decoupled weight decay; norms and biases have none."""
+    """Decoupled weight decay of all parameters except norms and biases."""
 
     warmup_ratio: float = 0.025
-    """Share of the steps over which the learning rate rises from 0 to its peak."""
+    """Share of the steps in which the learning rate rises from 0 to its peak."""
 
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """What follows the warm-up: a fall along half a cosine or a line, none, or the peak kept and a
-    short fall at the end (warm-up, stable, decay)."""
+    """Learning rate after the warm-up: half a cosine, linear, constant, or wsd (warm-up, stable,
+    decay), which keeps the peak and falls at the end."""
 
     min_lr_ratio: Annotated[float | None, chosen("FLOAT")] = None
-    """Where the schedule ends, as a share of the peak. By default 0.15."""
+    """Learning rate at the last step, as a share of the peak. By default 0.15."""
 
     decay_ratio: Annotated[float | None, chosen("FLOAT")] = None
-    """Share of the steps after the warm-up over which wsd falls. By default 0.2."""
+    """Share of the steps after the warm-up in which wsd falls. By default 0.2."""
 
     clip: float = 1.0
-    """Largest global norm of the gradient; larger ones are scaled down to it."""
+    """Largest global norm of the gradient; a larger gradient is scaled down to it."""
 
     def __post_init__(self):
-        """Checks ranges."""
+        """Check the ranges."""
         require(
             self.lr is None or 0 < self.lr < math.inf, "--optim.lr", self.lr, "above 0 and finite"
         )
-        require(all(0 <= b < 1 for b in self.rates), "--optim.betas", self.betas, "in [0, 1)")
+        # A larger rate is 1 in float32, and Adam's bias correction would divide by zero.
+        right = all(0 <= b <= 1 - 2**-24 for b in self.rates)
+        require(right, "--optim.betas", self.betas, "in [0, 1), and at most 0.99999994")
         require(
             0 <= self.weight_decay < math.inf,
             "--optim.weight_decay",
@@ -167,52 +173,54 @@ class OptimConfig:
 
     @property
     def rates(self) -> tuple[float, float]:
-        """The betas in use."""
+        """Betas in use."""
         return self.betas or ((0.9, 0.99) if self.name == "lion" else (0.9, 0.95))
 
     @property
     def last_ratio(self) -> float:
-        """The min_lr_ratio in use."""
+        """Value of min_lr_ratio in use."""
         return 0.15 if self.min_lr_ratio is None else self.min_lr_ratio
 
     @property
     def last_decay(self) -> float:
-        """The decay in use."""
+        """Value of decay_ratio in use."""
         return 0.2 if self.decay_ratio is None else self.decay_ratio
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GuardConfig:
-    """What a step may not do. Gradients that are not finite never change anything."""
+    """Skip-step guard. Steps with a non-finite loss, gradient or update are always skipped."""
 
     spike: float = 10.0
-    """Skip the update where the gradient norm is above this many times its running mean, once 20
-    updates are done; inf never skips for that."""
+    """Skip a step whose gradient norm exceeds this multiple of its running mean, from the 20th
+    update on; inf: never."""
 
     patience: int = 5
-    """Steps skipped in a row after which the run saves and stops, naming their documents."""
+    """Steps skipped in a row after which the run saves and stops. The error names their
+    documents."""
 
     def __post_init__(self):
-        """Checks ranges."""
+        """Check the ranges."""
         require(self.spike > 1, "--guard.spike", self.spike, "above 1")
         require(self.patience >= 1, "--guard.patience", self.patience, "at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How the devices share the work. The three numbers multiply to the number of devices."""
+    """Device mesh. The product of its sizes is the number of devices."""
 
     data: int = 1
-    """Groups of devices that hold copies of the weights and split the rows."""
+    """Data parallelism: groups of devices that replicate the weights and split the rows."""
 
     fsdp: Annotated[int | None, chosen("INT")] = None
-    """Devices that split both the weights and the rows. By default all that remain."""
+    """Fully sharded data parallelism: devices that split both weights and rows. By default all
+    remaining devices."""
 
     tensor: int = 1
-    """Devices that split heads and feed-forward columns of each row."""
+    """Tensor parallelism: devices that split attention heads and feed-forward columns."""
 
     def __post_init__(self):
-        """Checks ranges."""
+        """Check the ranges."""
         for name in ("data", "fsdp", "tensor"):
             size = getattr(self, name)
             require(size is None or size >= 1, f"--mesh.{name}", size, "at least 1")
@@ -220,22 +228,22 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistConfig:
-    """Several processes. Under srun, mpirun or in an indexed Kubernetes job nothing is needed."""
+    """Several processes. Under srun, mpirun, torchrun or Kubernetes no flag is needed."""
 
     coordinator: Annotated[str | None, chosen("HOST:PORT")] = None
-    """Where the processes meet: the host of process 0, and a free port."""
+    """Address at which the processes connect: the host of process 0, and a free port."""
 
     processes: Annotated[int | None, chosen("INT")] = None
-    """How many there are. 1 trains alone, whatever started it."""
+    """Number of processes. 1 trains with this process alone, whatever launched it."""
 
     id: Annotated[int | None, chosen("INT")] = None
-    """Which of them this is, from 0."""
+    """Number of this process, from 0."""
 
     timeout_minutes: float = 2.0
-    """How long to wait for one that does not come or no longer answers."""
+    """Minutes to wait for a process that does not start or no longer answers."""
 
     def __post_init__(self):
-        """Checks that the flags go together."""
+        """Check that the flags go together."""
         alone = self.processes == 1 and self.coordinator is None and self.id is None
         given = [x is not None for x in (self.coordinator, self.processes, self.id)]
         if any(given) and not all(given) and not alone:
@@ -250,4 +258,6 @@ class DistConfig:
         if self.id is not None and self.processes is not None:
             bound = f"from 0 to {self.processes - 1}: there are --dist.processes={self.processes}"
             require(0 <= self.id < self.processes, "--dist.id", self.id, bound)
-        require(self.timeout_minutes > 0, "--dist.timeout_minutes", self.timeout_minutes, "above 0")
+        bound = "above 0 and at most 1,440, a day"
+        minutes = self.timeout_minutes
+        require(0 < minutes <= 1440, "--dist.timeout_minutes", minutes, bound)

@@ -1,11 +1,11 @@
-"""A stretch of steps, as `--profile` names it."""
+"""Parse a window of steps, the value of `--profile`."""
 
 
 def parse_window(text: str) -> tuple[int, int]:
-    """START:STOP -> the first and the last step, both included.
+    """Parse START:STOP into the first and the last step, both included.
 
     Raises:
-        ValueError: not two numbers, or not in order.
+        ValueError: The text is not two positive numbers in order.
     """
     first, colon, last = text.partition(":")
     try:

@@ -1,36 +1,47 @@
-"""How jax takes the devices: said once, before it looks at them."""
+"""Set up jax for training: share of the GPU's memory, compilation cache, compiler options."""
 
 import os
-from pathlib import Path
 
 import jax
 
+from jaxattn.errors import first_line
+from train.cache_dirs import compilation_cache
+
 SHARE = 0.92
-"""Of a GPU's memory, what jax takes. By default it is 75%; a training run has the GPU to itself,
-but for what CUDA libraries allocate beside it."""
+"""Share of a GPU's memory that jax allocates; jax's default is 0.75. A training run has the GPU to
+itself, except for the allocations of CUDA libraries."""
 
 
 def set_up(*, keep_compiled: bool) -> None:
-    """Lets jax have nearly all of a GPU, and remember what it compiles for one.
+    """Set the memory share and the compilation cache, before jax looks at its devices.
 
     Args:
-        keep_compiled: store compiled steps in ~/.cache/internlm2-jax (or $XDG_CACHE_HOME), unless
-            JAX_COMPILATION_CACHE_DIR names another place. On a GPU only: for a CPU it saves little,
-            and code compiled for one CPU may not run on the next.
+        keep_compiled: Store compiled programs in `compilation_cache()`, unless
+            JAX_COMPILATION_CACHE_DIR names another directory. On a GPU only: for a CPU the cache
+            saves little, and code compiled for one CPU may not run on the next.
+
+    Raises:
+        ValueError: jax finds no device.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(SHARE))
-    on_gpu = jax.default_backend() == "gpu"
+    try:
+        on_gpu = jax.default_backend() == "gpu"
+    except RuntimeError as error:
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        raise ValueError(
+            f"jax finds no device for JAX_PLATFORMS={platforms}: unset it, or take cpu or cuda "
+            f"({first_line(error)})"
+        ) from error
     if keep_compiled and on_gpu and jax.config.jax_compilation_cache_dir is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "internlm2-jax"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_compilation_cache_dir", str(compilation_cache()))
 
 
 def compiler_options(*, deterministic: bool) -> dict[str, bool] | None:
-    """What XLA is asked for besides its defaults, for `jax.jit` and `Lowered.compile`.
+    """Return XLA options for `jax.jit` and `Lowered.compile`; None: XLA's defaults.
 
     Args:
-        deterministic: the same bits in every run on GPUs of one kind: no sum whose order is that in
-            which programs finish (the embedding's gradient is one otherwise), and products chosen
-            by rule instead of by timing.
+        deterministic: Give the same bits in every run on GPUs of one kind: no atomic additions
+            (the embedding's gradient has them otherwise), and matrix products chosen by rule
+            instead of by timing.
     """
     return {"xla_gpu_deterministic_ops": True} if deterministic else None

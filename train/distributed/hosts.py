@@ -1,82 +1,142 @@
-"""Several processes as one run: how they find each other, what each of them reads, and agreement.
+"""Run several processes as one: connect them, split the rows, reduce requests, end together.
 
-Every process runs the same program on the same steps; what one of them alone may know (a signal, a
-clock) becomes everybody's before anybody acts on it, or they would wait for each other for ever.
+Every process executes the same program on the same steps. A fact that one process alone knows (a
+signal, a clock) is reduced over all processes before any process acts on it; otherwise they would
+wait for each other for ever. Sockets are jax.distributed's; this module opens none that listens.
 """
 
 import contextlib
+import ctypes
+import errno
 import importlib.util
+import ipaddress
 import logging
 import os
+import re
+import signal
+import socket
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Iterator, Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src.distributed import global_state  # its key-value store, as orbax uses it
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
 from jaxattn.errors import first_line
 from train.config.sections import DistConfig
+from train.log import SafeStream
 
-OWN = ("dist.id", "data.cache", "traceback")
-"""Flags that each process may have for itself."""
+OWN = ("dist.id", "data.cache", "traceback", "log_level", "verbose")
+"""Flags that may differ between the processes of a run."""
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Environment variables of torchrun and of PyTorch jobs on Kubernetes."""
+
+MOMENT = 1.5
+"""Seconds in which all processes can print their own reason before the first of them exits."""
+
+_ENDED = "internlm2-jax/ended"  # key of the store: the process that ended
+RESTART = "start all processes again, and they resume from the last checkpoint"
+_one_reason = threading.Lock()  # acquired by the first thread that ends this process
 
 
 def connect(config: DistConfig) -> None:
-    """Joins the other processes of the run, if there are any; before jax looks at its devices.
+    """Join the other processes of the run, if there are any, before jax looks at its devices.
 
-    The launchers are told by what they put into the environment: SLURM (srun), Open MPI (mpirun),
-    Kubernetes (an indexed job). An allocation without one, and a launch of a single task, are not
-    several processes.
+    Launchers are recognised by their environment variables: SLURM (srun), Open MPI (mpirun),
+    Kubernetes (an indexed job), torchrun. An allocation without a launcher, and a launch of a
+    single task, are one process.
 
-    Where they do not meet in time this process ends, with one line and status 1: jax would end it
-    with a page of C++.
+    A process that does not meet the others in time is ended with one line and status 1.
 
     Raises:
-        ValueError: the others cannot be reached.
-        NotImplementedError: a launch that jax cannot read, and what to do.
+        ValueError: The other processes cannot be reached, or the port is taken.
+        NotImplementedError: The launch cannot be read; the message has the remedy.
     """
     if config.processes == 1:
         return
-    given = {}
-    if config.coordinator is not None:
-        given = {
-            "coordinator_address": config.coordinator,
-            "num_processes": config.processes,
-            "process_id": config.id,
-            "cluster_detection_method": "deactivate",
-        }
-    elif not _launched():
+    arguments: dict[str, Any] = _from_flags(config) or _from_torchrun() or {}
+    if not arguments and not _launched():
         return
-    # Between processes, CPU devices must meet in one order of programs; a GPU's stream keeps it.
+    # CPU devices of several processes must execute programs in one order; a GPU's stream does.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     logging.getLogger("jax._src.distributed").setLevel(logging.WARNING)
+    where = arguments.get("coordinator_address", "the launcher's address")
+    if arguments.get("process_id") == 0:
+        arguments["coordinator_bind_address"] = bind_address(where)
     seconds = max(1, round(60 * config.timeout_minutes))
-    where = config.coordinator or "the address that the launcher gives"
     apart = f"the processes of the run did not meet at {where}"
-    with _ending_after(seconds, f"{apart} within {config.timeout_minutes:g} minutes: {_ASK}"):
-        try:  # jax waits longer than this process lives
+    ask = "is each process started, once, with the same address and a number of its own?"
+    global _reason_of_abort
+    _reason_of_abort = f"{apart}: {ask}"
+    _one_line_for_aborts()
+    with _ending_after(seconds, f"{apart} within {config.timeout_minutes:g} minutes: {ask}"):
+        try:  # jax waits longer than this process exists
             jax.distributed.initialize(
-                **given, initialization_timeout=2 * seconds, heartbeat_timeout_seconds=seconds
+                **arguments, initialization_timeout=2 * seconds, heartbeat_timeout_seconds=seconds
             )
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{apart}: {first_line(error)}") from error
+    _reason_of_abort = f"another process of the run has ended or does not answer: {RESTART}"
+    threading.Thread(target=_watch, daemon=True).start()
+
+
+def bind_address(coordinator: str) -> str:
+    """Return the address and port at which process 0 serves jax's coordination service.
+
+    It is the coordinator's own address where this machine has it. A host name that resolves to
+    loopback (Debian's 127.0.1.1) must still be reached by other hosts, so all interfaces are bound
+    for it, as for an address that is translated on the way; "localhost" itself stays local.
+
+    Args:
+        coordinator: HOST:PORT.
+
+    Raises:
+        ValueError: The port is taken, or the host has no address.
+    """
+    host, _, port = coordinator.rpartition(":")
+    host = host.strip("[]")
+    try:
+        [family, *_, address], *_ = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise ValueError(f"--dist.coordinator={coordinator}: {host} has no address") from error
+    ip = str(address[0])
+    if ipaddress.ip_address(ip).is_loopback and host not in ("localhost", ip):
+        family, ip = socket.AF_INET6, "::"
+    wildcards = (socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0")
+    for domain, candidate in ((family, ip), *wildcards):
+        try:
+            with socket.socket(domain) as probe:
+                probe.bind((candidate, int(port)))  # without listening
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise ValueError(
+                    f"--dist.coordinator={coordinator}: port {port} is taken by another program, "
+                    "or by a second process with --dist.id=0"
+                ) from error
+            continue  # not an address of this machine, or no IPv6
+        return f"[{candidate}]:{port}" if domain == socket.AF_INET6 else f"{candidate}:{port}"
+    raise ValueError(f"--dist.coordinator={coordinator}: port {port} cannot be bound")
 
 
 def check_same(flags: Mapping[str, object]) -> None:
-    """Compares the flags of all processes, which otherwise train apart, or wait for ever.
+    """Check that all processes have the same flags.
+
+    Processes with different flags would train apart, or wait for each other for ever.
 
     Args:
-        flags: of this process, by name; those in `OWN` may differ.
+        flags: Values of this process by flag; those in `OWN` may differ.
 
     Raises:
-        ValueError: others differ, on all processes; names them.
+        ValueError: Flags differ; raised on all processes, with the names of the flags.
     """
     if jax.process_count() == 1:
         return
@@ -86,18 +146,18 @@ def check_same(flags: Mapping[str, object]) -> None:
     differ = [f"--{name}" for name, of_one in zip(names, of_all.T, strict=True) if np.ptp(of_one)]
     if differ:
         raise ValueError(
-            f"the processes of the run were given different {', '.join(differ)}: give all the same"
+            f"the processes of the run have different {', '.join(differ)}: give all the same"
         )
 
 
 def share(mesh: Mesh) -> tuple[int, int]:
-    """(which, of how many) parts of a batch's rows this process's devices hold.
+    """Return (index, count): the part of a batch's rows that this process's devices hold.
 
     Processes whose devices hold the same rows, as with a `tensor` axis across them, have the same
-    part.
+    index.
 
     Raises:
-        ValueError: if the processes' rows are no equal, connected parts.
+        ValueError: The rows of the processes are not equal, contiguous parts.
     """
     of_device = np.vectorize(lambda device: device.process_index, otypes=[int])
     rows = of_device(mesh.devices.reshape(-1, mesh.shape["tensor"]))
@@ -105,7 +165,7 @@ def share(mesh: Mesh) -> tuple[int, int]:
 
 
 def share_of(process: int, rows: Int[np.ndarray, "R M"]) -> tuple[int, int]:
-    """`share`, given which process has the device [row shard, tensor shard]."""
+    """Compute `share` from the process of each device [row shard, tensor shard]."""
     parts = {}
     for other in np.unique(rows):
         held = np.flatnonzero((rows == other).any(axis=1))
@@ -119,58 +179,83 @@ def share_of(process: int, rows: Int[np.ndarray, "R M"]) -> tuple[int, int]:
     return first // count, len(rows) // count
 
 
-class Agreement:
-    """The largest of what the processes wish for, the same on all of them.
+class RequestReducer:
+    """Max-reduce a request code (0: none) over processes, one step late, without blocking.
 
-    One process has its wish at once. Several send it to the devices behind the step that has just
-    begun, and hear the wishes of the step before it, so that nobody waits for the devices.
+    A single process gets its own request at once. Several processes send theirs to the devices
+    behind the step that has just begun, and receive the maximum of the step before, so that no
+    process waits for the devices.
     """
 
     def __init__(self, mesh: Mesh):
-        """For processes whose devices are in `mesh`."""
+        """Prepare the reduction over all processes that have devices in `mesh`."""
         self._mesh = mesh
         self._sent: jax.Array | None = None
         self._largest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
-    def __call__(self, wish: int) -> int:
-        """The agreed wish; called by all processes, equally often."""
+    def __call__(self, request: int) -> int:
+        """Return the largest request; to be called by all processes, equally often."""
         if jax.process_count() == 1:
-            return wish
+            return request
         axes = PartitionSpec(self._mesh.axis_names)
-        here = np.full(len(self._mesh.local_devices), wish, np.int32)
+        here = np.full(len(self._mesh.local_devices), request, np.int32)
         with jax.set_mesh(self._mesh):
-            everybody = jax.make_array_from_process_local_data(
+            requests = jax.make_array_from_process_local_data(
                 NamedSharding(self._mesh, axes), here, (self._mesh.size,)
             )
-            heard, self._sent = self._sent, self._largest(everybody)
-        return 0 if heard is None else int(heard)
+            received, self._sent = self._sent, self._largest(requests)
+        return 0 if received is None else int(received)
 
     def forget(self) -> None:
-        """Drops what was sent, after it has been granted another way; on all processes."""
+        """Drop the request under way, on all processes, after a checkpoint has been saved."""
         self._sent = None
 
 
-def leave_at_once(status: int) -> NoReturn:
-    """Ends this process without waiting for the others, which may be gone.
+def leave(reason: str) -> NoReturn:
+    """Print the reason on one line, tell the other processes, and end this process with status 1.
 
-    jax would wait at exit for all to end.
+    Only the first thread that calls this prints. jax's own exit would wait for all processes.
     """
+    _one_reason.acquire()
+    process = jax.process_index()
+    print(f"error: process {process}: {' '.join(reason.split())}", file=sys.stderr, flush=True)
+    with contextlib.suppress(Exception):  # the store may be gone with process 0
+        _store().key_value_set(_ENDED, f"process {process}", allow_overwrite=True)
+    if process == 0:  # jax aborts the others, with a page of C++, when process 0 is gone
+        time.sleep(2 * MOMENT)
+    _exit_now(1)
+
+
+def _store() -> Any:
+    """Return the client of jax.distributed's key-value store."""
+    return global_state.client
+
+
+def _watch() -> None:
+    """End this process when another one has left its name in the key-value store."""
+    while True:
+        time.sleep(MOMENT / 3)
+        with contextlib.suppress(Exception):  # no such key; or the run is over, as is the store
+            who = _store().key_value_try_get(_ENDED)
+            time.sleep(MOMENT / 3)  # where all fail alike, each prints its own reason
+            leave(f"{who} of the run has ended: {RESTART}")
+
+
+def _exit_now(status: int) -> NoReturn:
+    """End this process without jax's exit, which waits for all processes."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(status)
 
 
-_ASK = "is each of them started, once, with the same address and its own number?"
-
-
 @contextlib.contextmanager
-def _ending_after(seconds: int, why: str) -> Iterator[None]:
-    """Ends this process, with one line, if the block takes longer."""
+def _ending_after(seconds: int, reason: str) -> Iterator[None]:
+    """End this process with one line if the block takes longer."""
 
     def end() -> None:
-        print(f"error: {why}", file=sys.stderr)
-        leave_at_once(1)
+        print(f"error: {reason}", file=sys.stderr)
+        _exit_now(1)
 
     timer = threading.Timer(seconds, end)
     timer.daemon = True
@@ -181,8 +266,91 @@ def _ending_after(seconds: int, why: str) -> Iterator[None]:
         timer.cancel()
 
 
+_aborts: Any = None  # the handler of SIGABRT, referenced here as long as C may call it
+_reason_of_abort = ""
+
+
+def _one_line_for_aborts() -> None:
+    """Let an abort of jax's C++ be one line, `_reason_of_abort`, and status 1.
+
+    jax's client ends the process when it loses the others. It offers no Python callback that works
+    (0.11.2: std::bad_cast), and Python's own signal handlers run too late. Its page of stack frames
+    is dropped: file descriptor 2 becomes a pipe, whose other lines are passed on.
+    """
+    global _aborts
+    stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
+    sys.stderr = SafeStream(stderr)
+    read, write = os.pipe()
+    os.dup2(write, 2)
+    os.close(write)
+    threading.Thread(target=_relay, args=(read, sys.stderr), daemon=True).start()
+
+    def end(_number: int) -> None:
+        if _one_reason.acquire(timeout=4 * MOMENT):  # else another thread ends this process
+            print(f"error: {_reason_of_abort}", file=stderr, flush=True)
+        _exit_now(1)
+
+    _aborts = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)
+    ctypes.CDLL(None).signal(signal.SIGABRT, _aborts)
+
+
+_LOST = re.compile(r"(client\.h|coordination_service\w*\.cc|preemption_sync_manager\.cc):\d+\]")
+
+
+def _relay(read: int, stderr: Any) -> None:
+    """Pass on lines of C++ except those of jax's coordination client, with their stack frames."""
+    dropping = False
+    with os.fdopen(read, errors="backslashreplace") as lines:
+        for line in lines:
+            if re.match(r"[IWEF]\d{4} ", line):
+                dropping = bool(_LOST.search(line))
+            if not dropping:
+                stderr.write(line)
+
+
+def _from_flags(config: DistConfig) -> dict[str, Any] | None:
+    """Return the arguments of jax.distributed.initialize that --dist.* give."""
+    if config.coordinator is None:
+        return None
+    return _arguments(config.coordinator, config.processes, config.id)
+
+
+def _from_torchrun() -> dict[str, Any] | None:
+    """Return the arguments of jax.distributed.initialize that torchrun's environment gives.
+
+    Raises:
+        ValueError: Some of the variables are missing or are no numbers.
+    """
+    env = os.environ
+    if env.get("WORLD_SIZE", "1") == "1":
+        return None
+    try:
+        rank, size, host, port = (env[name] for name in TORCHRUN)
+        # torchrun's agent itself listens at MASTER_PORT.
+        taken = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        arguments = _arguments(f"{host}:{int(port) + taken}", int(size), int(rank))
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"WORLD_SIZE={env['WORLD_SIZE']} announces several processes, and {error} of "
+            f"{', '.join(TORCHRUN)} cannot be read: set all four, or --dist.processes=1 to train "
+            "with one process"
+        ) from error
+    if env.get("LOCAL_WORLD_SIZE", "1") != "1":  # one GPU for each process of a host
+        arguments["local_device_ids"] = [int(env["LOCAL_RANK"])]
+    return arguments
+
+
+def _arguments(coordinator: str, processes: int | None, process: int | None) -> dict[str, Any]:
+    return {
+        "coordinator_address": coordinator,
+        "num_processes": processes,
+        "process_id": process,
+        "cluster_detection_method": "deactivate",
+    }
+
+
 def _launched() -> bool:
-    """Whether a launcher started several processes that jax can put together."""
+    """Return whether a launcher that jax can read started several processes."""
     env = os.environ
     if "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
         return True
@@ -193,7 +361,7 @@ def _launched() -> bool:
             raise NotImplementedError(
                 "this is an indexed Kubernetes job, which jax reads with the package kubernetes: "
                 "pip install kubernetes, or give --dist.coordinator, --dist.processes and --dist.id"
-                "; --dist.processes=1 trains alone"
+                "; --dist.processes=1 trains with one process"
             )
         return True
     return False

@@ -1,7 +1,7 @@
-"""The devices as a mesh of data x fsdp x tensor.
+"""Lay the devices out as a mesh of data x fsdp x tensor.
 
-One device is the mesh 1 x 1 x 1, and runs the same code. What each array does with the axes stands
-in `models.sharding`; the mesh is in explicit mode, so a mistake there is an error when the step is
+One device is the mesh 1 x 1 x 1 and runs the same code. `models.sharding` maps the axes of arrays
+to those of the mesh. The mesh is in explicit mode, so a wrong sharding is an error when the step is
 traced, not a slow program.
 """
 
@@ -13,19 +13,18 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from train.config.sections import MeshConfig
 
+AXES = ("data", "fsdp", "tensor")
+
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Lays the devices out.
+    """Return the mesh of the devices, with explicit axes "data", "fsdp", "tensor".
 
     Args:
-        config: the sizes; an fsdp of None takes every device that data and tensor leave.
-        devices: by default all of this run's.
-
-    Returns:
-        A mesh with explicit axes "data", "fsdp", "tensor".
+        config: Sizes of the axes; an fsdp of None takes all devices that data and tensor leave.
+        devices: None: all devices of the run.
 
     Raises:
-        ValueError: if the sizes do not multiply to the number of devices.
+        ValueError: The sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     fixed = config.data * config.tensor
@@ -37,32 +36,37 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         )
     return jax.make_mesh(
         (config.data, fsdp, config.tensor),
-        ("data", "fsdp", "tensor"),
+        AXES,
         axis_types=(AxisType.Explicit,) * 3,
         devices=devices,
     )
 
 
+def abstract_mesh(config: MeshConfig) -> AbstractMesh:
+    """Return the mesh of devices that are not in this machine; an fsdp of None is 1."""
+    return AbstractMesh((config.data, config.fsdp or 1, config.tensor), AXES)
+
+
 def row_shards(mesh: Mesh | AbstractMesh) -> int:
-    """In how many parts the rows of a batch are split."""
+    """Return the number of parts that the rows of a batch are split into."""
     return math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
 
 
 def check_rows(mesh: Mesh | AbstractMesh, *, rows: int, grad_accum: int) -> None:
-    """Checks that a step's rows divide over microbatches and devices.
+    """Check that the rows of a step divide over microbatches and devices.
 
     Args:
-        mesh: the devices.
-        rows: of a step.
-        grad_accum: its microbatches.
+        mesh: Devices.
+        rows: Rows of a step.
+        grad_accum: Microbatches of a step.
 
     Raises:
-        ValueError: naming the flags and the numbers that would do.
+        ValueError: They do not; names the flags and a number that does.
     """
     shards = row_shards(mesh)
     if rows % (grad_accum * shards):
         raise ValueError(
             f"--batch_size={rows} must be a multiple of {grad_accum * shards}: "
-            f"--grad_accum={grad_accum} parts, "
-            f"each split over {shards} devices (mesh.data x mesh.fsdp)"
+            f"--grad_accum={grad_accum} times {shards} devices that split rows "
+            "(--mesh.data x --mesh.fsdp)"
         )

@@ -1,38 +1,39 @@
-"""When a run does not fit its device: the cheapest change that makes it fit.
+"""Suggest the cheapest flags that make a run fit its device.
 
-Changes have an order of cost: first what only reorders the work, then what computes something
-twice, then what rounds more, then what waits for the host. What one of them cannot do alone, the
-fewest do together, and of these the ones whose dearest is cheapest.
+Changes are ordered by cost: first those that only reorder work, then recomputation, then lower
+precision, then transfers to the host. Where one change is not enough, the fewest changes are
+combined, and among these the combination whose most expensive change is cheapest.
 """
 
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 
+from jaxattn.device import GiB
 from models.remat import REMAT
 from train.config.config import Config
-from train.memory.plan import GiB, Plan
+from train.memory.plan import Plan
 
 Planner = Callable[[Config], Plan]
-Change = tuple[str, Callable[[Config], Config]]  # a flag with its value, and what that changes
+Change = tuple[str, Callable[[Config], Config]]  # a flag with its value, and its effect
 
 
-def suggest_flags(needed: Planner, config: Config, have: int, *, most_grad_accum: int) -> str:
-    """What to change.
+def suggest_flags(needed: Planner, config: Config, memory: int, *, most_grad_accum: int) -> str:
+    """Return the flags to change, in words.
 
     Args:
-        needed: plans a run.
-        config: a run that needs more than there is.
-        have: bytes of the device.
-        most_grad_accum: parts that a step's rows can be worked through in.
+        needed: Plans the memory of a run.
+        config: Run that needs more than `memory`, with its remat.
+        memory: Bytes of the device.
+        most_grad_accum: Largest possible --grad_accum.
     """
     least = needed(config).total
-    for changes in _together(list(_changes(config, most_grad_accum))):
+    for changes in _combinations(list(_changes(config, most_grad_accum))):
         changed = config
         for _, change in changes:
             changed = change(changed)
         total = needed(changed).total
-        if total <= have:
+        if total <= memory:
             flags = " ".join(flag for flag, _ in changes)
             return f"take {flags}, which needs {total / GiB:.2f} GiB"
         least = min(least, total)
@@ -42,19 +43,19 @@ def suggest_flags(needed: Planner, config: Config, have: int, *, most_grad_accum
     )
 
 
-def _together(single: list[Change]) -> list[list[Change]]:
-    """All ways to make changes, with one value for a flag: the fewest first, then the cheapest."""
+def _combinations(single: list[Change]) -> list[list[Change]]:
+    """Return all combinations of changes, one per flag, ordered by count, then by cost."""
     rank = {flag: cost for cost, (flag, _) in enumerate(single)}
     of_flag: dict[str, list[Change | None]] = {}
     for change in single:
         of_flag.setdefault(change[0].partition("=")[0], [None]).append(change)
     ways = [[c for c in way if c is not None] for way in itertools.product(*of_flag.values())]
     ways.sort(key=lambda way: (len(way), sorted((rank[flag] for flag, _ in way), reverse=True)))
-    return ways[1:]  # but for none at all
+    return ways[1:]  # without the empty combination
 
 
 def _changes(config: Config, most_grad_accum: int) -> Iterator[Change]:
-    """The cheapest first."""
+    """Yield single changes, the cheapest first."""
 
     def setting(flag: str, **fields) -> Change:
         return flag, lambda c: dataclasses.replace(c, **fields)
@@ -67,7 +68,7 @@ def _changes(config: Config, most_grad_accum: int) -> Iterator[Change]:
             yield setting(f"--grad_accum={grad_accum}", grad_accum=grad_accum)
         grad_accum *= 2
     order = [remat for remat in REMAT if remat != "offload"]
-    if config.remat is not None and config.remat in order:
+    if config.remat in order:
         for remat in order[order.index(config.remat) + 1 :]:
             yield setting(f"--remat={remat}", remat=remat)
     if config.optim.name == "adamw" and config.optim.moment_dtype != "int8":

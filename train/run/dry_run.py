@@ -1,128 +1,113 @@
-"""`--dry_run`: what would run, what it needs, and what the compiler says it needs."""
+"""`--dry_run`: print the flags in use, the memory plan and the compiler's own count."""
 
 import dataclasses
 import math
+import shlex
 import time
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import AbstractMesh
 
-from jaxattn import Mask, resolve
-from jaxattn.device import GPUS, DeviceSpec, default_device, device_memory
-from models.weights.abstract import abstract
+from jaxattn.device import GPUS, DeviceSpec, GiB
 from train.config.config import Config
 from train.distributed import device
-from train.distributed.mesh import check_rows, row_shards
-from train.log import say
-from train.memory.plan import GiB, Plan
-from train.memory.sizing import Sizing
-from train.run.announce import introduce
-from train.run.flatten import resolved
-from train.run.parts import compile_training, model_maker
-from train.run.resolve import (
-    GPU_MODEL,
-    Settled,
-    default_rows,
-    extended,
-    read_model,
-    read_tokenizer,
-    settle,
-)
-from train.step.optim import optimizer
-from train.step.state import abstract_state
+from train.memory.plan import Plan
+from train.run.build import abstract_training, compile_training
+from train.run.resolve import Run, resolve
+from train.run.summary import describe_run, flatten_config
 
 
-def dry_run(config: Config) -> None:
-    """Says everything that can be known without reading data or making an array.
+def dry_run(config: Config) -> bool:
+    """Print what a run needs, without reading data or making an array.
+
+    Returns:
+        Whether the run fits the devices.
 
     Raises:
-        ValueError, NotImplementedError, OSError: what is wrong, as in the run itself.
+        ValueError, NotImplementedError, OSError: As in the run itself.
     """
-    for flag, value in resolved(config).items():
-        say(f"--{flag}={'(chosen)' if value is None else value}")
-    if config.dry_run_device is not None:
-        _of_described(config, _described(config.dry_run_device))
-        return
-    settled = settle(config)
-    introduce(config, settled)
-    _say_plan(settled.plan, settled.have, settled.remedy)
-    if settled.remedy is None:
-        _compare(config, settled)
+    name = config.dry_run_device
+    run = resolve(config, None if name is None else device_spec(name))
+    fits = run.memory_advice is None
+    _print(paste(run), *describe_run(run), *plan_lines(run.plan, run.memory))
+    _print("it fits" if fits else f"it does not fit: {run.memory_advice}")
+    if name is not None:
+        _print(f"not compiled: this machine has {jax.devices()[0].device_kind}")
+    elif fits:
+        _print(*_compare(run))
+    return fits
 
 
-def _say_plan(plan: Plan, have: int, remedy: str | None) -> None:
-    for field in dataclasses.fields(plan):
-        if size := getattr(plan, field.name):
-            say(f"  {field.name:<12} {size / GiB:8.2f} GiB")
-    larger = "backward pass" if plan.backward > plan.logits else "loss"
-    say(f"  at the fullest, in the {larger}: {plan.total / GiB:.2f} of {have / GiB:.2f} GiB")
-    say("it fits" if remedy is None else f"it does not fit: {remedy}")
+def _print(*lines: str) -> None:
+    if jax.process_index() == 0:
+        print(*lines, sep="\n", flush=True)
 
 
-def _compare(config: Config, settled: Settled) -> None:
-    """Compiles without weights, and puts the compiler's count beside the plan's."""
-    begun = time.perf_counter()
-    tx = optimizer(config.optim, settled.lr, config.steps, param_dtype=settled.param_dtype)
-    graphdef, like = abstract_state(model_maker(config, settled), tx, settled.mesh)
-    found = compile_training(config, settled, graphdef, tx, like).memory_analysis()
+def device_spec(name: str) -> DeviceSpec:
+    """Return the GPU that --dry_run_device names, with the memory that a run allocates.
+
+    Raises:
+        ValueError: The name is none of `GPUS` and no number of GiB.
+    """
+    try:
+        spec = GPUS.get(name.lower()) or DeviceSpec(
+            f"Hopper GPU of {float(name):g} GiB", float(name), "9.0"
+        )
+        if not 0 < spec.memory < math.inf:
+            raise ValueError
+    except ValueError:
+        raise ValueError(
+            f"--dry_run_device={name} must be one of {', '.join(GPUS)}, or a number of GiB"
+        ) from None
+    return dataclasses.replace(spec, memory_fraction=device.SHARE)
+
+
+def paste(run: Run) -> str:
+    """Return a command line for this run, with every choice that depends on device and model."""
+    defaults, chosen, words = flatten_config(Config()), run.chosen(), []
+    for flag, value in (flatten_config(run.config) | chosen).items():
+        same = value == defaults[flag] and flag not in chosen
+        if same or value is None or flag.startswith(("dry_run", "verbose", "recipe")):
+            continue
+        name = "data" if flag == "data.files" else flag
+        if isinstance(value, tuple):
+            words.append(f"--{name} {shlex.join(map(str, value))}")
+        elif isinstance(value, bool) and defaults[flag] is not None:
+            *section, last = name.split(".")
+            words.append("--" + ".".join([*section, last if value else f"no_{last}"]))
+        else:
+            words.append(f"--{name}={shlex.quote(str(value))}")
+    return " \\\n  ".join(["python -m train.main", *words]) + "\n"
+
+
+def plan_lines(plan: Plan, memory: int) -> list[str]:
+    """Return the plan by use; the lines add up to the total of its fullest moment."""
+    always = ("weights", "optimizer", "sums", "gathered", "activations")
+    backward = ("gradients", "block", "scores")
+    in_loss = plan.logits > plan.backward
+    uses = {
+        name: getattr(plan, name) for name in (*always, *(("logits",) if in_loss else backward))
+    }
+    lines = [f"  {name:<12}{size / GiB:8.2f} GiB" for name, size in uses.items() if size]
+    moment = "loss" if in_loss else "backward pass"
+    lines.append(
+        f"  {'total':<12}{plan.total / GiB:8.2f} of {memory / GiB:.2f} GiB, in the {moment}"
+    )
+    return lines + [f"  {'host':<12}{plan.host / GiB:8.2f} GiB"] * bool(plan.host)
+
+
+def _compare(run: Run) -> list[str]:
+    """Compile without weights, and compare the compiler's count of bytes with the plan."""
+    start, plan = time.perf_counter(), run.plan
+    found = compile_training(run, *abstract_training(run)).memory_analysis()
+    assert found is not None, "XLA counts the memory of CPU and GPU programs"
     state = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     total = state + found.temp_size_in_bytes
-    plan = settled.plan
-    say(
-        f"XLA, after {time.perf_counter() - begun:.1f} s: {total / GiB:.2f} GiB per device "
+    line = (
+        f"XLA, after {time.perf_counter() - start:.1f} s: {total / GiB:.2f} GiB per device "
         f"({state / GiB:.2f} state and batch, {found.temp_size_in_bytes / GiB:.2f} temporary"
         + (f", {found.host_temp_size_in_bytes / GiB:.2f} on the host" if plan.host else "")
         + f"); the plan {plan.total / GiB:.2f} GiB, {plan.total / total - 1:+.1%}"
     )
-    if settled.mesh.devices.flat[0].platform == "cpu":
-        say("a CPU's compiler fuses less than a GPU's: its temporary memory is larger")
-
-
-def _of_described(config: Config, gpu: DeviceSpec) -> None:
-    """The plan for a GPU that is not here, after the checks of a run; nothing is compiled."""
-    sizes = (config.mesh.data, config.mesh.fsdp or 1, config.mesh.tensor)
-    mesh = AbstractMesh(sizes, ("data", "fsdp", "tensor"))
-    rows = default_rows(config, mesh, on_gpu=True)
-    check_rows(mesh, rows=rows, grad_accum=config.grad_accum)
-    name = config.model or GPU_MODEL
-    model, weights = read_model(name)
-    model = extended(model, config.rope_factor, config.seq_len)
-    dtype, have = jnp.dtype(config.dtype or "bfloat16"), device_memory(gpu)
-    abstract(model, mesh=mesh)  # raises where the mesh does not divide it
-    q, k = (
-        jax.ShapeDtypeStruct(
-            (rows // config.grad_accum // row_shards(mesh), config.seq_len, heads, model.head_dim),
-            dtype,
-        )
-        for heads in (model.num_heads // sizes[2], model.num_kv_heads // sizes[2])
-    )
-    mask = Mask(segment_ids=jnp.ones((1, 1), jnp.int32))  # rows are packed
-    asked = {"deterministic": config.deterministic, "device": gpu}
-    attn, _ = resolve(config.attn, q, k, mask, **asked)
-    read_tokenizer(config.tokenizer, weights, model, name)
-    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    say(
-        f"{name}: {model.num_params():,} parameters on {mesh.size} "
-        f"{gpu.device_kind} ({axes}), {dtype} compute; {rows} rows x {config.seq_len} tokens a "
-        f"step in {config.grad_accum} parts; attention {attn}"
-    )
-    sizing = Sizing(model=model, mesh=mesh, rows=rows, dtype=dtype, attn=attn)
-    config = sizing.with_remat(config, have)
-    say(f"remat {config.remat}")
-    _say_plan(sizing.plan(config), have, sizing.advice(config, have))
-    say(f"not compiled: this machine has {default_device().device_kind}")
-
-
-def _described(name: str) -> DeviceSpec:
-    if name.lower() in GPUS:
-        return dataclasses.replace(GPUS[name.lower()], memory_fraction=device.SHARE)
-    try:
-        gib = float(name)
-    except ValueError:
-        gib = 0.0
-    if not 0 < gib < math.inf:
-        raise ValueError(
-            f"--dry_run_device={name} must be one of {', '.join(GPUS)}, or a number of GiB"
-        )
-    return DeviceSpec(f"Hopper GPU of {gib:g} GiB", gib, "9.0", memory_fraction=device.SHARE)
+    if run.device.platform != "cpu":
+        return [line]
+    return [line, "a CPU's compiler fuses less than a GPU's: its temporary memory is larger"]

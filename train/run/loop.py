@@ -1,95 +1,100 @@
-"""The story of a run: settle, read, compile, begin or resume, train, save, show a sample."""
+"""Train from the flags to the last checkpoint: resolve, read, compile, start or resume, sample."""
 
-import dataclasses
 import functools
+import logging
+import time
 
 from train.checkpoint.checkpoints import Checkpoints
 from train.config.config import Config
 from train.distributed.device import compiler_options
-from train.log import say
 from train.metrics.evaluate import Evaluation, OpenSets
 from train.metrics.sinks import check_sinks
-from train.run.announce import introduce, say_data
-from train.run.flatten import save_config
-from train.run.parts import (
+from train.run.build import (
+    abstract_training,
+    check_rows_for_attention,
     compile_training,
-    first_params,
-    model_maker,
+    initial_params,
     open_training,
     open_validation,
-    with_steps,
 )
-from train.run.records import Evidence
-from train.run.resolve import settle
-from train.run.resume import check_not_beyond, check_out, identity_of, starting_step
+from train.run.recorder import Recorder, check_recorder
+from train.run.resolve import resolve
+from train.run.resume import check_out, check_resume, check_still_new, identity_of, read_checkpoint
 from train.run.run_lock import RunLock
 from train.run.sample import write_sample
-from train.run.stepping import train
-from train.step.optim import optimizer
-from train.step.state import abstract_state, new_state
+from train.run.summary import describe_run, flags_in_use, log_data, log_end, save_config
+from train.run.train_loop import train
+from train.step.state import new_state
+
+log = logging.getLogger(__name__)
 
 
 def run(config: Config) -> None:
-    """Trains to `config.steps`, or until a signal; saves; shows a sample.
+    """Train to the last step or until a signal, save, and write a sample.
 
     Raises:
-        ValueError, NotImplementedError, OSError: what is wrong, in one line. What is wrong with
-            the flags, the files or the shapes is found before anything is written.
-        FloatingPointError: the loss is not finite; the checkpoints before it stand.
+        ValueError, NotImplementedError, OSError: The run is impossible; the message is one line.
+            Wrong flags, files and shapes are found before anything is written.
+        FloatingPointError: Too many steps in a row were skipped; the weights before are saved.
     """
-    settled = settle(config)
+    begun = time.monotonic()
+    run = resolve(config)
+    run.check_memory()
     check_sinks(config.log)
-    introduce(config, settled)
-    identity = identity_of(config, settled)
-    with (
-        RunLock(settled.out) as run_lock,
-        Checkpoints(
-            settled.out, keep_last=config.keep_last, keep_best=config.keep_best
-        ) as checkpoints,
-    ):
-        check_out(settled.out)
-        run_lock.claim()
-        start = starting_step(config, settled, checkpoints, identity)
-        with (
-            open_training(config, settled) as loader,
-            OpenSets(open_validation(config, settled)) as val,
-        ):
-            say_data(loader, val.sets)
-            config = with_steps(config, loader.report.rows, settled.rows)
-            check_not_beyond(config, settled, checkpoints)
-            tx = optimizer(config.optim, settled.lr, config.steps, param_dtype=settled.param_dtype)
-            graphdef, like = abstract_state(model_maker(config, settled), tx, settled.mesh)
-            checkpoints.remove_half_written()
-            if start:
-                state, position = checkpoints.restore(like)
-                loader.restore(position)
+    check_recorder(config)
+    for line in describe_run(run):
+        log.info(line)
+    identity = identity_of(run)
+    check_out(run.out)
+    with RunLock(run.out) as run_lock:
+        run_lock.acquire()
+        with Checkpoints(
+            run.out, keep_last=config.keep_last, keep_best=config.keep_best
+        ) as checkpoints:
+            saved = read_checkpoint(run, checkpoints, identity)
+            with open_training(run) as loader, OpenSets(open_validation(run)) as validation:
+                log_data(loader, validation.sets)
+                check_rows_for_attention(run, loader, *validation.sets.values())
+                run = run.with_epochs(loader.report.rows)
+                if config.epochs is not None:
+                    rows = loader.report.rows
+                    log.info(f"{config.epochs:g} epochs of {rows:,} rows are {run.steps:,} steps")
+                if saved is not None:
+                    assert checkpoints.latest is not None
+                    check_resume(run, checkpoints.latest, saved, loader)
+                tx, graphdef, like = abstract_training(run)
+                checkpoints.remove_partial()
+                if saved is not None:
+                    state, position = checkpoints.restore(like)
+                    loader.restore(position)
+                else:
+                    checkpoints.check_space(like)
+                    state = new_state(initial_params(run, like), tx, like)
                 start = int(state.step)
-            else:
-                checkpoints.check_space(like)
-                state = new_state(first_params(config, settled, like), tx, like)
-            if start == config.steps:
-                say(f"all {config.steps} steps are done: to train on, give more --steps")
-            else:
-                step = compile_training(config, settled, graphdef, tx, state)
-                save = functools.partial(
-                    checkpoints.save, identity=identity, config=dataclasses.asdict(config)
-                )
-                settled.out.mkdir(parents=True, exist_ok=True)
-                run_lock.claim()
-                evaluate = Evaluation(
-                    val.sets,
-                    graphdef,
-                    grad_accum=config.grad_accum,
-                    mesh=settled.mesh,
-                    path=settled.out / "eval.jsonl",
-                    start=start,
-                    options=compiler_options(deterministic=config.deterministic),
-                )
-                evidence = Evidence(config, settled, graphdef, start)
-                save_config(config, settled)
-                state = train(config, settled, step, state, start, loader, evaluate, evidence, save)
-            batch = next(loader)
-    params, done = state.params, int(state.step) == config.steps
-    del state  # the optimizer's memory is worth having for the sample
+                if start == run.steps:
+                    log.info(f"all {run.steps} steps are done: to train on, give more --steps")
+                else:
+                    step = compile_training(run, tx, graphdef, state)
+                    run.out.mkdir(parents=True, exist_ok=True)
+                    run_lock.acquire()
+                    check_still_new(run, saved)
+                    evaluate = Evaluation(
+                        validation.sets,
+                        graphdef,
+                        grad_accum=config.grad_accum,
+                        mesh=run.real_mesh,
+                        path=run.out / "eval.jsonl",
+                        start=start,
+                        options=compiler_options(deterministic=config.deterministic),
+                    )
+                    recorder = Recorder(run, graphdef, start)
+                    save_config(run)
+                    flags = flags_in_use(run)
+                    save = functools.partial(checkpoints.save, identity=identity, config=flags)
+                    state = train(run, step, state, start, loader, evaluate, recorder, save)
+                batch = next(loader)
+    params, done = state.params, int(state.step) == run.steps
+    del state  # the sample can use the memory of the optimizer
     if done:
-        write_sample(config, settled, graphdef, params, batch)
+        write_sample(run, graphdef, params, batch)
+        log_end(run, time.monotonic() - begun)

@@ -1,167 +1,244 @@
-"""What a run takes where no flag says otherwise, by device and model."""
+"""Resolve a run: every choice that the flags leave open, made once, before any work is done."""
 
 import dataclasses
-import json
+import hashlib
 import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from jaxattn.device import device_memory
-from models.config import PRESETS, ModelConfig, RopeScaling
-from models.tokenizer import Tokenizer, load_tokenizer
-from train.attention import resolve_attention
-from train.config.config import Config
-from train.distributed.mesh import check_rows, make_mesh, row_shards
-from train.memory.plan import GiB, Plan
+import jaxattn
+from jaxattn.device import DeviceSpec, GiB, device_memory
+from models.config import PRESETS, ModelConfig
+from models.execution import Execution
+from models.tokenizer import Tokenizer
+from models.weights.abstract import abstract
+from train.config.config import MOST_STEPS, Config
+from train.distributed.mesh import abstract_mesh, check_rows, make_mesh, row_shards
+from train.memory.plan import Plan
 from train.memory.sizing import PARAM_DTYPES, REMAT_BY_SPEED, Sizing, in_scan
+from train.run.inputs import check_files, extend_rope, read_model, read_tokenizer
 
 GPU_MODEL, CPU_MODEL = "internlm2-1.8b", "nano"
 GPU_TOKENS = 32_768
-"""Tokens of a step on each GPU that holds rows of its own: one row of the longest case."""
+"""Default tokens of a step for each GPU that holds its own rows: one row of the longest case."""
 CPU_TOKENS = 2_048
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settled:
-    """A run without open questions."""
+class Run:
+    """A run without open choices: the flags, and what was chosen where a flag was not given."""
+
+    config: Config
+    """The flags, as given."""
 
     name: str
-    """Of the model, for people and paths."""
+    """Preset, or directory of the weights."""
 
     model: ModelConfig
-    """The architecture."""
+    """Architecture."""
 
     weights: Path | None
-    """HF directory to load, or None for random weights."""
+    """Directory of HF or orbax weights to load; None: random weights."""
 
     tokenizer: Tokenizer
-    """Its vocabulary fits the model's."""
+    """Tokenizer, whose vocabulary fits the model's."""
 
-    mesh: Mesh
-    """All devices."""
+    mesh: Mesh | AbstractMesh
+    """All devices; an AbstractMesh where they are not in this machine."""
 
-    attn: str
-    """Implementation that runs."""
+    device: jax.Device | DeviceSpec
+    """One of the devices; all are alike."""
 
-    dtype: np.dtype
-    """Compute type."""
+    execution: Execution
+    """Attention implementation, dtypes, remat and scan of the training step."""
 
-    param_dtype: np.dtype
-    """What weights are stored in."""
+    attn_reason: str
+    """Why `execution.attn` runs."""
+
+    packed: bool
+    """Whether rows may hold several documents, so that attention gets segment ids."""
 
     rows: int
-    """In a step; a multiple of grad_accum, and its part of the devices that split rows."""
+    """Rows of a step; a multiple of grad_accum times the devices that split rows."""
 
-    remat: str
-    """Key of `models.remat.REMAT`."""
-
-    scan: bool
-    """Whether training's layers are one loop."""
+    steps: int
+    """Optimizer steps of the whole run; 0 for --epochs until `with_epochs`."""
 
     lr: float
-    """Peak."""
+    """Peak learning rate."""
 
     out: Path
-    """The run's directory."""
+    """Directory of checkpoints and records."""
 
     plan: Plan
-    """What it needs in memory."""
+    """Estimated memory of the step, per device."""
 
-    have: int
-    """Bytes of a device."""
+    memory: int
+    """Bytes of a device that jax may allocate."""
 
-    remedy: str | None
-    """What to change where the plan exceeds the device: only a dry run goes on then."""
+    memory_advice: str | None
+    """Flags that make the run fit; None where it fits."""
 
     notes: tuple[str, ...]
-    """What was chosen and why, for the log."""
+    """Choices with their reasons, for the log."""
+
+    @property
+    def real_mesh(self) -> Mesh:
+        """The mesh of devices that are in this machine."""
+        assert isinstance(self.mesh, Mesh)
+        return self.mesh
+
+    def check_memory(self) -> None:
+        """Check that the plan fits the device.
+
+        Raises:
+            ValueError: It does not; names the flags that make it fit.
+        """
+        if self.memory_advice is not None:
+            raise ValueError(
+                f"the run needs about {self.plan}; the device has {self.memory / GiB:.2f} GiB: "
+                f"{self.memory_advice}"
+            )
+
+    def with_epochs(self, rows: int) -> "Run":
+        """Return the run with the steps of --epochs, where that is given.
+
+        Args:
+            rows: Rows of the training data.
+
+        Raises:
+            ValueError: There are too many steps, or fewer than --profile needs.
+        """
+        epochs = self.config.epochs
+        if epochs is None:
+            return self
+        steps = epochs * rows / self.rows
+        if steps > MOST_STEPS:
+            raise ValueError(
+                f"--epochs={epochs:g} of {rows:,} rows are {steps:.3g} steps, must be at most "
+                f"{MOST_STEPS:,}"
+            )
+        run = dataclasses.replace(self, steps=max(1, math.ceil(steps)))
+        self.config.check_profile(run.steps)
+        return run
+
+    def chosen(self) -> dict[str, Any]:
+        """Return the values in use of all flags whose default depends on device or model."""
+        config, optim = self.config, self.config.optim
+        return {
+            "model": self.name,
+            "tokenizer": config.tokenizer or str(self.weights or "byte"),
+            "attn": self.execution.attn,
+            "batch_size": self.rows,
+            "steps": self.steps or None,
+            "out": str(self.out),
+            "remat": self.execution.remat,
+            "scan_layers": self.execution.scan,
+            "dtype": self.execution.dtype.name,
+            "optim.lr": self.lr,
+            "optim.betas": None if optim.name == "adafactor" else optim.rates,
+            "optim.min_lr_ratio": None if optim.schedule == "constant" else optim.last_ratio,
+            "optim.decay_ratio": optim.last_decay if optim.schedule == "wsd" else None,
+            **{f"mesh.{axis}": size for axis, size in self.mesh.shape.items()},
+        }
 
 
-def settle(config: Config) -> Settled:
-    """Chooses what is open, and refuses what cannot run, before any work is done.
+def resolve(config: Config, devices: Sequence[jax.Device] | DeviceSpec | None = None) -> Run:
+    """Make every choice that the flags leave open, and refuse what cannot run.
+
+    Args:
+        config: The flags.
+        devices: Devices to train on, or the kind of GPUs that --mesh counts, which need not be in
+            this machine; None: all devices of jax. Memory is planned but not checked, see
+            `Run.check_memory`.
 
     Raises:
-        ValueError: unknown model, tokenizer too large, a mesh or memory that does not fit.
-        NotImplementedError: an attention implementation that cannot run here.
-        OSError: a model or tokenizer that cannot be read.
+        ValueError: Unknown model, tokenizer too large, a mesh that does not divide the model.
+        NotImplementedError: An attention implementation that cannot run on the devices.
+        OSError: A model, tokenizer or data file that cannot be read.
     """
-    mesh = make_mesh(config.mesh)
-    device = mesh.devices.flat[0]
-    on_gpu = device.platform == "gpu"
-    if config.remat == "offload" and "pinned_host" not in _memories(device):
-        raise NotImplementedError(
-            f"--remat=offload needs pinned host memory, which {device.device_kind} does not offer: "
-            "take --remat=full"
-        )
-    rows = default_rows(config, mesh, on_gpu=on_gpu)
+    if isinstance(devices, DeviceSpec):
+        mesh, device = abstract_mesh(config.mesh), devices
+    else:
+        mesh = make_mesh(config.mesh, devices)
+        device = mesh.devices.flat[0]
+    on_gpu, memory, notes = device.platform == "gpu", device_memory(device), []
+    _check_offload(config, device)
+    rows = _rows(config, mesh, on_gpu=on_gpu)
     check_rows(mesh, rows=rows, grad_accum=config.grad_accum)
+    if rows * config.seq_len > MOST_STEPS:
+        raise ValueError(
+            f"--batch_size={rows} x --seq_len={config.seq_len} tokens a step must be at most "
+            f"{MOST_STEPS:,}"
+        )
     dtype = jnp.dtype(config.dtype or ("bfloat16" if on_gpu else "float32"))
-    notes = []
 
     name = config.model
     if name is None:
-        least = dataclasses.replace(config, remat=config.remat or REMAT_BY_SPEED[-1])
-        have = device_memory(device) if on_gpu else None
-        gpu = Sizing(model=PRESETS[GPU_MODEL], mesh=mesh, rows=rows, dtype=dtype, attn="xla")
-        need = gpu.plan(least).total
-        name, why = choose_model(need, have, device.device_kind)
+        sizing = Sizing(model=PRESETS[GPU_MODEL], mesh=mesh, rows=rows, dtype=dtype, attn="xla")
+        need = sizing.plan(config, remat=config.remat or REMAT_BY_SPEED[-1]).total
+        name, why = choose_model(need, memory if on_gpu else None, device.device_kind)
         notes.append(f"model {name}: {why}")
     model, weights = read_model(name)
-    model = extended(model, config.rope_factor, config.seq_len)
-    attn = resolve_attention(
-        config.attn,
-        model,
-        mesh,
-        rows=rows // config.grad_accum,
-        seq_len=config.seq_len,
-        dtype=dtype,
-        deterministic=config.deterministic,
-    )
-    have = device_memory(device)
+    model = extend_rope(model, config.rope_factor, config.seq_len)
+    attn, reason = _attention(config, model, mesh, device, rows, dtype)
+
     sizing = Sizing(model=model, mesh=mesh, rows=rows, dtype=dtype, attn=attn)
-    full = sizing.with_remat(config, have)
-    plan, remedy = sizing.plan(full), sizing.advice(full, have)
-    if remedy is not None and not config.dry_run:
-        raise ValueError(
-            f"the run needs about {plan}; the device has {have / GiB:.2f} GiB: {remedy}"
-        )
+    remat = config.remat or sizing.fastest_remat(config, memory)
+    plan = sizing.plan(config, remat=remat)
     if config.remat is None:
         size = f"{plan.total / GiB:.1f} GiB"
-        notes.append(f"remat {full.remat}: the fastest that fits, with {size}")
+        notes.append(f"remat {remat}: the fastest that fits, with {size}")
+    execution = Execution(
+        attn=attn,
+        deterministic=config.deterministic,
+        dtype=dtype,
+        param_dtype=PARAM_DTYPES[config.param_dtype],
+        remat=remat,
+        scan=in_scan(config.scan_layers, remat, on_gpu=on_gpu),
+    )
+    abstract(model, execution, mesh=mesh)  # raises where the mesh does not divide the model
     tokenizer = read_tokenizer(config.tokenizer, weights, model, name)
-    short = weights.name if weights else name
-    return Settled(
+    check_files(config.data)
+    return Run(
+        config=config,
         name=name,
         model=model,
         weights=weights,
         tokenizer=tokenizer,
         mesh=mesh,
-        attn=attn,
-        dtype=dtype,
-        param_dtype=PARAM_DTYPES[config.param_dtype],
+        device=device,
+        execution=execution,
+        attn_reason=reason,
+        packed=attn != "cudnn",
         rows=rows,
-        remat=full.remat or REMAT_BY_SPEED[-1],
-        scan=in_scan(full, mesh),
+        steps=config.steps if config.epochs is None else 0,
         lr=config.optim.lr or _lr(name, weights) * (0.1 if config.optim.name == "lion" else 1.0),
-        out=Path(config.out or f"runs/{short}-{config.seq_len}"),
+        out=Path(config.out or default_out(config, name, weights)),
         plan=plan,
-        have=have,
-        remedy=remedy,
+        memory=memory,
+        memory_advice=sizing.memory_advice(config, remat, memory),
         notes=tuple(notes),
     )
 
 
 def choose_model(need: int, have: int | None, device: str) -> tuple[str, str]:
-    """The default preset, and why.
+    """Choose the default preset.
 
     Args:
-        need: bytes per device of a run of the GPU's model.
-        have: bytes of a GPU; None without one.
-        device: what to call it.
+        need: Bytes per device of a run of the GPU's model.
+        have: Bytes of a GPU; None without a GPU.
+        device: Name of the device.
+
+    Returns:
+        (preset, reason).
     """
     if have is None:
         return CPU_MODEL, f"there is no GPU, only {device}"
@@ -173,8 +250,23 @@ def choose_model(need: int, have: int | None, device: str) -> tuple[str, str]:
     return (GPU_MODEL if fits else CPU_MODEL), why
 
 
-def default_rows(config: Config, mesh: Mesh | AbstractMesh, *, on_gpu: bool) -> int:
-    """Rows of a step: those asked for, or as many as divide over devices and microbatches."""
+def default_out(config: Config, name: str, weights: Path | None) -> str:
+    """Return the default of --out, which belongs to one model, data, tokenizer and row length.
+
+    Data and tokenizers of the same name in other directories get another hash.
+    """
+    short = weights.resolve().name if weights else name
+    files = [str(Path(file).resolve()) for file in config.data.files or ()]
+    key = [str(weights.resolve()) if weights else None, files, config.tokenizer]
+    if key == [None, [], None]:
+        return f"runs/{short}-{config.seq_len}"
+    data = f"-{Path(files[0]).name.split('.')[0]}" if files else ""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=3).hexdigest()
+    return f"runs/{short}{data}-{config.seq_len}-{digest}"
+
+
+def _rows(config: Config, mesh: Mesh | AbstractMesh, *, on_gpu: bool) -> int:
+    """Return the rows of a step: --batch_size, or as many as divide over the devices."""
     if config.batch_size is not None:
         return config.batch_size
     at_least = row_shards(mesh) * config.grad_accum
@@ -182,74 +274,46 @@ def default_rows(config: Config, mesh: Mesh | AbstractMesh, *, on_gpu: bool) -> 
     return max(1, tokens // config.seq_len // at_least) * at_least
 
 
-def read_model(name: str) -> tuple[ModelConfig, Path | None]:
-    """The architecture, and the directory of its weights if it has any.
-
-    Raises:
-        ValueError: no such preset, nor a directory with a readable config.json.
-    """
-    if name in PRESETS:
-        return PRESETS[name], None
-    file = Path(name) / "config.json"
-    if not file.exists():
-        what = "a directory without config.json" if Path(name).is_dir() else "no directory"
-        raise ValueError(f"--model={name} is no preset ({', '.join(PRESETS)}) and {what}")
-    try:
-        return ModelConfig.from_hf(json.loads(file.read_text())), Path(name)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-
-
-def extended(model: ModelConfig, factor: float | None, seq_len: int) -> ModelConfig:
-    """The model with --rope_factor, after checking that its positions reach."""
-    scaling = model.rope_scaling
-    if factor is not None:
-        scaling = RopeScaling(type=scaling.type if scaling else "dynamic", factor=factor)
-    trained = model.max_position_embeddings
-    reach = int(trained * (scaling.factor if scaling else 1))
-    if seq_len > reach:
-        how = f"{scaling.type} scaling by {scaling.factor:g}" if scaling else "no rotary scaling"
-        raise ValueError(
-            f"--seq_len={seq_len} is beyond the {reach:,} positions of the model ({trained:,}, "
-            f"{how}): --rope_factor={math.ceil(seq_len / trained)} extends it, or take a shorter "
-            "--seq_len"
+def _attention(
+    config: Config,
+    model: ModelConfig,
+    mesh: Mesh | AbstractMesh,
+    device: jax.Device | DeviceSpec,
+    rows: int,
+    dtype: np.dtype,
+) -> tuple[str, str]:
+    """Return the attention implementation and the reason for it."""
+    batch = rows // config.grad_accum // row_shards(mesh)
+    q_BTNH, k_BTKH = (
+        jax.ShapeDtypeStruct(
+            (batch, config.seq_len, max(1, heads // mesh.shape["tensor"]), model.head_dim), dtype
         )
-    return model if factor is None else dataclasses.replace(model, rope_scaling=scaling)
+        for heads in (model.num_heads, model.num_kv_heads)
+    )
+    # cuDNN has no document mask: the loop checks that each row has one document.
+    packed = config.attn != "cudnn"
+    mask = jaxattn.Mask(segment_ids=jnp.ones((1, 1), jnp.int32) if packed else None)
+    try:
+        return jaxattn.resolve(
+            config.attn, q_BTNH, k_BTKH, mask, deterministic=config.deterministic, device=device
+        )
+    except NotImplementedError as error:  # in the words of the command line
+        text = re.sub(r"impl='(\w+)'", r"--attn=\1", str(error))
+        raise NotImplementedError(text.replace("deterministic=True", "--deterministic")) from error
+
+
+def _check_offload(config: Config, device: jax.Device | DeviceSpec) -> None:
+    if config.remat != "offload" or isinstance(device, DeviceSpec):
+        return
+    if "pinned_host" not in _memories(device):
+        raise NotImplementedError(
+            f"--remat=offload needs pinned host memory, which {device.device_kind} does not have: "
+            "take --remat=full"
+        )
 
 
 def _memories(device: jax.Device) -> set[str]:
     return {memory.kind for memory in device.addressable_memories()}
-
-
-def read_tokenizer(
-    spec: str | None, weights: Path | None, model: ModelConfig, name: str
-) -> Tokenizer:
-    """The tokenizer that is named, or that of the trained weights; bytes for random ones.
-
-    Args:
-        spec: --tokenizer.
-        weights: directory of the model's weights, if it has any.
-        model: has room for so many tokens.
-        name: of the model.
-
-    Raises:
-        ValueError: it is larger than the model's vocabulary, or trained weights have none.
-        OSError: it cannot be read.
-    """
-    try:
-        tokenizer = load_tokenizer(spec or weights or "byte")
-    except FileNotFoundError as error:
-        if spec is not None:
-            raise
-        raise ValueError(
-            f"{error}: name one with --tokenizer ('byte' for a model that was trained on bytes)"
-        ) from error
-    if tokenizer.vocab_size > model.vocab_size:
-        raise ValueError(
-            f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, more than the "
-            f"{model.vocab_size} that {name} has room for: choose another --tokenizer or --model"
-        )
-    return tokenizer
 
 
 def _lr(name: str, weights: Path | None) -> float:

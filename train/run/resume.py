@@ -1,26 +1,44 @@
-"""Whether a run begins or goes on, and that its directory allows it."""
+"""Decide whether a run starts or resumes, and check that its directory and checkpoint allow it."""
 
+import hashlib
+import json
+import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from models.weights import run_layout
 from train.checkpoint.checkpoints import Checkpoints
-from train.config.config import Config
-from train.log import say
-from train.run.resolve import Settled
+from train.data import Loader
+from train.run.resolve import Run
+from train.run.summary import flags_in_use
+
+log = logging.getLogger(__name__)
 
 OURS = {"checkpoints", "metrics.jsonl", "eval.jsonl"}
-"""A directory that has one of these is a run's."""
+"""Names in a run's directory, by which it is recognised."""
 
 LOGS = {".log", ".txt", ".out", ".err"}
 
+HARMLESS = (
+    *("recipe", "model", "tokenizer", "out", "resume", "save_", "keep_", "log", "verbose", "dry_"),
+    *("eval_every", "prompts", "sample_every", "chat", "profile", "traceback", "dist.", "mesh."),
+    *("epochs", "remat", "scan_layers", "data.val", "data.cache", "data.stall", "data.strict"),
+)
+"""Beginnings of flags that a resumed run may change without a line in the log: they change no
+number of the training, or are compared elsewhere."""
 
-def identity_of(config: Config, settled: Settled) -> dict[str, Any]:
-    """What a checkpoint must share for a run to go on from it; `Loader.restore` adds the data."""
+SAMPLE = 1 << 20  # bytes of a weights file that its fingerprint reads at each end
+
+
+def identity_of(run: Run) -> dict[str, Any]:
+    """Return the values that a run and a checkpoint must share; `check_data` adds the data."""
+    config = run.config
     return {
-        **run_layout.model_identity(settled.model),
-        run_layout.TOKENIZER: settled.tokenizer.fingerprint,
+        **run_layout.model_identity(run.model),
+        run_layout.TOKENIZER: run.tokenizer.fingerprint,
+        "weights": fingerprint_weights(run.weights) if run.weights else None,
         "seq_len": config.seq_len,
         "seed": config.seed,
         "optim.name": config.optim.name,
@@ -29,66 +47,105 @@ def identity_of(config: Config, settled: Settled) -> dict[str, Any]:
     }
 
 
-def starting_step(
-    config: Config, settled: Settled, checkpoints: Checkpoints, identity: dict[str, Any]
-) -> int:
-    """The step to go on from, after checking that going on, or beginning, is possible.
+def fingerprint_weights(directory: Path) -> str:
+    """Hash name, size, and the first and last MiB of each large file of a weights directory."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+        size = path.stat().st_size
+        if size < 4096 and path.suffix not in (".safetensors", ".bin"):
+            continue  # config and code, which may be edited
+        digest.update(f"{path.relative_to(directory)} {size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(SAMPLE))
+            file.seek(max(0, size - SAMPLE))
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def read_checkpoint(
+    run: Run, checkpoints: Checkpoints, identity: Mapping[str, Any]
+) -> Mapping[str, Any] | None:
+    """Return the metadata of the checkpoint to resume from, or None for a new run.
 
     Raises:
-        ValueError: it is not.
+        ValueError: The checkpoint belongs to another run, or the directory holds checkpoints that
+            cannot be read, or --no_resume would overwrite one.
     """
     if checkpoints.latest is None:
-        return 0
-    if not config.resume:
+        if checkpoints.quarantined and run.config.resume:
+            raise ValueError(
+                f"{run.out} holds no readable checkpoint, only damaged ones "
+                f"({checkpoints.quarantined[0].name}): choose another --out, or --no_resume to "
+                "train from the first step"
+            )
+        return None
+    if not run.config.resume:
         raise ValueError(
-            f"{settled.out} holds a checkpoint of step {checkpoints.latest}, and --no_resume would "
+            f"{run.out} holds a checkpoint of step {checkpoints.latest}, and --no_resume would "
             "overwrite it: choose another --out"
         )
-    checkpoints.check(identity)
-    if config.epochs is None:  # else their steps are known once the data is open
-        check_not_beyond(config, settled, checkpoints)
-    say(f"resuming from step {checkpoints.latest} of {settled.out}")
-    return checkpoints.latest
+    return checkpoints.check(identity)
 
 
-def check_not_beyond(config: Config, settled: Settled, checkpoints: Checkpoints) -> None:
-    """Checks that the run has as many steps as are done already; says so if these are all.
+def check_resume(run: Run, step: int, saved: Mapping[str, Any], loader: Loader) -> None:
+    """Check steps and data of a run that resumes, and log each flag that differs.
+
+    Args:
+        run: The run, with its steps known.
+        step: Step of the checkpoint.
+        saved: Metadata of the checkpoint.
+        loader: The training data.
 
     Raises:
-        ValueError: more are done.
+        ValueError: The run has fewer steps than are done, or other data.
     """
-    done = checkpoints.latest or 0
-    if done > config.steps:
+    if step > run.steps:
         raise ValueError(
-            f"{settled.out} is at step {done}, beyond --steps={config.steps}: choose another --out "
-            "or more --steps"
+            f"{run.out} is at step {step}, beyond --steps={run.steps}: choose another --out or "
+            "more --steps"
+        )
+    then, now = saved["config"], json.loads(json.dumps(flags_in_use(run)))
+    if saved["data"]["fingerprint"] != loader.fingerprint:
+        files = {True: "the built-in text", False: ""}
+        names = [" ".join(f["data.files"] or ()) or files[True] for f in (then, now)]
+        what = "other rows" if names[0] == names[1] else names[0]
+        raise ValueError(
+            f"--data: {run.out} was trained on {what}, now it is {names[1]}: choose another --out, "
+            "or give the same files, --tokenizer, --data.* flags and --seed"
+        )
+    log.info(f"resuming from step {step} of {run.out}")
+    for flag, value in now.items():
+        if not flag.startswith(HARMLESS) and value != then.get(flag):
+            log.info(f"--{flag} is {value} from here on, was {then.get(flag)} until step {step}")
+
+
+def check_still_new(run: Run, saved: Mapping[str, Any] | None) -> None:
+    """Check, once the lock is held, that no other run has trained in the directory meanwhile.
+
+    Raises:
+        ValueError: There are checkpoints although this run began without.
+    """
+    latest = Checkpoints(run.out, keep_last=run.config.keep_last).latest
+    if saved is None and latest is not None:
+        raise ValueError(
+            f"another run has trained in {run.out} to step {latest} since this one was started: "
+            "choose another --out, or start again to resume"
         )
 
 
 def check_out(out: Path) -> None:
-    """Checks that a run may write there.
+    """Check that a run may write to its directory.
 
     Raises:
-        OSError: it cannot.
-        ValueError: the directory is one of something else.
+        OSError: The directory cannot be written.
+        ValueError: The directory holds files of something else, which the run's might replace.
+            Logs and hidden files are allowed: people create the directory for them before the run.
     """
-    _check_writable(out)
-    _check_ours(out)
-
-
-def _check_writable(out: Path) -> None:
     there = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     if not there.is_dir():
         raise NotADirectoryError(f"--out={out}: {there} is a file")
     if not os.access(there, os.W_OK):
         raise PermissionError(f"--out={out}: no permission to write in {there}")
-
-
-def _check_ours(out: Path) -> None:
-    """Refuses a directory of something else, whose files the run's might replace.
-
-    Logs and hidden files may lie there: a person makes the directory for them before the run.
-    """
     names = {p.name for p in out.iterdir()} if out.is_dir() else set()
     if names & OURS:
         return

@@ -1,56 +1,51 @@
-"""One run at a time in a directory."""
+"""Lock the directory of a run, so that one run at a time trains there."""
 
-import fcntl
+import logging
 from pathlib import Path
-from typing import IO
 
+import filelock
 import jax
 
-from train.log import say
+log = logging.getLogger(__name__)
 
 NAME = ".lock"
 
 
 class RunLock:
-    """Keeps other runs out of a run's directory; the system frees what a killed process held.
+    """Keep other runs out of a run's directory; the system releases the lock of a killed process.
 
-    Of several processes of a run the first does so for all.
+    Of the processes of a run, the first one holds the lock for all.
     """
 
     def __init__(self, out: Path):
-        """Does nothing yet.
+        """Prepare the lock, without acquiring it.
 
         Args:
-            out: the run's directory, there or not.
+            out: Directory of the run, which need not exist.
         """
         self._out = out
-        self._file: IO | None = None
+        self._lock = filelock.FileLock(out / NAME, blocking=False)
 
-    def claim(self) -> None:
-        """From now on, if the directory is there; may be called again.
+    def acquire(self) -> None:
+        """Acquire the lock if the directory exists. Idempotent.
 
         Raises:
-            ValueError: another run is training there.
+            ValueError: Another run is training in the directory.
         """
-        if self._file is not None or jax.process_index() != 0 or not self._out.is_dir():
+        if self._lock.is_locked or jax.process_index() != 0 or not self._out.is_dir():
             return
-        file = (self._out / NAME).open("w")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.close()
+            self._lock.acquire()
+        except filelock.Timeout as error:
             raise ValueError(
                 f"another run is training in {self._out}: wait for it, or choose another --out"
             ) from error
-        except OSError as error:  # not every shared file system has locks
-            say(f"{file.name} cannot be locked ({error.strerror}): start no second run there")
-        self._file = file
+        except (OSError, NotImplementedError) as error:  # some shared file systems have no locks
+            log.warning(f"{self._lock.lock_file} cannot be locked ({error}): start no second run")
 
     def __enter__(self) -> "RunLock":
         return self
 
     def __exit__(self, *_) -> None:
-        """Lets others in."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        """Release the lock."""
+        self._lock.release()

@@ -1,4 +1,6 @@
-"""A sample of text from what was trained."""
+"""Generate a sample of text from the trained model."""
+
+import logging
 
 import jax
 from flax import nnx
@@ -6,29 +8,27 @@ from jax.experimental import multihost_utils
 
 from models.generate import generate
 from train.atomic import replace_text
-from train.config.config import Config
 from train.data import Batch
-from train.log import say
-from train.run.resolve import Settled
+from train.run.resolve import Run
 from train.step.state import Params
+
+log = logging.getLogger(__name__)
 
 PROMPT_TOKENS, SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 32, 200, 0.8
 
 
-def write_sample(
-    config: Config, settled: Settled, graphdef: nnx.GraphDef, params: Params, batch: Batch
-) -> None:
-    """Lets the model go on from the beginning of a training row, and writes it down."""
+def write_sample(run: Run, graphdef: nnx.GraphDef, params: Params, batch: Batch) -> None:
+    """Continue the beginning of a training row, and write the text to the log and to sample.txt."""
     prompt = multihost_utils.broadcast_one_to_all(batch.tokens[0, :PROMPT_TOKENS]).tolist()
     [tokens] = generate(
         nnx.merge(graphdef, params),
         [prompt],
         max_new_tokens=SAMPLE_TOKENS,
         temperature=SAMPLE_TEMPERATURE,
-        seed=config.seed,
+        seed=run.config.seed,
     )
-    decode = settled.tokenizer.decode
+    decode = run.tokenizer.decode
     text = f"{decode(prompt)}|{decode(tokens)}"
     if jax.process_index() == 0:
-        replace_text(settled.out / "sample.txt", text + "\n")
-    say(f"sample after {config.steps} steps (the prompt ends at |):\n{text}")
+        replace_text(run.out / "sample.txt", text + "\n")
+    log.info(f"sample after {run.steps} steps (the prompt ends at |):\n{text}")

@@ -1,33 +1,38 @@
-"""SIGINT and SIGTERM as a wish that the loop grants between two steps."""
+"""Turn termination signals into a stop request that the train loop reads between steps."""
 
 import contextlib
 import signal
 from collections.abc import Iterator
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Ctrl-C; the end of a job; a closed terminal; warnings of SLURM's --signal."""
 
-class Stop:
-    """Whether someone asked the run to stop, and how."""
+
+class StopRequest:
+    """Name of the first signal that was received, or None."""
 
     name: str | None = None
-    """"SIGINT" or "SIGTERM", or None."""
 
 
 @contextlib.contextmanager
-def stop_on_signals() -> Iterator[Stop]:
-    """Within it a first signal is noted; a second one of the same kind acts as usual.
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Record the first signal inside the block; a second one of the same kind acts as usual.
+
+    A signal that is ignored on entry, as SIGHUP under nohup, stays ignored.
 
     Yields:
-        The wish, for the loop to look at.
+        The request, for the train loop.
     """
-    stop = Stop()
-    usual = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    stop = StopRequest()
+    usual = {s: signal.getsignal(s) for s in SIGNALS}
+    usual = {s: handler for s, handler in usual.items() if handler != signal.SIG_IGN}
 
-    def note(number, _frame):
+    def record(number, _frame):
         stop.name = signal.Signals(number).name
         signal.signal(number, usual[number])
 
     for number in usual:
-        signal.signal(number, note)
+        signal.signal(number, record)
     try:
         yield stop
     finally:

@@ -1,6 +1,8 @@
-"""The bench measures what can run, says why the rest cannot, and writes both down."""
+"""The bench measures the cells that can run, and records them with the reasons of the others."""
 
 import json
+import os
+import tempfile
 
 import numpy as np
 import pytest
@@ -27,14 +29,15 @@ def test_two_calls_make_one_table(tmp_path, capsys, children, without_torch):
     """Real processes: cells that run on a CPU, compile again from the cache, and that cannot."""
     flags = ["--seq_lens", "32", "--tokens", "64", "--repeats", "1", f"--out={tmp_path}"]
     assert bench.main([*flags, "--attn", "xla", "pallas", "--rows", "dense"]) == 0
-    said = capsys.readouterr().out
-    assert "dense       32   2 xla         dots" in said
-    assert "cannot run: attention 'pallas' cannot run: its kernels are for Hopper" in said
+    output = capsys.readouterr().out
+    assert "dense       32   2 xla         dots" in output
+    assert "cannot run: attention 'pallas' cannot run: its kernels are for Hopper" in output
 
     text = tmp_path / "some.jsonl"
     text.write_text("".join(json.dumps({"text": "abc" * n}) + "\n" for n in range(1, 11)))
     again = ["--attn", "xla", "torch_sdpa", "--rows", "data", "--data", str(text), "--remat=full"]
     compact = ["--optim.moment_dtype=int8", "--param_dtype=bf16", "--no_cached", "--scan_layers"]
+    compact += ["--grad_accum=2", "--z_loss=0.01", "--deterministic"]
     assert bench.main([*flags, *again, *compact]) == 0
     cells = json.loads((tmp_path / "bench.json").read_text())["cells"]
     assert [(c["attn"], c["rows"]) for c in cells] == [
@@ -58,7 +61,8 @@ def test_two_calls_make_one_table(tmp_path, capsys, children, without_torch):
     for name in ("nano-dense.png", "nano-data.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert (
-        "| nano | data, 32 x 2 | xla | bf16, int8 | full |" in (tmp_path / "table.md").read_text()
+        "| nano | data, 32 x 2 | xla | bf16, int8, z_loss, deterministic | full x 2 |"
+        in (tmp_path / "table.md").read_text()
     )
 
 
@@ -66,8 +70,8 @@ def test_jobs_compile_first(tmp_path, capsys, children, without_torch):
     """Real processes: what is measured was found in the one cache, and is no cold compile time."""
     flags = "--jobs 2 --attn xla eager --rows dense --seq_lens 32 --tokens 64 --repeats 1".split()
     assert bench.main([*flags, f"--out={tmp_path}"]) == 0
-    said = capsys.readouterr().out
-    assert said.index("compiling the cells first, 2 at a time") < said.index("ms/step")
+    output = capsys.readouterr().out
+    assert output.index("compiling the cells first, 2 at a time") < output.index("ms/step")
     cells = json.loads((tmp_path / "bench.json").read_text())["cells"]
     assert [cell["attn"] for cell in cells] == ["xla", "eager"]
     table = (tmp_path / "table.md").read_text()
@@ -80,7 +84,7 @@ def test_jobs_compile_first(tmp_path, capsys, children, without_torch):
 
 
 def test_default_cells(without_torch):
-    """The table of the README: every length, implementation and kind of rows, the remat chosen."""
+    """Default table: every length, implementation and kind of rows, the remat chosen."""
     cells = list(bench.cells_of(bench.BenchConfig(), on_gpu=True))
     assert len(cells) == len(set(cells)) == 2 * 4 * 6
     assert {c.seq_len * c.batch_size for c in cells} == {32768}
@@ -105,6 +109,7 @@ def test_torch_joins_where_it_is_installed(monkeypatch):
         ["--remat=some"],
         ["--repeats=0"],
         ["--jobs=0"],
+        ["--grad_accum=0"],
         ["--repeat=3"],
         ["--rows=data"],
         ["--data=some.txt"],
@@ -119,11 +124,51 @@ def test_wrong_flags(flags, capsys):
 def test_jobs_below_one_are_named(capsys):
     """Value, bound and what to do instead, on one line."""
     assert bench.main(["--jobs=-2"]) == 2
-    said = capsys.readouterr().err
-    assert said == "error: --jobs=-2 must be at least 1: 1 compiles no cell ahead\n"
+    output = capsys.readouterr().err
+    assert output == "error: --jobs=-2 must be at least 1: 1 compiles no cell ahead\n"
 
 
-def test_cells_of_another_device_are_kept_apart(tmp_path, capsys):
+@pytest.fixture
+def no_cells(monkeypatch):
+    """Fail if a cell is measured."""
+    machine = {"device": "cpu", "versions": "jax 9", "date": "2030-01-02"}
+    monkeypatch.setattr(bench.harness, "machine", lambda: machine)
+    monkeypatch.setattr(bench, "run_cell", lambda *_, **__: pytest.fail("a cell was measured"))
+
+
+def test_cells_of_another_device_are_kept_apart(tmp_path, capsys, no_cells):
     (tmp_path / "bench.json").write_text('{"cells": [{"device": "1 x Abacus"}]}')
     assert bench.main([f"--out={tmp_path}"]) == 2
     assert "is of 1 x Abacus, not" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["bench.json", "table.md", "."])
+def test_an_out_that_cannot_be_written_is_refused_before_measuring(
+    tmp_path, capsys, no_cells, name
+):
+    """The name of a result is a directory, or --out itself is a file."""
+    out = tmp_path / "out"
+    if name == ".":
+        out.write_text("a file")
+    else:
+        (out / name).mkdir(parents=True)
+    assert bench.main([f"--out={out}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and str(out) in error and error.count("\n") == 1
+
+
+def test_an_out_without_permission_is_refused_before_measuring(capsys, no_cells):
+    """The directory is read-only; root gives up its rights for the call."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o555)
+        root = os.getuid() == 0
+        if root:
+            os.chown(name, 65534, 65534)
+            os.setresuid(65534, 65534, 0)
+        try:
+            assert bench.main([f"--out={name}"]) == 2
+        finally:
+            if root:
+                os.setresuid(0, 0, 0)
+        error = capsys.readouterr().err
+        assert "Permission denied" in error and name in error and error.count("\n") == 1

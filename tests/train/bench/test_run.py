@@ -1,6 +1,7 @@
-"""Cells run in processes of their own; with several jobs they are compiled before, in one cache."""
+"""Cells run in child processes; with several jobs they are compiled first, into one cache."""
 
 import dataclasses
+import sys
 import threading
 import time
 from pathlib import Path
@@ -14,29 +15,29 @@ CELLS = [dataclasses.replace(CELL, seq_len=length) for length in (8, 16, 32, 64,
 
 
 def test_a_process_that_dies_is_a_line(monkeypatch):
-    monkeypatch.setattr(bench_run.sys, "executable", "/bin/false")
-    assert bench_run.run_cell(CELL, cached=True)["why"] == "process ended with 1: nothing"
-    with bench_run.compiled_ahead([CELL], 2) as ahead:
-        assert ahead.failed == {CELL: "process ended with 1: nothing"}
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert bench_run.run_cell(CELL, cached=True)["why"] == "process ended with 1: no message"
+    with bench_run.compile_first([CELL], 2) as ahead:
+        assert ahead.failed == {CELL: "process ended with 1: no message"}
 
 
 class Children:
-    """Stands for the processes, and remembers them.
+    """Replace the child processes, and record them.
 
     Attributes:
         calls: (seq_len, flags, environment) in the order in which they began.
         together: for each, how many ran at the same time, itself included.
-        said: what measuring says.
+        result: what a measuring process returns.
     """
 
     def __init__(self, *, refused=(), group=1):
-        """`refused` lengths have a why. Once one has compiled, so many wait for one another."""
-        self.calls, self.together, self.said = [], [], {"ms": 1.0}
+        """`refused` lengths have a why. After the first, `group` of them wait for each other."""
+        self.calls, self.together, self.result = [], [], {"ms": 1.0}
         self._refused, self._barrier = refused, threading.Barrier(group, timeout=30)
         self._running, self._compiled, self._lock = 0, False, threading.Lock()
 
     def __call__(self, module, fields, *flags, **variables):
-        """Takes the place of `bench_run._run`."""
+        """Replace `harness.run_child`."""
         length, in_group = fields["seq_len"], self._compiled
         with self._lock:
             self.calls.append((length, flags, variables))
@@ -53,13 +54,13 @@ class Children:
         if length in self._refused:
             return fields | {"why": f"not {length}"}
         self._compiled = True
-        return {"compile_seconds": 9.0, "cache_hits": 0} if flags else self.said
+        return {"compile_seconds": 9.0, "cache_hits": 0} if flags else self.result
 
 
 def use(monkeypatch, **how) -> Children:
-    """No processes, but these."""
+    """Replace the child processes."""
     children = Children(**how)
-    monkeypatch.setattr(bench_run, "_run", children)
+    monkeypatch.setattr(bench_run.harness, "run_child", children)
     return children
 
 
@@ -67,7 +68,7 @@ def test_the_first_is_alone_and_then_two_at_a_time(monkeypatch):
     """All into one cache, which is there until the end, and without taking the whole GPU."""
     children = use(monkeypatch, group=2)
     torch = dataclasses.replace(CELL, attn="torch_sdpa")
-    with bench_run.compiled_ahead([torch, *CELLS], 2) as ahead:
+    with bench_run.compile_first([torch, *CELLS], 2) as ahead:
         assert Path(ahead.cache).is_dir() and ahead.failed == {}
     assert not Path(ahead.cache).exists()
     assert children.together == [1, 2, 2, 2, 2]
@@ -82,7 +83,7 @@ def test_the_first_is_alone_and_then_two_at_a_time(monkeypatch):
 def test_one_that_does_not_compile_is_not_the_first(monkeypatch):
     """Nor does it stop the others: the next one is alone, for what it leaves in the cache."""
     children = use(monkeypatch, refused=(8,), group=3)
-    with bench_run.compiled_ahead(CELLS, 3) as ahead:
+    with bench_run.compile_first(CELLS, 3) as ahead:
         assert ahead.failed == {CELLS[0]: "not 8"}
     assert children.together == [1, 1, 3, 3, 3]
 
@@ -90,16 +91,16 @@ def test_one_that_does_not_compile_is_not_the_first(monkeypatch):
 def test_none_compiles(monkeypatch):
     lengths = tuple(cell.seq_len for cell in CELLS)
     use(monkeypatch, refused=lengths)
-    with bench_run.compiled_ahead(CELLS, 2) as ahead:
+    with bench_run.compile_first(CELLS, 2) as ahead:
         assert ahead.failed == {cell: f"not {cell.seq_len}" for cell in CELLS}
 
 
-def test_what_was_compiled_ahead_has_no_cold_time(monkeypatch):
+def test_what_was_compile_first_has_no_cold_time(monkeypatch):
     """One process, with the whole GPU, and its compile time is that from the cache."""
     children = use(monkeypatch)
-    children.said = {"ms": 1.0, "compile_seconds": 0.5, "cache_hits": 1}
-    ahead = bench_run.Ahead(cache="there", failed={})
-    found = bench_run.run_cell(CELL, cached=True, ahead=ahead)
+    children.result = {"ms": 1.0, "compile_seconds": 0.5, "cache_hits": 1}
+    ahead = bench_run.CompiledCells(cache="there", failed={})
+    found = bench_run.run_cell(CELL, cached=True, compiled=ahead)
     assert found == {"ms": 1.0, "cached_compile_seconds": 0.5, "cached_cache_hits": 1}
     [(_, flags, variables)] = children.calls
     assert flags == () and variables["JAX_COMPILATION_CACHE_DIR"] == "there"
@@ -108,21 +109,21 @@ def test_what_was_compiled_ahead_has_no_cold_time(monkeypatch):
 
 @pytest.mark.parametrize(
     ("failed", "why"),
-    [({}, "what was compiled ahead was not found"), ({CELL: "killed"}, "killed")],
+    [({}, "the compiled step was not in the cache"), ({CELL: "killed"}, "killed")],
 )
-def test_what_the_cache_did_not_have_is_said(monkeypatch, failed, why):
+def test_a_step_missing_in_the_cache_is_reported(monkeypatch, failed, why):
     """It was compiled while measured, with what others left: neither cold nor from the cache."""
     children = use(monkeypatch)
-    children.said = {"ms": 1.0, "compile_seconds": 40.0, "cache_hits": 0}
-    ahead = bench_run.Ahead(cache="there", failed=failed)
-    found = bench_run.run_cell(CELL, cached=True, ahead=ahead)
+    children.result = {"ms": 1.0, "compile_seconds": 40.0, "cache_hits": 0}
+    ahead = bench_run.CompiledCells(cache="there", failed=failed)
+    found = bench_run.run_cell(CELL, cached=True, compiled=ahead)
     assert found == {"ms": 1.0, "cached_why": why}
 
 
 def test_one_job_compiles_cold_and_again(monkeypatch):
-    """As ever: a cache for each cell, and a second process for what it gives."""
+    """Each cell has its own cache, and a second process compiles from it."""
     children = use(monkeypatch)
-    children.said = {"ms": 1.0, "remat": "dots", "compile_seconds": 40.0, "cache_hits": 0}
+    children.result = {"ms": 1.0, "remat": "dots", "compile_seconds": 40.0, "cache_hits": 0}
     found = bench_run.run_cell(CELL, cached=True)
     assert found["compile_seconds"] == 40.0 and found["cached_compile_seconds"] == 9.0
     assert [flags for _, flags, _ in children.calls] == [(), ("--compile_only",)]

@@ -14,6 +14,11 @@ from train.data import Batch
 from train.metrics.flops import causal_pairs, training_flops
 
 
+def test_rows_of_a_step_are_a_multiple_of_the_microbatches():
+    sizes = [dataclasses.replace(CELL, tokens=t, grad_accum=2).batch_size for t in (32, 96, 128)]
+    assert sizes == [2, 2, 4]
+
+
 def test_packed_rows_are_documents():
     rows = random_rows(2, 32768, 320, packed=True)
     lengths = np.bincount(rows.segment_ids[0])[1:]
@@ -66,7 +71,7 @@ def test_padding_is_no_work():
 
 
 class Device:
-    """A step takes as long as it says, by a clock of its own."""
+    """A device with its own clock, on which each step takes a given time."""
 
     def __init__(self, monkeypatch, seconds):
         """`seconds` of the first steps; the last of them is that of all others."""

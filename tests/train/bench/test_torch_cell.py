@@ -75,6 +75,7 @@ def test_a_batch_in_parts_is_the_same_step():
         ({"remat": "dots"}, "not dots"),
         ({"state": "int8"}, "in the type of the weights"),
         ({"optim": "lion"}, "in the type of the weights"),
+        ({"grad_accum": 2}, "have no --grad_accum"),
         ({"dtype": "bfloat16"}, "finds no CUDA GPU"),
     ],
     ids=str,

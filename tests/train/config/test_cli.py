@@ -1,13 +1,21 @@
 """Flags become a config, and a wrong flag becomes one line."""
 
+import itertools
+import re
+import typing
+
 import pytest
 
+import jaxattn
+from jaxattn.api import Impl
+from models.remat import REMAT
 from train.config.cli import flags, parse
-from train.config.config import Config
+from train.config.config import Config, Remat
+from train.config.synonyms import SYNONYMS
 
 
 def parsed(*argv: str) -> Config:
-    return parse(Config, argv, "train.main")
+    return parse(Config, argv, "train.main", synonyms=SYNONYMS)
 
 
 def test_no_flags_are_the_defaults():
@@ -36,8 +44,14 @@ def test_flags_as_people_type_them():
         (["--data"], "^--data names no file: name some, or leave it out"),
         (["--data", "--seq_len=64"], "^--data names no file: name some, or leave it out"),
         (["--data.val"], "^--data.val names neither files nor a share"),
-        (["--seq_len=many"], "Error parsing --seq_len: .*'many'"),
-        (["--dtype=float16"], "invalid choice 'float16' for argument '--dtype'"),
+        (["--seq_len=many"], "^--seq_len=many must be INT$"),
+        (["--z_loss=much"], "^--z_loss=much must be FLOAT$"),
+        (["--optim.lr=abc"], "^--optim.lr=abc must be FLOAT$"),
+        (["--optim.betas", "a", "b"], "^--optim.betas=a b must be FLOAT FLOAT$"),
+        (["--mesh.fsdp=1.5"], "^--mesh.fsdp=1.5 must be INT$"),
+        (["--dtype=float16"], "^--dtype=float16 must be one of bfloat16, float32$"),
+        (["--attn=palas"], "^--attn=palas must be one of auto, cudnn, eager, flash_attention_2"),
+        (["--remat=some"], "^--remat=some must be one of attention, dots, full, none, offload, q"),
         (["--model"], "Missing value for argument '--model'"),
     ],
 )
@@ -54,3 +68,62 @@ def test_help_shows_every_flag(capsys):
     text = capsys.readouterr().out
     assert [flag for flag in flags(Config) if flag not in text] == []
     assert {"--data", "--data.strict", "--optim.lr", "--mesh.fsdp"} <= set(flags(Config))
+
+
+def test_help_fits_80_columns_without_breaks_inside_sentences(monkeypatch, capsys):
+    """A line ends where the next word would not fit, not where the source code has a line break."""
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        parsed("--help")
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    texts = [line.strip("│").rstrip() for line in lines if line.startswith("│")]
+    columns = [re.match(r" +(?:-\S.*?  +)?", text) for text in texts]
+    indented = [t for t, c in zip(texts, columns, strict=True) if c and c.end() > 20]
+    for line, following in itertools.pairwise(indented):
+        if line.lstrip()[0].isalpha() and not line.endswith((".", ")")):
+            assert len(line) + 1 + len(following.split()[0]) > 76, line
+
+
+def test_choices_are_those_of_the_code():
+    """--attn and --remat are Literals, so that parsing checks them and --help lists them."""
+    assert {*typing.get_args(Impl)} == {"auto", *jaxattn.IMPLEMENTATIONS, *jaxattn.ALIASES}
+    assert {*typing.get_args(Remat)} == {*REMAT}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("--lr", "--optim.lr"),
+        ("--learning_rate", "--optim.lr"),
+        ("--learning-rate", "--optim.lr"),
+        ("--output_dir", "--out"),
+        ("--warmup_ratio", "--optim.warmup_ratio"),
+        ("--grad_clip", "--optim.clip"),
+        ("--max_norm", "--optim.clip"),
+        ("--gradient_checkpointing", "--remat"),
+        ("--lora_rank", "LoRA is not supported yet"),
+        ("--per_device_train_batch_size", "--batch_size"),
+        ("--gradient_accumulation_steps", "--grad_accum"),
+        ("--accumulative_counts", "--grad_accum"),
+        ("--bf16", "--dtype=bfloat16"),
+        ("--num_train_epochs", "--epochs"),
+        ("--save_steps", "--save_every"),
+        ("--cutoff_len", "--seq_len"),
+        ("--max_length", "--seq_len"),
+        ("--model_name_or_path", "--model"),
+        ("--training.seq_len", "--seq_len"),
+        ("--deepspeed", "--mesh.fsdp"),
+    ],
+)
+def test_flags_of_other_trainers_name_ours(theirs, ours):
+    with pytest.raises(ValueError, match=f"unknown argument {theirs}: .*{ours}(\\W|$)"):
+        parsed(f"{theirs}=1")
+
+
+def test_hints_name_flags_that_exist():
+    known = {*flags(Config)}
+    for name, hint in SYNONYMS.items():
+        for flag in re.findall(r"--[a-z_.]+", hint):
+            assert flag.rstrip(".") in known, (name, flag)
+        assert f"--{name}" not in known, name

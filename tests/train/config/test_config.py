@@ -18,6 +18,7 @@ from train.config.sections import MeshConfig, OptimConfig
             "--batch_size=3 must be a multiple of --grad_accum=2",
         ),
         (lambda: OptimConfig(lr=-1.0), "--optim.lr=-1.0 must be above 0"),
+        (lambda: OptimConfig(betas=(0.9, 0.99999999)), "and at most 0.99999994"),
         (lambda: OptimConfig(betas=(0.9, 1.0)), r"--optim.betas=\(0.9, 1.0\) must be in \[0, 1\)"),
         (lambda: OptimConfig(warmup_ratio=2.0), "--optim.warmup_ratio=2.0 must be a share"),
         (lambda: OptimConfig(clip=0.0), "--optim.clip=0.0 must be above 0"),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from train.distributed.device import compiler_options
-from train.run import loop, parts
+from train.run import build, loop
 
 OPTIONS = {"xla_gpu_deterministic_ops": True}
 
@@ -37,13 +37,10 @@ def test_a_deterministic_run_asks_for_it(program, tiny_run, tmp_path, monkeypatc
         raise Asked(options)
 
     if program == "step":
-        monkeypatch.setattr(loop, "compile_training", parts.compile_training)
-        monkeypatch.setattr(parts, "compile_step", stop_at_step)
+        monkeypatch.setattr(build, "compile_step", stop_at_step)
     else:
         monkeypatch.setattr(loop, "compile_training", lambda *_: None)
         monkeypatch.setattr(loop, "Evaluation", stop_at_evaluation)
-    monkeypatch.setattr(loop, "first_params", lambda *_: None)
-    monkeypatch.setattr(loop, "new_state", lambda params, tx, like: like)
     config = dataclasses.replace(tiny_run(tmp_path / "out"), deterministic=True)
     with pytest.raises(Asked) as asked:
         loop.run(config)

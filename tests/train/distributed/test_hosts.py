@@ -1,5 +1,6 @@
 """Several processes are one run: same losses, one checkpoint, and no one waits for the dead."""
 
+import os
 import signal
 import socket
 import subprocess
@@ -13,7 +14,8 @@ import pytest
 from tests.train.runs import losses, start
 from train.checkpoint.checkpoints import Checkpoints
 from train.config.sections import DistConfig
-from train.distributed.hosts import connect, share_of
+from train.distributed import hosts
+from train.distributed.hosts import TORCHRUN, bind_address, connect, share_of
 
 SIGNAL_AT = """
 import os, signal
@@ -54,6 +56,7 @@ def launch(tiny, out: Path, processes: int, *, which=0, first="", own=()) -> lis
             f"--dist.coordinator=localhost:{port}",
             f"--dist.processes={processes}",
             f"--dist.id={process}",
+            "--dist.timeout_minutes=0.5",
         ]
         log = out.with_name(f"{out.name}.{process}.log")
         flags += own if process == processes - 1 else ()
@@ -71,13 +74,14 @@ def said(out: Path, process: int) -> str:
     return out.with_name(f"{out.name}.{process}.log").read_text()
 
 
+@pytest.mark.timeout(900)  # `launch` waits 240 s for each process and then fails with their logs
 def test_two_processes_train_end_together_and_resume(tiny, finished, tmp_path):
     """One is killed in step 5: the other says so in one line, and both go on from step 3."""
     out = tmp_path / "out"
     kill = SIGNAL_AT.format(step=5, signal="SIGKILL")
     assert launch(tiny, out, 2, which=1, first=kill) == [1, -signal.SIGKILL]
     errors = [line for line in said(out, 0).splitlines() if "error: " in line]
-    assert len(errors) == 1 and "process 1 of the run has ended: start all of them" in errors[0]
+    assert len(errors) == 1 and "another process of the run has ended or does not an" in errors[0]
     assert "Traceback" not in said(out, 0) and "stack trace" not in said(out, 0)
     assert Checkpoints(out, keep_last=2).latest in (None, 3)
 
@@ -108,7 +112,7 @@ def test_process_0_killed(tiny, tmp_path):
     kill = SIGNAL_AT.format(step=5, signal="SIGKILL")
     assert launch(tiny, out, 2, first=kill) == [-signal.SIGKILL, 1]
     assert time.monotonic() - begun < 120
-    assert "of the run has ended: start all of them again" in said(out, 1)
+    assert "of the run has ended or does not answer: start all processes" in said(out, 1)
 
 
 @pytest.mark.parametrize(
@@ -156,6 +160,7 @@ def test_a_launch_of_several_is_left_to_jax(env, monkeypatch):
     launched(monkeypatch, env)
     calls = []
     monkeypatch.setattr("jax.distributed.initialize", lambda **given: calls.append(given))
+    monkeypatch.setattr(hosts, "_one_line_for_aborts", lambda: None)
     connect(DistConfig())
     assert calls == [{"initialization_timeout": 240, "heartbeat_timeout_seconds": 120}]
     connect(DistConfig(processes=1))
@@ -184,7 +189,7 @@ def test_processes_that_do_not_meet_are_one_line(process):
     )
     [said] = [line for line in done.stderr.splitlines() if line]
     assert "error: the processes of the run did not meet at localhost:" in said
-    assert "within 0.03 minutes: is each of them started" in said
+    assert "within 0.03 minutes: is each process started" in said
     assert (done.returncode, done.stdout) == (1, "")
 
 
@@ -194,7 +199,7 @@ def test_processes_with_different_flags_are_refused(tiny, tmp_path):
     assert launch(tiny, out, 2, own=["--seed=7", "--steps=9"]) == [1, 1]
     for process in range(2):
         [error] = [line for line in said(out, process).splitlines() if "error: " in line]
-        assert "were given different --seed, --steps: give all the same" in error
+        assert "have different --seed, --steps: give all the same" in error
     assert not out.exists()
 
 
@@ -217,7 +222,103 @@ def test_contradictory_flags(flags, message):
 def launched(monkeypatch, env) -> None:
     for name in ("SLURM_STEP_NODELIST", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    for name in ("KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"):
+    for name in ("KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX", *TORCHRUN, "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
+
+
+TORCH = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("more", "arguments"),
+    [
+        ({}, {"coordinator_address": "node0:29500"}),
+        ({"TORCHELASTIC_USE_AGENT_STORE": "True"}, {"coordinator_address": "node0:29501"}),
+        (
+            {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"},
+            {"coordinator_address": "node0:29500", "local_device_ids": [1]},
+        ),
+    ],
+)
+def test_variables_of_torchrun_start_a_run_of_several_processes(more, arguments, monkeypatch):
+    """With torchrun's agent, which itself listens at MASTER_PORT, the next port is used."""
+    launched(monkeypatch, TORCH | more)
+    calls = []
+    monkeypatch.setattr("jax.distributed.initialize", lambda **given: calls.append(given))
+    monkeypatch.setattr(hosts, "_one_line_for_aborts", lambda: None)
+    connect(DistConfig())
+    [given] = calls
+    assert given == given | arguments | {"num_processes": 2, "process_id": 1}
+    connect(DistConfig(processes=1))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("missing", TORCHRUN)
+def test_torchrun_with_a_variable_missing_is_refused_by_name(missing, monkeypatch):
+    launched(monkeypatch, {k: v for k, v in TORCH.items() if k != missing})
+    if missing == "WORLD_SIZE":
+        connect(DistConfig())  # as in a shell that has RANK for reasons of its own
+        return
+    with pytest.raises(ValueError, match=f"WORLD_SIZE=2 .*{missing}.*--dist.processes=1 to train"):
+        connect(DistConfig())
+
+
+def test_a_host_name_that_resolves_to_loopback_is_bound_on_all_interfaces(monkeypatch):
+    """Debian's 127.0.1.1: other hosts must reach process 0 all the same. Else only its address."""
+    addresses = {"deb": "127.0.1.1", "localhost": "127.0.0.1", "127.0.0.1": "127.0.0.1"}
+    addresses |= {"own": "127.0.0.7", "nat": "203.0.113.9"}
+
+    def getaddrinfo(host, port, **_):
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (addresses[host], port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    port = free_port()
+    anywhere = {f"[::]:{port}", f"0.0.0.0:{port}"}
+    assert bind_address(f"deb:{port}") in anywhere
+    assert bind_address(f"nat:{port}") in anywhere  # not an address of this machine
+    assert bind_address(f"localhost:{port}") == f"127.0.0.1:{port}"
+    assert bind_address(f"127.0.0.1:{port}") == f"127.0.0.1:{port}"
+    monkeypatch.setattr("ipaddress.IPv4Address.is_loopback", False)
+    assert bind_address(f"own:{port}") == f"127.0.0.7:{port}"  # the coordinator's alone
+
+
+def test_no_socket_of_its_own_listens(monkeypatch):
+    """What a port scanner connects to is jax's service, which does not wait for it."""
+    monkeypatch.setattr(socket.socket, "listen", lambda *_: pytest.fail("listens"))
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("connects"))
+    bind_address(f"localhost:{free_port()}")
+
+
+def train(*flags: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "train.main", "--model=nano", *flags],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+    )
+
+
+def test_a_port_that_is_taken_is_one_line():
+    """By another program, or by a second process with --dist.id=0."""
+    with socket.create_server(("localhost", 0)) as server:
+        where = f"--dist.coordinator=localhost:{server.getsockname()[1]}"
+        done = train(where, "--dist.processes=2", "--dist.id=0")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "is taken by another program, or by a second process with --dist.id=0" in done.stderr
+
+
+def test_the_same_id_twice_is_one_line_each():
+    """Jax aborts each of them with a page of C++."""
+    flags = [f"--dist.coordinator=localhost:{free_port()}", "--dist.processes=3"]
+    flags += ["--dist.timeout_minutes=0.2"]
+    command = [sys.executable, "-m", "train.main", "--model=nano", *flags]
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": env}
+    running = [subprocess.Popen([*command, f"--dist.id={i}"], **pipes) for i in (0, 1, 1)]
+    for process in running:
+        text, _ = process.communicate(timeout=240)
+        assert process.returncode == 1, text
+        assert text.count("\n") == 1 and "each process started, once, with the same" in text

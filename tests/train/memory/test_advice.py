@@ -18,11 +18,11 @@ LONG = Config(model="internlm2-1.8b", seq_len=32768, remat="attention")
 
 
 def advise(gib, config=LONG, rows=1, attn="pallas"):
-    return sizing(rows, attn).advice(config, int(gib * GiB))
+    return sizing(rows, attn).memory_advice(config, config.remat or "full", int(gib * GiB))
 
 
 def need(config=LONG, rows=1, attn="pallas"):
-    return sizing(rows, attn).plan(config).total / GiB
+    return sizing(rows, attn).plan(config, remat=config.remat or "full").total / GiB
 
 
 def sizing(rows, attn):

@@ -8,8 +8,6 @@ from jax.sharding import AbstractMesh
 
 from models.config import PRESETS
 from train.config.config import Config
-from train.config.sections import MeshConfig
-from train.distributed.mesh import make_mesh
 from train.memory.plan import GiB
 from train.memory.sizing import REMAT_BY_SPEED, Sizing, choose_remat, in_scan
 
@@ -31,19 +29,14 @@ def test_the_fastest_that_fits():
 
 
 def test_by_device():
-    chosen = [LONG.with_remat(CONFIG, gib * GiB).remat for gib in (130, 60, 38)]
+    chosen = [LONG.fastest_remat(CONFIG, gib * GiB) for gib in (130, 60, 38)]
     assert chosen == [*REMAT_BY_SPEED]
-
-
-def test_what_is_asked_for_stays():
-    config = dataclasses.replace(CONFIG, remat="none")
-    assert LONG.with_remat(config, 10 * GiB) is config
 
 
 def test_parts_of_a_step_need_less():
     eight = dataclasses.replace(LONG, rows=8)
     parts = [
-        eight.plan(dataclasses.replace(CONFIG, grad_accum=grad_accum)).total
+        eight.plan(dataclasses.replace(CONFIG, grad_accum=grad_accum), remat="full").total
         for grad_accum in (1, 2, 4, 8)
     ]
     assert parts == sorted(parts, reverse=True) and len({*parts}) == 4
@@ -61,10 +54,9 @@ def test_parts_of_a_step_need_less():
     ],
 )
 def test_layers_are_a_loop_where_that_is_better(remat, asked, on_gpu, scan):
-    mesh = LONG.mesh if on_gpu else make_mesh(MeshConfig())
-    assert in_scan(Config(remat=remat, scan_layers=asked), mesh) is scan
+    assert in_scan(asked, remat, on_gpu=on_gpu) is scan
 
 
 def test_offload_of_unrolled_layers_is_refused():
     with pytest.raises(ValueError, match="--scan_layers=False with --remat=offload would hold"):
-        in_scan(Config(remat="offload", scan_layers=False), LONG.mesh)
+        in_scan(False, "offload", on_gpu=True)

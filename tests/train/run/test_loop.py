@@ -1,6 +1,7 @@
 """A run: its losses are known, and being stopped or run twice does not change them."""
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -8,7 +9,9 @@ import threading
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from tests.train.runs import losses, params
@@ -16,7 +19,8 @@ from train.checkpoint.checkpoints import Checkpoints
 from train.config.config import Config
 from train.config.sections import DataConfig
 from train.data import Loader
-from train.run import loop, stepping
+from train.metrics.records import Records
+from train.run import build, loop, train_loop
 from train.run.loop import run
 
 GOLDEN = Path(__file__).parent / "golden_losses.json"
@@ -79,7 +83,7 @@ def test_sigterm_saves_and_the_next_run_goes_on(tiny_run, finished, tmp_path, ca
     """Two signals: the run ends after the step, with a checkpoint of exactly that step."""
     out = tmp_path / "stopped"
     with monkeypatch.context() as patch:
-        put_batch = stepping.put_batch
+        put_batch = train_loop.put_batch
         calls = []
 
         def put_and_signal(*args, **kwargs):
@@ -88,9 +92,9 @@ def test_sigterm_saves_and_the_next_run_goes_on(tiny_run, finished, tmp_path, ca
                 os.kill(os.getpid(), signal.SIGTERM)
             return put_batch(*args, **kwargs)
 
-        patch.setattr(stepping, "put_batch", put_and_signal)
+        patch.setattr(train_loop, "put_batch", put_and_signal)
         run(tiny_run(out))
-    assert "stopped by SIGTERM after step 5; the same command goes on" in capsys.readouterr().out
+    assert "stopped by SIGTERM after step 5; the same command resumes" in capsys.readouterr().out
     assert Checkpoints(out, keep_last=2).latest == 5
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     half = out / "checkpoints" / "7.orbax-checkpoint-tmp"  # as a kill while saving leaves it
@@ -114,7 +118,7 @@ def test_finished_run_says_so_and_trains_nothing(tiny_run, finished, capsys):
 @pytest.fixture
 def nan_in(monkeypatch):
     """Makes the loss of chosen batches NaN, counted from 1."""
-    put_batch = stepping.put_batch
+    put_batch = train_loop.put_batch
 
     def inject(which) -> None:
         calls = []
@@ -124,7 +128,7 @@ def nan_in(monkeypatch):
             mask = batch.loss_mask * np.float32(np.nan if len(calls) in which else 1)
             return put_batch(batch._replace(loss_mask=mask), **kwargs)
 
-        monkeypatch.setattr(stepping, "put_batch", put)
+        monkeypatch.setattr(train_loop, "put_batch", put)
 
     return inject
 
@@ -135,7 +139,7 @@ def test_a_nan_in_one_batch_is_skipped_and_said(tiny_run, finished, tmp_path, na
     out = tmp_path / "out"
     run(tiny_run(out))
     assert "step 5 skipped: loss nan, gradient norm nan; documents " in capsys.readouterr().out
-    assert losses(out)[:4] == losses(finished)[:4] and np.isnan(losses(out)[4])
+    assert losses(out)[:4] == losses(finished)[:4] and losses(out)[4] is None
     assert np.isfinite(losses(out)[5:]).all() and losses(out)[7] < losses(out)[0]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped"] for line in lines] == [0] * 4 + [1] * 4
@@ -190,3 +194,59 @@ def test_data_that_stalls_saves_and_stops_the_run(tiny_run, tmp_path, monkeypatc
         run(config)
     release.set()
     assert Checkpoints(out, keep_last=2).latest == 4
+
+
+def test_any_error_of_the_host_saves_the_last_step(tiny_run, finished, tmp_path, monkeypatch):
+    """A disk that is full for metrics.jsonl, say: nothing trained is lost, and it goes on."""
+    out = tmp_path / "out"
+    write = Records.write
+
+    def full(self, *lines):
+        if lines and lines[0]["step"] == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, *lines)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Records, "write", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            run(tiny_run(out))
+    assert Checkpoints(out, keep_last=2).latest == 5  # the step after it was under way
+    run(tiny_run(out))
+    jax.tree.map(np.testing.assert_array_equal, params(out, 8), params(finished, 8))
+
+
+def test_an_error_between_batch_and_step_loses_no_batch(tiny_run, finished, tmp_path, monkeypatch):
+    """The batch was drawn and not used: the checkpoint has the position before it."""
+    out, put_batch, calls = tmp_path / "out", train_loop.put_batch, []
+
+    def fail(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 5:
+            raise RuntimeError("no memory for the batch")
+        return put_batch(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_loop, "put_batch", fail)
+        with pytest.raises(RuntimeError, match="no memory for the batch"):
+            run(tiny_run(out))
+    assert Checkpoints(out, keep_last=2).latest == 4
+    run(tiny_run(out))
+    same_end(out, finished)
+
+
+def test_an_update_that_is_not_finite_is_skipped(tiny_run, tmp_path, monkeypatch):
+    """Finite gradients can give one: beta2 so near to 1 that the bias correction divides by 0."""
+    optimizer = build.optimizer
+
+    def broken(*args, **kwargs):
+        at_two = optax.scale_by_schedule(lambda n: jnp.where(n == 2, jnp.nan, 1.0))
+        return optax.chain(optimizer(*args, **kwargs), at_two)
+
+    monkeypatch.setattr(build, "optimizer", broken)
+    out = tmp_path / "out"
+    with pytest.raises(FloatingPointError, match="5 steps in a row were skipped"):
+        run(tiny_run(out))
+    last = params(out, Checkpoints(out, keep_last=2).latest)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(last))
+    first, *_ = (out / "skipped.jsonl").read_text().splitlines()
+    assert json.loads(first)["step"] == 3

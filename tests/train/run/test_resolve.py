@@ -1,38 +1,34 @@
 """What is chosen where nothing is said, and what is refused before any work."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 
-import jaxattn
+from jaxattn.device import GPUS
 from models.config import PRESETS
-from tests.jaxattn.interpret import hopper
-from train.attention import resolve_attention
 from train.config.config import Config
-from train.config.sections import MeshConfig, OptimConfig
-from train.distributed.mesh import make_mesh
-from train.run.parts import model_maker
-from train.run.resolve import choose_model, settle
+from train.config.sections import DataConfig, MeshConfig, OptimConfig
+from train.run.resolve import choose_model, default_out, resolve
 
 DATA = Path(__file__).parents[2] / "data"
 
 
 def test_cpu_defaults():
-    settled = settle(Config())
-    assert settled.name == "nano" and settled.model == PRESETS["nano"]
-    assert settled.dtype == jnp.dtype("float32") and settled.attn == "xla"
-    assert settled.rows * 512 == 4096  # 2,048 tokens would leave devices without a row
-    assert str(settled.out) == "runs/nano-512" and settled.lr == 2e-3
-    assert settled.tokenizer.name == "byte"
-    assert any("no GPU" in note for note in settled.notes)
+    run = resolve(Config())
+    assert run.name == "nano" and run.model == PRESETS["nano"]
+    assert run.execution.dtype == jnp.dtype("float32") and run.execution.attn == "xla"
+    assert run.rows * 512 == 4096  # 2,048 tokens would leave devices without a row
+    assert str(run.out) == "runs/nano-512" and run.lr == 2e-3
+    assert run.tokenizer.name == "byte"
+    assert any("no GPU" in note for note in run.notes)
 
 
 def test_flags_win(tiny):
-    settled = settle(
+    run = resolve(
         Config(
             model="tiny",
             batch_size=16,
@@ -46,34 +42,31 @@ def test_flags_win(tiny):
             mesh=MeshConfig(data=2),
         )
     )
-    assert settled.notes == () and settled.model is PRESETS["tiny"]
-    assert (settled.rows, settled.attn, settled.lr, str(settled.out)) == (16, "xla", 1.0, "here")
-    assert settled.dtype == jnp.dtype("bfloat16")
-    assert (settled.remat, settled.scan) == ("qkv", False)
-    assert dict(settled.mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert run.notes == () and run.model is PRESETS["tiny"]
+    assert (run.rows, run.execution.attn, run.lr, str(run.out)) == (16, "xla", 1.0, "here")
+    assert run.execution.dtype == jnp.dtype("bfloat16")
+    assert (run.execution.remat, run.execution.scan) == ("qkv", False)
+    assert dict(run.mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 1}
 
 
 def test_remat_is_chosen_and_said(tiny):
-    settled = settle(Config(model="tiny"))
-    assert settled.remat == "dots" and "remat dots: the fastest that fits" in settled.notes[-1]
-    assert settled.scan  # on a CPU
+    run = resolve(Config(model="tiny"))
+    assert run.execution.remat == "dots" and "remat dots: the fastest that fits" in run.notes[-1]
+    assert run.execution.scan  # on a CPU
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_deterministic_reaches_the_model(deterministic, tiny):
-    config = Config(model="tiny", deterministic=deterministic)
-    model = nnx.eval_shape(model_maker(config, settle(config)))
-    assert model.deterministic is deterministic
+def test_deterministic_is_an_execution_option(deterministic, tiny):
+    run = resolve(Config(model="tiny", deterministic=deterministic))
+    assert run.execution.deterministic is deterministic
 
 
-def test_deterministic_cudnn_is_refused(tiny, monkeypatch):
+def test_deterministic_cudnn_is_refused():
     """Before a run starts: the model is not made, nothing is written."""
-    monkeypatch.setattr(jaxattn.device, "default_device", hopper)
-    shape = {"rows": 8, "seq_len": 64, "dtype": jnp.bfloat16, "documents": False}
-    mesh = make_mesh(MeshConfig())
-    assert resolve_attention("cudnn", PRESETS["tiny"], mesh, **shape) == "cudnn"
-    with pytest.raises(NotImplementedError, match="deterministic=True.*use impl='pallas'"):
-        resolve_attention("cudnn", PRESETS["tiny"], mesh, **shape, deterministic=True)
+    config = Config(model="internlm2-1.8b", attn="cudnn")
+    assert resolve(config, GPUS["h200"]).execution.attn == "cudnn"
+    with pytest.raises(NotImplementedError, match="deterministic"):
+        resolve(dataclasses.replace(config, deterministic=True), GPUS["h200"])
 
 
 @pytest.mark.parametrize(
@@ -81,13 +74,7 @@ def test_deterministic_cudnn_is_refused(tiny, monkeypatch):
     [
         ({"model": "nono"}, ValueError, "--model=nono is no preset .nano, .* and no directory"),
         ({"model": "tests"}, ValueError, "--model=tests .* a directory without config.json"),
-        ({"attn": "palas"}, ValueError, "unknown attention implementation 'palas'"),
         ({"attn": "pallas"}, NotImplementedError, "'pallas' cannot run.*Hopper.*use impl='xla'"),
-        (
-            {"remat": "some"},
-            ValueError,
-            "--remat=some must be one of none, dots, qkv",
-        ),
         ({"batch_size": 6}, ValueError, "--batch_size=6 must be a multiple of 8"),
         ({"tokenizer": "nowhere"}, OSError, "nowhere does not exist"),
         (
@@ -95,19 +82,18 @@ def test_deterministic_cudnn_is_refused(tiny, monkeypatch):
             NotImplementedError,
             "score matrix of 32768 x 32768 tokens would need .* GiB",
         ),
-        ({"model": "internlm2-20b"}, ValueError, "the run needs about .* GiB per device"),
     ],
 )
 def test_refusals(kwargs, error, message):
     with pytest.raises(error, match=message) as caught:
-        settle(Config(**kwargs))
+        resolve(Config(**kwargs))
     assert "\n" not in str(caught.value)
 
 
 def test_offload_needs_pinned_memory(tiny, monkeypatch):
     monkeypatch.setattr("train.run.resolve._memories", lambda _: {"device"})
     with pytest.raises(NotImplementedError, match="needs pinned host memory.*take --remat=full"):
-        settle(Config(model="tiny", remat="offload"))
+        resolve(Config(model="tiny", remat="offload"))
 
 
 @pytest.mark.parametrize("kind", ["tokenizer_tiny", "tokenizer_tiny_spm"])
@@ -115,10 +101,10 @@ def test_trained_weights_bring_their_tokenizer(kind, tiny, tmp_path):
     """Of either kind; where they have none, nobody guesses."""
     (tmp_path / "config.json").write_text(json.dumps(tiny.to_hf() | {"vocab_size": 2000}))
     with pytest.raises(ValueError, match="nor tokenizer.model: name one with --tokenizer"):
-        settle(Config(model=str(tmp_path)))
-    assert settle(Config(model=str(tmp_path), tokenizer="byte")).tokenizer.name == "byte"
+        resolve(Config(model=str(tmp_path)))
+    assert resolve(Config(model=str(tmp_path), tokenizer="byte")).tokenizer.name == "byte"
     shutil.copytree(DATA / kind, tmp_path, dirs_exist_ok=True)
-    assert settle(Config(model=str(tmp_path))).tokenizer.name == tmp_path.name
+    assert resolve(Config(model=str(tmp_path))).tokenizer.name == tmp_path.name
 
 
 def test_the_gpus_model_where_it_fits():
@@ -128,3 +114,44 @@ def test_the_gpus_model_where_it_fits():
     assert why == "the 40.0 GiB that internlm2-1.8b needs fit the 130.0 GiB of NVIDIA H200"
     name, why = choose_model(40 * GiB, 15 * GiB, "T4")
     assert name == "nano" and "do not fit the 15.0 GiB of T4" in why
+
+
+def test_default_out_belongs_to_model_data_and_tokenizer(tmp_path):
+    """Two commands that train on other data, or weights of one name, never share a directory."""
+
+    def out(data=None, weights=None, tokenizer=None, seq_len=64) -> str:
+        files = None if data is None else tuple(map(str, data))
+        config = Config(seq_len=seq_len, tokenizer=tokenizer, data=DataConfig(files=files))
+        return default_out(config, "nano", weights)
+
+    a, b = tmp_path / "a" / "chats.jsonl", tmp_path / "b" / "chats.jsonl"
+    assert out() == "runs/nano-64" and out(seq_len=128) == "runs/nano-128"
+    assert out([a]).startswith("runs/nano-chats-64-")
+    different = [
+        *(out(), out([a]), out([b]), out([a, b]), out([f"{a}:2"]), out(tokenizer="x")),
+        *(out(weights=tmp_path / "a" / "hf"), out(weights=tmp_path / "b" / "hf")),
+    ]
+    assert len(set(different)) == len(different)
+    assert out([a]) == out([a])
+
+
+def test_a_gpu_that_is_not_here_is_resolved_as_one_that_is():
+    """The dry run for a GPU makes the same choices: no second way."""
+    config = Config(model="internlm2-7b", seq_len=32768, mesh=MeshConfig(fsdp=8))
+    run = resolve(config, dataclasses.replace(GPUS["h200"], memory_fraction=0.92))
+    assert run.execution.attn == "pallas" and run.attn_reason == "auto: a Hopper GPU"
+    assert (run.rows, run.execution.scan, run.execution.dtype) == (8, False, jnp.bfloat16)
+    assert run.memory_advice is None and "remat attention" in run.notes[-1]
+    a100 = resolve(config, GPUS["a100-80"])
+    assert a100.execution.attn == "xla" and "pallas cannot" in a100.attn_reason
+
+
+def test_choices_are_said_where_a_flag_is_open():
+    run = resolve(Config(attn="sdpa"))
+    assert (run.execution.attn, run.attn_reason) == ("xla", "asked for as sdpa")
+
+
+def test_memory_is_checked_by_the_run_alone():
+    run = resolve(Config(model="internlm2-20b"))
+    with pytest.raises(ValueError, match="the run needs about .* GiB per device"):
+        run.check_memory()

@@ -15,7 +15,7 @@ import sys, time
 from pathlib import Path
 from train.run.run_lock import RunLock
 run = RunLock(Path(sys.argv[1]))
-run.claim()
+run.acquire()
 print("held", flush=True)
 time.sleep(60)
 """
@@ -23,15 +23,15 @@ time.sleep(60)
 
 def test_the_second_is_refused_until_the_first_ends(tmp_path):
     with RunLock(tmp_path) as first:
-        first.claim()
-        first.claim()  # once is enough
+        first.acquire()
+        first.acquire()  # once is enough
         with (
             RunLock(tmp_path) as second,
             pytest.raises(ValueError, match="another run is training in .* another --out$"),
         ):
-            second.claim()
+            second.acquire()
     with RunLock(tmp_path) as third:
-        third.claim()
+        third.acquire()
 
 
 def test_a_killed_run_lets_go(tmp_path):
@@ -41,27 +41,27 @@ def test_a_killed_run_lets_go(tmp_path):
     assert run.stdout is not None and run.stdout.readline() == "held\n"
     with RunLock(tmp_path) as second:
         with pytest.raises(ValueError, match="another run is training"):
-            second.claim()
+            second.acquire()
         run.send_signal(signal.SIGKILL)
         run.wait()
         run.stdout.close()
-        second.claim()
+        second.acquire()
 
 
 def test_a_directory_that_is_not_there_is_not_made(tmp_path):
     with RunLock(tmp_path / "new") as run:
-        run.claim()
+        run.acquire()
         assert list(tmp_path.iterdir()) == []
         (tmp_path / "new").mkdir()
-        run.claim()
+        run.acquire()
     assert [p.name for p in (tmp_path / "new").iterdir()] == [NAME]
 
 
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
     def refuse(*_):
-        raise OSError(errno.ENOSYS, "Function not implemented")
+        raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     with RunLock(tmp_path) as run:
-        run.claim()
-    assert "cannot be locked (Function not implemented)" in capsys.readouterr().out
+        run.acquire()
+    assert "cannot be locked ([Errno" in capsys.readouterr().out

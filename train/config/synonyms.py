@@ -1,0 +1,67 @@
+"""Map flags of XTuner, Hugging Face, LLaMA-Factory and torchtitan to the flags of train.main."""
+
+SYNONYMS = {
+    name: hint
+    for hint, names in {
+        "take --optim.lr": "lr learning_rate optimizer.lr max_lr peak_lr",
+        "take --out": "output_dir work_dir save_dir checkpoint.folder job.dump_folder",
+        "take --optim.warmup_ratio": "warmup_ratio warmup lr_warmup_ratio",
+        "take --optim.warmup_ratio, a share of the steps": "warmup_steps lr_scheduler.warmup_steps",
+        "take --optim.clip": "grad_clip max_norm max_grad_norm clip_grad training.max_norm",
+        "take --optim.weight_decay": "weight_decay",
+        "take --optim.betas": "betas adam_beta1 adam_beta2 beta1 beta2",
+        "take --optim.name": "optim optim_type optimizer optimizer.name",
+        "take --optim.schedule": "lr_scheduler lr_scheduler_type scheduler",
+        "take --optim.min_lr_ratio": "min_lr min_lr_ratio lr_min",
+        "take --optim.moment_dtype=int8": "adam8bit use_8bit_adam optim_8bit paged_adamw_8bit",
+        "take --remat": "gradient_checkpointing use_grad_checkpoint activation_checkpoint "
+        "activation_checkpoint.mode act_checkpoint selective_recompute recompute",
+        "take --batch_size, rows of a step over all devices": "per_device_train_batch_size "
+        "train_batch_size global_batch_size micro_batch_size training.local_batch_size "
+        "training.global_batch_size",
+        "take --grad_accum; --batch_size counts the rows of all of them": "accumulative_counts "
+        "gradient_accumulation_steps accum accumulation_steps",
+        "take --epochs": "num_train_epochs num_epochs max_epochs epoch n_epochs",
+        "take --steps": "max_steps num_steps train_steps training.steps max_iters",
+        "take --save_every": "save_steps save_interval checkpoint_interval checkpoint.interval "
+        "checkpointing_steps",
+        "take --keep_last": "save_total_limit max_keep_ckpts keep_latest_k keep",
+        "take --log_every": "logging_steps log_interval log_freq metrics.log_freq",
+        "take --eval_every": "eval_steps eval_interval validation.freq evaluation_strategy",
+        "take --sample_every with --prompts": "evaluation_freq evaluation_inputs",
+        "take --log": "report_to enable_tensorboard enable_wandb metrics.enable_tensorboard "
+        "metrics.enable_wandb",
+        "take --dtype=bfloat16": "bf16 use_bf16 mixed_precision torch_dtype precision",
+        "take --dtype; float16 is not supported": "fp16",
+        "take --param_dtype=bf16": "pure_bf16 bf16_params",
+        "take --attn": "attn_implementation flash_attn use_flash_attention flash_attention "
+        "attention attn_impl",
+        "take --data": "dataset dataset_name_or_path train_file dataset_path data_path "
+        "training.dataset",
+        "take --data.val": "val_size eval_dataset validation_file val_data",
+        "take --data.packing": "packing pack_to_max_length neat_packing pack",
+        "take --model": "model_name_or_path pretrained_model_name_or_path model_path",
+        "take --tokenizer": "tokenizer_path tokenizer_name tokenizer_name_or_path",
+        "take --seq_len": "cutoff_len max_length max_seq_length max_seq_len training.seq_len "
+        "model_max_length block_size",
+        "take --rope_factor": "rope_scaling rope_theta",
+        "take --seed": "random_seed data_seed training.seed",
+        "take --mesh.fsdp": "fsdp dp_shard sharding zero_stage deepspeed shard "
+        "parallelism.data_parallel_shard_degree",
+        "take --mesh.tensor": "tp tp_size tensor_parallel parallelism.tensor_parallel_degree",
+        "take --mesh.data": "dp dp_size parallelism.data_parallel_replicate_degree",
+        "take --dist.processes with --dist.coordinator and --dist.id": "nnodes world_size "
+        "num_machines",
+        "resuming is the default, by the same --out": "resume_from_checkpoint resume_from "
+        "load_from overwrite_output_dir",
+        "chats are recognised by their content, there is no template to choose": "template "
+        "prompt_template dataset_map_fn template_map_fn_factory",
+        "LoRA is not supported yet: all weights are trained": "lora lora_rank lora_r lora_alpha "
+        "lora_dropout lora_target finetuning_type use_lora qlora peft load_in_4bit "
+        "quantization_bit",
+        "sequence parallelism is not supported yet": "sequence_parallel sp_size cp cp_size "
+        "sequence_parallel_size context_parallel parallelism.context_parallel_degree",
+    }.items()
+    for name in names.split()
+}
+"""Hint by the name of an unknown flag, without dashes and in lower case."""

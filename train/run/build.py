@@ -1,0 +1,146 @@
+"""Build the parts of a run: data loaders, model, compiled step, initial weights."""
+
+import logging
+import time
+from collections.abc import Iterator
+from typing import Literal
+
+import jax
+import optax
+from flax import nnx
+
+from models import load
+from models.execution import Execution
+from models.internlm2 import InternLM2, init
+from models.tokenizer import Tokenizer
+from train.config.sections import DataConfig
+from train.data import (
+    Loader,
+    PackingOptions,
+    Shard,
+    open_data,
+    parse_source,
+    read_options,
+)
+from train.distributed.device import compiler_options
+from train.distributed.hosts import share
+from train.run.resolve import Run
+from train.step.lr_schedule import schedule
+from train.step.optim import optimizer
+from train.step.state import Params, TrainState, abstract_state, params_of
+from train.step.step import batch_struct, compile_step, make_step
+
+log = logging.getLogger(__name__)
+
+
+def open_training(run: Run) -> Loader:
+    """Open the training data."""
+    data = run.config.data
+    return _open(run, data.files, hold_out=data.hold_out)
+
+
+def open_validation(run: Run) -> Iterator[tuple[str, Loader]]:
+    """Yield (name, loader) of every validation set.
+
+    Validation documents are never split, whatever the packing of the training data, so that losses
+    of runs can be compared.
+    """
+    data = run.config.data
+    if data.hold_out:
+        yield "held_out", _open(run, data.files, method="fit", hold_out=data.hold_out, split="val")
+        return
+    for file in data.val or ():
+        yield parse_source(file).path.stem, _open(run, (file,), method="fit")
+
+
+def _open(run: Run, files: tuple[str, ...] | None, **options) -> Loader:
+    """Open files as batches of this run, with the rows of this process."""
+    index, count = share(run.real_mesh)
+    return open_packed(
+        run.config.data,
+        files,
+        run.tokenizer,
+        seq_len=run.config.seq_len,
+        batch_size=run.rows,
+        seed=run.config.seed,
+        shard=Shard(index, count),
+        **options,
+    )
+
+
+def open_packed(
+    data: DataConfig,
+    files: tuple[str, ...] | None,
+    tokenizer: Tokenizer,
+    method: Literal["fit", "concat", "xtuner"] | None = None,
+    **options,
+) -> Loader:
+    """Open files, or the built-in text for None, with the options of --data.
+
+    Args:
+        data: Options.
+        files: Files, which need not be those of `data`.
+        tokenizer: Tokenizer.
+        method: Packing; by default that of `data`.
+        **options: Further arguments of `train.data.open_data`.
+    """
+    packing = PackingOptions(method=method or data.packing, too_long=data.too_long)
+    reading = read_options(data)
+    return open_data(files, tokenizer, packing=packing, reading=reading, **options)
+
+
+def check_rows_for_attention(run: Run, *loaders: Loader) -> None:
+    """Check that each row holds one document, where attention has no document mask.
+
+    Raises:
+        ValueError: A row holds several.
+    """
+    for loader in loaders:
+        if not run.packed and (pieces := len(loader.lengths)) > loader.report.rows:
+            raise ValueError(
+                f"--attn=cudnn has no document mask, and the data pack {pieces:,} documents into "
+                f"{loader.report.rows:,} rows: take --attn=pallas or --attn=xla, or documents of "
+                "at least --seq_len tokens"
+            )
+
+
+def abstract_training(
+    run: Run,
+) -> tuple[optax.GradientTransformation, nnx.GraphDef, TrainState]:
+    """Return the optimizer, the graphdef of the model, and the state as ShapeDtypeStructs."""
+    param_dtype = run.execution.param_dtype
+    tx = optimizer(run.config.optim, run.lr, run.steps, param_dtype=param_dtype)
+
+    def make_model() -> InternLM2:
+        return InternLM2(run.model, rngs=nnx.Rngs(params=run.config.seed), execution=run.execution)
+
+    return tx, *abstract_state(make_model, tx, run.real_mesh)
+
+
+def initial_params(run: Run, like: TrainState) -> Params:
+    """Load the weights, or draw random ones, in the shards of `like`."""
+    if run.weights is None:
+        return params_of(init(run.model, seed=run.config.seed, mesh=run.real_mesh), like)
+    stored = Execution(param_dtype=run.execution.param_dtype)
+    params = params_of(load(run.weights, execution=stored, mesh=run.real_mesh), like)
+    log.info(f"loaded the weights of {run.weights}")
+    return params
+
+
+def compile_training(
+    run: Run, tx: optax.GradientTransformation, graphdef: nnx.GraphDef, like: TrainState
+) -> jax.stages.Compiled:
+    """Compile the training step for the shapes of the run, and log the time that it took."""
+    config = run.config
+    batch = batch_struct(
+        rows=run.rows, seq_len=config.seq_len, grad_accum=config.grad_accum, mesh=run.real_mesh
+    )
+    if not run.packed:
+        batch = batch._replace(segment_ids=None)
+    start = time.perf_counter()
+    rate = schedule(config.optim, run.lr, run.steps)
+    step = make_step(graphdef, tx, rate, spike=config.guard.spike, z_loss=config.z_loss)
+    options = compiler_options(deterministic=config.deterministic)
+    compiled = compile_step(step, like, batch, options)
+    log.info(f"compiled the step in {time.perf_counter() - start:.1f} s")
+    return compiled
