@@ -1,4 +1,4 @@
-"""The one door to attention: checks the arguments, chooses an implementation, runs it.
+"""Public attention API: validates arguments, selects an implementation, dispatches.
 
 B batch, T query pos, S key pos, N query heads, K kv heads, H head dim.
 """
@@ -6,8 +6,9 @@ B batch, T query pos, S key pos, N query heads, K kv heads, H head dim.
 import dataclasses
 import math
 import numbers
+import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -17,20 +18,31 @@ from jaxtyping import Array, Float
 from jaxattn import cudnn, eager, sharded, xla
 from jaxattn import device as hardware
 from jaxattn.device import DeviceSpec
-from jaxattn.mask import Mask
+from jaxattn.mask import Mask, Shaped
 from jaxattn.pallas import op as pallas
 
-IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
-    "pallas": pallas.attention,
-    "cudnn": cudnn.attention,
-    "xla": xla.attention,
-    "eager": eager.attention,
-}
-# The names that PyTorch users know.
-ALIASES = {"flash_attention_2": "pallas", "sdpa": "xla"}
-DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+Implementation = Literal["pallas", "cudnn", "xla", "eager"]
+"""Names of the implementations."""
 
-Shaped = Array | jax.ShapeDtypeStruct
+Impl = Literal["auto", "pallas", "cudnn", "xla", "eager", "flash_attention_2", "sdpa"]
+"""Values of `impl`: an implementation, an alias, or "auto"."""
+
+IMPLEMENTATIONS: Mapping[Implementation, Callable[..., Any]] = types.MappingProxyType(
+    {
+        "pallas": pallas.attention,
+        "cudnn": cudnn.attention,
+        "xla": xla.attention,
+        "eager": eager.attention,
+    }
+)
+"""Implementations by name; the keys are those of `Implementation`."""
+
+ALIASES: Mapping[str, Implementation] = types.MappingProxyType(
+    {"flash_attention_2": "pallas", "sdpa": "xla"}
+)
+"""Names of implementations in transformers and PyTorch, and the implementation here."""
+
+DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
 @typing.overload
@@ -40,7 +52,7 @@ def attention(
     v_BSKH: Float[Array, "B S K H"],
     mask: Mask | None = None,
     *,
-    impl: str = "auto",
+    impl: Impl = "auto",
     scale: float | None = None,
     deterministic: bool = False,
     return_lse: Literal[False] = False,
@@ -54,7 +66,7 @@ def attention(
     v_BSKH: Float[Array, "B S K H"],
     mask: Mask | None = None,
     *,
-    impl: str = "auto",
+    impl: Impl = "auto",
     scale: float | None = None,
     deterministic: bool = False,
     return_lse: Literal[True],
@@ -72,52 +84,61 @@ def attention(
     deterministic: bool = False,
     return_lse: bool = False,
 ) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """softmax(scale * q k^T + mask) v, differentiable in q, k and v.
+    """Compute softmax(scale * q k^T + mask) v, differentiable in q, k and v.
 
-    What is asked for runs, or an error says why not; no implementation stands in for another.
-    Query head n attends with kv head n // (N / K); K and V are never repeated in memory.
-    Under an explicit mesh (`jax.set_mesh`, AxisType.Explicit) B and the heads may be sharded:
-    every device then works on its own part, without communication.
+    The named implementation runs, or an error names the reason why it cannot; there is no silent
+    fallback. Query head n attends with kv head n // (N / K); K and V are never repeated in memory.
+    Under an explicit mesh (`jax.set_mesh`, AxisType.Explicit) B and the heads may be sharded: each
+    device computes its own part, without communication.
 
     Args:
       q_BTNH: queries, bf16, fp16 or fp32 (pallas and cudnn: bf16, fp16); no axis is empty.
       k_BSKH: keys, same dtype; N must be a multiple of K.
       v_BSKH: values, same shape and dtype as the keys.
-      mask: what each query sees; None: causal, one document a row. A mask from `prepare` saves
-        the kernel's tile metadata from being computed again in every layer.
+      mask: visible pairs of queries and keys; None: causal, one document per row. A mask from
+        `prepare` contains the tile metadata of the kernel, so that no layer computes it again.
       impl: "auto", "pallas" (or "flash_attention_2"), "cudnn", "xla" (or "sdpa"), "eager".
       scale: factor on the scores, a finite number (pallas: above 0); None: H ** -0.5.
       deterministic: the same inputs give the same bits in every run, gradients included. Output,
-        dk and dv of pallas do so anyway; its dq is then summed in a fixed order, by a kernel of
-        its own (7 products in place of 5). xla and eager are sums in a fixed order on a CPU; on
-        a GPU, XLA promises it under XLA_FLAGS=--xla_gpu_deterministic_ops=true. cudnn refuses:
-        jax.nn has no way to ask for it.
-      return_lse: also return the log-sum-exp, with which the results of a query over several
-        sets of keys can be joined.
+        dk and dv of pallas are deterministic in any case; with this flag a separate kernel sums dq
+        in a fixed order (7 products in place of 5). xla and eager sum in a fixed order on a CPU; on
+        a GPU, XLA guarantees it under XLA_FLAGS=--xla_gpu_deterministic_ops=true. cudnn refuses:
+        jax.nn has no such option.
+      return_lse: also return the log-sum-exp, which joins the results of a query over several sets
+        of keys.
 
     Returns:
       [B, T, N, H] in the dtype of q; exactly 0 for queries that see nothing. With return_lse a
-      pair of that and log(sum(exp(scale * q k^T + mask))) of each query, natural logarithm, fp32
-      [B, T, N]; -inf for queries that see nothing. It is differentiable as well.
+      pair of this array and log(sum(exp(scale * q k^T + mask))) of each query, natural logarithm,
+      fp32 [B, T, N]; -inf for queries that see nothing. Both are differentiable.
 
     Raises:
       TypeError: mask is no `Mask`.
-      ValueError: the arguments contradict each other, or the mask's plan was made for others.
-      NotImplementedError: the chosen implementation cannot run them, on this device or at all.
+      ValueError: the arguments contradict each other, or mask.plan was prepared for others.
+      NotImplementedError: the implementation cannot run them, on this device or at all.
 
-    Memory beyond inputs and output: pallas O(T) forward and backward, cudnn the same; xla
-    3 to 5 times `jaxattn.xla.SLICE_BYTES`, and copies of q; eager O(B N T S), refused where it
-    cannot fit.
+    Memory beyond inputs and output: pallas and cudnn O(T) forward and backward; xla 3 to 5 times
+    `jaxattn.xla.SLICE_BYTES`, and copies of q; eager O(B N T S), refused if the scores do not fit.
+
+    References:
+      Vaswani et al. 2017, arXiv:1706.03762, eq. 1.
     """
     mask = Mask() if mask is None else mask
     _check_shapes(q_BTNH, k_BSKH, v_BSKH, mask)
     scale = q_BTNH.shape[-1] ** -0.5 if scale is None else _number(scale)
-    asked: dict[str, bool] = {"deterministic": deterministic, "return_lse": return_lse}
-    name, _ = resolve(impl, q_BTNH, k_BSKH, mask, scale=scale, **asked)
+    name, _ = resolve(
+        impl,
+        q_BTNH,
+        k_BSKH,
+        mask,
+        scale=scale,
+        deterministic=deterministic,
+        return_lse=return_lse,
+    )
 
     def run(q, k, v, mask):
         options = {"return_lse": True} if return_lse else {}
-        if name == "pallas":  # the others have one form, what it promises is checked above
+        if name == "pallas":  # the others have one form, and `resolve` has checked it
             options["deterministic"] = deterministic
         return IMPLEMENTATIONS[name](q, k, v, mask, scale=scale, **options)
 
@@ -125,7 +146,7 @@ def attention(
 
 
 def prepare(mask: Mask, q: Shaped, k: Shaped, *, impl: str = "auto") -> Mask:
-    """Computes once what every layer's `attention` with this mask needs.
+    """Compute the tile metadata that every layer's `attention` with this mask needs.
 
     Args:
       mask: the mask of a batch.
@@ -137,7 +158,8 @@ def prepare(mask: Mask, q: Shaped, k: Shaped, *, impl: str = "auto") -> Mask:
       The mask, for pallas with its tile metadata in `plan` (int32, O(T) bytes).
 
     Raises:
-      ValueError, NotImplementedError: as `attention`.
+      ValueError: as `attention`.
+      NotImplementedError: as `attention`.
     """
     _check_shapes(q, k, k, mask)
     name, _ = resolve(impl, q, k, mask)
@@ -162,38 +184,37 @@ def resolve(
     deterministic: bool = False,
     return_lse: bool = False,
     device: jax.Device | DeviceSpec | None = None,
-) -> tuple[str, str]:
-    """The implementation that `impl` means here, and why.
+) -> tuple[Implementation, str]:
+    """Select the implementation for `impl` on a device.
 
     Args:
-      impl: a name, an alias or "auto".
+      impl: a value of `Impl`; other names raise ValueError.
       q: queries [B, T, N, H] or a ShapeDtypeStruct.
       k: keys [B, S, K, H] or a ShapeDtypeStruct.
-      mask: what will be asked of it; None: nothing beyond shapes is checked.
+      mask: the mask of the later call; None: the mask is not checked.
       scale: as for `attention`.
       deterministic: as for `attention`.
       return_lse: as for `attention`.
-      device: where it would run; None: jax's default device.
+      device: device of the later call; None: jax's default device.
 
     Returns:
-      (name in IMPLEMENTATIONS, reason in words).
+      (name in IMPLEMENTATIONS, reason of the choice in words).
 
     Raises:
-      ValueError: no such implementation.
-      NotImplementedError: it cannot run on this device, or not these shapes or masks.
+      ValueError: unknown implementation.
+      NotImplementedError: the implementation cannot run this call on this device.
     """
     device = hardware.default_device() if device is None else device
+    if impl not in typing.get_args(Impl):
+        known = ", ".join(typing.get_args(Impl))
+        raise ValueError(f"unknown attention implementation {impl!r}; choose one of {known}")
     if impl == "auto":
         name, reason = _choose(device, q, scale)
     else:
-        name = ALIASES.get(impl, impl)
+        name = ALIASES.get(impl) or typing.cast(Implementation, impl)
         reason = "asked for" if name == impl else f"asked for as {impl}"
-    if name not in IMPLEMENTATIONS:
-        known = ", ".join(["auto", *IMPLEMENTATIONS, *ALIASES])
-        raise ValueError(f"unknown attention implementation {impl!r}; choose one of {known}")
     if name == "cudnn":
-        asked: dict[str, bool] = {"deterministic": deterministic, "return_lse": return_lse}
-        why_not = cudnn.why_not(device, q, mask, **asked)
+        why_not = cudnn.why_not(device, q, mask, deterministic=deterministic, return_lse=return_lse)
     else:
         why_not = _why_not(name, device, q, k, scale)
     if why_not:
@@ -203,17 +224,28 @@ def resolve(
 
 @dataclasses.dataclass(frozen=True)
 class Dispatch:
-    """Which attention runs, for a log line."""
+    """Selected implementation and its work on a batch, for a log line."""
 
-    impl: str
+    impl: Implementation
+    """Name of the implementation."""
+
     reason: str
+    """Reason of the choice."""
+
     device: str
+    """Kind of the device."""
+
     tiles: str
+    """Tiles or slices, in words."""
+
     mask: str
+    """Kind of the mask."""
+
     skipped: float | None
+    """Fraction of the score matrix's tiles that the forward pass skips; None: unknown."""
 
     def __str__(self) -> str:
-        """One line, without the name of the model."""
+        """Format as one line, without the name of the model."""
         skipped = "" if self.skipped is None else f"; {self.skipped:.1%} of tiles skipped"
         return (
             f"{self.impl} ({self.reason}) on {self.device}; tiles {self.tiles}; "
@@ -222,15 +254,21 @@ class Dispatch:
 
 
 def describe(impl: str, q: Shaped, k: Shaped, mask: Mask) -> Dispatch:
-    """What `attention` with these arguments runs; for one concrete batch, outside jit.
+    """Describe the work of `attention` on one concrete batch; not under `jax.jit`.
 
-    Under an explicit mesh the slices, or tiles, are those of one device's part. `skipped` is the
-    share of the score matrix's tiles that the forward kernel does not visit, over all rows; for the
-    other implementations it is 0, since they compute hidden pairs too, and for cudnn None: it
-    skips, but does not say how much.
+    Under an explicit mesh the slices or tiles are those of one device's part. `skipped` counts the
+    tiles of all rows that the forward kernel does not visit. It is 0 for xla and eager, which
+    compute hidden pairs too, and None for cudnn, which does not publish it.
+
+    Args:
+      impl: as for `attention`.
+      q: queries [B, T, N, H] or a ShapeDtypeStruct.
+      k: keys [B, S, K, H] or a ShapeDtypeStruct.
+      mask: the mask of the batch, with concrete arrays.
 
     Raises:
-      ValueError, NotImplementedError: as `attention`.
+      ValueError: as `attention`.
+      NotImplementedError: as `attention`.
     """
     _check_shapes(q, k, k, mask)
     name, reason = resolve(impl, q, k, mask)
@@ -239,7 +277,7 @@ def describe(impl: str, q: Shaped, k: Shaped, mask: Mask) -> Dispatch:
     batch, t, num_heads = parts[0].shape[:3]
     s = k.shape[1]
     skipped: float | None = 0.0
-    if name == "pallas":  # the heads of one device, but all rows, since the mask is of all
+    if name == "pallas":  # the heads of one device, but all rows, as in the mask
         q_rows, k_rows = (x.update(shape=(q.shape[0], *x.shape[1:])) for x in parts)
         tiles, skipped = pallas.describe(mask, q_rows, k_rows)
     elif name == "xla":
@@ -283,12 +321,14 @@ def _check_shapes(q: Shaped, k: Shaped, v: Shaped, mask: Any) -> None:
 
 def _number(scale: Any) -> float:
     if not isinstance(scale, numbers.Real) or not math.isfinite(scale):
-        raise ValueError(f"scale={scale!r} must be a finite number, known while tracing")
+        raise ValueError(f"scale={scale!r} must be a finite number, not a traced array")
     return float(scale)
 
 
-def _choose(device: Any, q: Shaped, scale: float | None) -> tuple[str, str]:
-    """What "auto" means, and why."""
+def _choose(
+    device: jax.Device | DeviceSpec, q: Shaped, scale: float | None
+) -> tuple[Implementation, str]:
+    """Select the implementation for "auto", with the reason."""
     if device.platform != "gpu":
         return "xla", f"auto: a {device.platform} device, where the kernels cannot run"
     why_not = pallas.why_not(device, q, scale)
@@ -297,8 +337,14 @@ def _choose(device: Any, q: Shaped, scale: float | None) -> tuple[str, str]:
     return "pallas", "auto: a Hopper GPU"
 
 
-def _why_not(name: str, device: Any, q: Shaped, k: Shaped, scale: float | None) -> str | None:
-    """The reason why an implementation cannot run, or None."""
+def _why_not(
+    name: Implementation,
+    device: jax.Device | DeviceSpec,
+    q: Shaped,
+    k: Shaped,
+    scale: float | None,
+) -> str | None:
+    """Return the reason why an implementation cannot run, or None."""
     if name == "pallas":
         why = pallas.why_not(device, q, scale)
         return why and f"{why}; use impl='xla', which runs everywhere"

@@ -96,31 +96,23 @@ class BlockMap:
       work: int32 [tiles, groups, WORK_FIELDS], see `WorkField`.
       row_bounds: int32 [tiles, groups, 2, rows], in the same order: first and last visible column
         of each row; (SENTINEL, -1) for a row that sees nothing.
+      cols: first columns of the tiles to visit, int32: a list for each row of the block pattern,
+        concatenated; None if the mask has no pattern, then the tiles of a row are neighbours.
       row_ids: segment id of each row, int32 [tiles, groups, rows]; None if the mask has no
         documents.
       col_ids: segment id of each column, int32 [columns + padding]; None likewise.
-      cols: first columns of the tiles to visit, int32: a list for each row of the block pattern,
-        concatenated; None if the mask has no pattern, then the tiles of a row are neighbours.
     """
 
     work: Int[Array, "tiles groups fields"]
     row_bounds: Int[Array, "tiles groups 2 rows"]
+    cols: Int[Array, " lists"] | None
     row_ids: Int[Array, "tiles groups rows"] | None
     col_ids: Int[Array, " columns"] | None
-    cols: Int[Array, " lists"] | None
 
     @property
-    def optional(self) -> tuple[Array, ...]:
-        """Inputs that a kernel takes only under some masks, in the order of `unpack_optional`."""
-        return tuple(x for x in (self.cols, self.row_ids, self.col_ids) if x is not None)
-
-    def unpack_optional(self, refs: typing.Sequence) -> dict[str, typing.Any]:
-        """Name a kernel's refs of `optional`: cols, ids = (row_ids, col_ids), or None."""
-        by_list = self.cols is not None
-        return {
-            "cols": refs[0] if by_list else None,
-            "ids": None if self.row_ids is None else tuple(refs[by_list:]),
-        }
+    def inputs(self) -> dict[str, Array | None]:
+        """Inputs of a kernel by name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
 def stride(mask: Mask, length: int) -> int:

@@ -1,4 +1,4 @@
-"""Attention of one new query a row over remembered keys: what decoding does for every token.
+"""Decoding attention: one new query per row over the cached keys.
 
 B batch, S cache slots, N query heads, K kv heads, G = N / K, H head dim, C blocks of slots.
 """
@@ -8,8 +8,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxattn.eager import MASKED
 
-# Slots that are summed together. A row has few heads: only blocks of slots, each on its own, keep
-# all of a GPU at reading.
+# Slots per block. A row has few heads: blocks of slots that are reduced separately keep the whole
+# GPU reading.
 BLOCK = 512
 
 Shape = tuple[int, ...]
@@ -23,21 +23,21 @@ def attend_cached(
     *,
     scale: float | None = None,
 ) -> Float[Array, "B N H"]:
-    """Attends from one query a row to every slot that is filled.
+    """Attend from one query per row to every filled slot of the cache.
 
-    Keys and values are read once, all query heads of a group together, and never copied; scores
-    and sums are fp32. Under an explicit mesh batch and heads may be split, slots may not.
+    Keys and values are read once for all query heads of a group, and never copied; scores and sums
+    are fp32. Under an explicit mesh batch and heads may be sharded, slots may not.
 
     Args:
-      q_BNH: the query.
-      k_BKSH: keys; the heads before the slots, so that what a head reads lies in one piece.
-      v_BKSH: values.
-      filled_BS: 1 where a slot counts; at least one a row. Best a multiple of `BLOCK` slots, where
-        there are more than twice as many.
-      scale: of the scores; None: 1 / sqrt(H).
+      q_BNH: one query per row.
+      k_BKSH: keys; heads before slots, so that the slots of a head are contiguous.
+      v_BKSH: values, same shape and dtype as the keys.
+      filled_BS: 1 where a slot is filled; at least one per row. With more than twice `BLOCK` slots,
+        a multiple of `BLOCK` is fastest.
+      scale: factor on the scores; None: 1 / sqrt(H).
 
     Returns:
-      [B, N, H] in the type of q.
+      [B, N, H] in the dtype of q.
 
     Raises:
       ValueError: the shapes contradict each other.
@@ -57,13 +57,13 @@ def attend_cached(
     s_BKGCs = s_BKGS.reshape(*s_BKGS.shape[:-1], C, S // C)
     m_BKGC = s_BKGCs.max(axis=-1)
     p_BKGCs = jnp.exp(s_BKGCs - m_BKGC[..., None])
-    o_BKCGH = jnp.einsum(  # C before G: the other order XLA's CPU client cannot run in bf16
+    o_BKCGH = jnp.einsum(  # C before G: XLA's CPU client cannot run the other order in bf16
         "BKGCs,BKCsH->BKCGH",
         p_BKGCs.astype(v_BKSH.dtype),
         v_BKSH.reshape(B, K, C, S // C, H),
         preferred_element_type=jnp.float32,
     )
-    # A block without a filled slot has sums of nonsense, and weight exp(-1e30 - m) = 0.
+    # The sums of a block without a filled slot are meaningless; its weight is exp(-1e30 - m) = 0.
     weight_BKGC = jnp.exp(m_BKGC - m_BKGC.max(axis=-1, keepdims=True))
     l_BKG = (weight_BKGC * p_BKGCs.sum(axis=-1)).sum(axis=-1)
     o_BKGH = (weight_BKGC.swapaxes(2, 3)[..., None] * o_BKCGH).sum(axis=2) / l_BKG[..., None]

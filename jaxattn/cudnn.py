@@ -1,11 +1,11 @@
-"""cuDNN's fused attention through jax.nn: a strong baseline for rows of one document."""
+"""Fused attention of cuDNN through jax.nn: a strong baseline for rows of one document."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxattn.device import DeviceSpec
-from jaxattn.mask import Mask
+from jaxattn.mask import Mask, Shaped
 
 
 def attention(
@@ -16,9 +16,9 @@ def attention(
     *,
     scale: float,
 ) -> Float[Array, "B T N H"]:
-    """`jax.nn.dot_product_attention(implementation="cudnn")`, causal and window masks only.
+    """Call `jax.nn.dot_product_attention(implementation="cudnn")`: causal and window masks only.
 
-    What it has not, `why_not` says; the interface asks it first.
+    `jaxattn.resolve` refuses other calls, see `why_not`.
 
     References:
       jax.nn.dot_product_attention.
@@ -38,15 +38,15 @@ def attention(
 
 def why_not(
     device: jax.Device | DeviceSpec,
-    q: Array | jax.ShapeDtypeStruct,
+    q: Shaped,
     mask: Mask | None,
     *,
     deterministic: bool,
     return_lse: bool,
 ) -> str | None:
-    """What jax.nn cannot ask of cuDNN, and what can; None if it can.
+    """Return the reason why jax.nn cannot run a call by cuDNN, with the remedy; None if it can.
 
-    It has no public mask for documents or block patterns with cuDNN, and a dense one would be
+    jax.nn has no public mask for documents or block patterns with cuDNN, and a dense mask would be
     T x S in memory and slow.
     """
     if device.platform != "gpu":

@@ -1,4 +1,4 @@
-"""Attention as written in the paper, with the whole score matrix in memory: the oracle.
+"""Reference attention by the formula of the paper, with the whole score matrix in memory.
 
 B batch, T query pos, S key pos, N query heads, K kv heads, G = N / K, H head dim.
 """
@@ -9,8 +9,8 @@ from jaxtyping import Array, Float
 
 from jaxattn.mask import Mask
 
-# Finite, not -inf: the softmax of a row that sees nothing must not be NaN before it is zeroed.
-# Scaled scores must lie above it: a row that has only lower ones would attend to what is hidden.
+# Score of hidden pairs. Finite, not -inf: the softmax of a row that sees nothing must not be NaN
+# before the row is set to 0. Scaled scores must be above it, or a row would see hidden keys.
 MASKED = -1e30
 
 
@@ -23,13 +23,14 @@ def attention(
     scale: float,
     return_lse: bool = False,
 ) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """softmax(scale * q k^T + mask) v by two einsums and an fp32 softmax.
+    """Compute softmax(scale * q k^T + mask) v by two einsums and an fp32 softmax.
 
     Products accumulate in fp32; the probabilities are rounded to the input dtype before the
     second product, as the original model does.
 
     Memory: B * N * T * S scores, in fp32 and more than once under differentiation; see
-    `score_bytes`. K and V are not repeated: the query heads of a group are an einsum axis.
+    `score_bytes`. K and V are not repeated: the query heads of a group are an einsum axis. Args and
+    Returns: see `jaxattn.attention`.
 
     References:
       Vaswani et al. 2017, arXiv:1706.03762, eq. 1; InternLM2 modeling_internlm2.py,
@@ -61,9 +62,9 @@ def attention(
 
 
 def score_bytes(batch: int, t: int, s: int, num_heads: int) -> int:
-    """Bytes that one differentiated call needs for scores.
+    """Return the bytes that one differentiated call needs for scores.
 
-    Three fp32 arrays [B, N, T, S] are alive at the peak of the backward pass: the probabilities,
-    their gradient and the gradient of the scores. On a CPU XLA keeps up to half as much again.
+    Three fp32 arrays [B, N, T, S] are live at the peak of the backward pass: the probabilities,
+    their gradient and the gradient of the scores. On a CPU XLA needs up to half as much again.
     """
     return 3 * 4 * batch * num_heads * t * s

@@ -1,7 +1,7 @@
-"""Which query may see which key: the one definition that every implementation follows.
+"""Attention mask: the definition of visible query-key pairs for all implementations.
 
-B batch, T query position, S key position. The mask is the truth; `block_map.py` derives the
-kernel's work from it.
+B batch, T query position, S key position. `block_map.py` derives the work of the kernels from the
+mask.
 """
 
 import dataclasses
@@ -16,20 +16,22 @@ from jaxtyping import Array, Bool, Int
 # Tokens on a side of a block of `Mask.blocks`.
 BLOCK = 128
 
+Shaped = Array | jax.ShapeDtypeStruct
+
 
 # jax rebuilds it with placeholders in place of arrays, which type checkers must let pass.
 @typing.no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mask:
-    """Query i of row b sees key j of row b if all that is given holds.
+    """Mask under which query i of row b sees key j of row b if all given conditions hold.
 
     * causal: j <= i. Both count from the start of the row, also when T and S differ.
     * window: i - j < window and, without `causal`, also j - i < window. A token sees itself
       and the window - 1 tokens before it.
-    * segment ids: equal and not 0. Id 0 is padding: it sees nothing and nothing sees it, its
-      output is exactly 0 and so are the gradients that leave it. What lies there must be finite:
-      hidden values count 0 times, and 0 * NaN is NaN.
+    * segment ids: equal and not 0. Id 0 is padding: it sees nothing and nothing sees it; its
+      output and its gradients are exactly 0. The values of padding must be finite: hidden values
+      are multiplied by 0, and 0 * NaN is NaN.
     * blocks: blocks[i // 128, j // 128], or blocks[b, i // 128, j // 128]. Any pattern, holes and
       empty rows included; the last block of a ragged row is cut.
 
@@ -42,8 +44,8 @@ class Mask:
         x x x x         . . x x         . . . .
 
     T = S = 512, one character is a block of 128 x 128 tokens: `#` is visible, `h` its causal
-    half. Causal attention to the first block and the own one (`blocks` needs no zeros above
-    the diagonal: what is given combines by AND):
+    half. Causal attention to the first block and to the query's own block (`blocks` needs no zeros
+    above the diagonal, because the conditions combine by AND):
 
         causal          blocks          both
         h . . .         # . . .         h . . .
@@ -52,14 +54,14 @@ class Mask:
         # # # h         # . . #         # . . h
 
     Attributes:
-      segment_ids: document of each query, int32 [B, T]; None: one document a row.
+      segment_ids: document of each query, int32 [B, T]; None: one document per row.
       kv_segment_ids: document of each key, int32 [B, S]; None: the same as segment_ids.
       causal: hide the keys after the query.
       window: sliding window in tokens, at least 1; None: unlimited.
       blocks: block pattern, bool [T / 128, S / 128] for all rows of the batch or [B, T / 128,
         S / 128] for each, T / 128 and S / 128 rounded up; None: every block.
-      plan: filled in by `jaxattn.prepare`, never by hand: tile metadata of one implementation, for
-        all of the above. Who replaces any of it prepares again.
+      plan: tile metadata of one implementation, set by `jaxattn.prepare`, never by hand. After a
+        change of another attribute, call `jaxattn.prepare` again.
     """
 
     segment_ids: Int[Array, "B T"] | None = None
@@ -71,12 +73,12 @@ class Mask:
 
     @property
     def key_ids(self) -> Int[Array, "B S"] | None:
-        """Segment ids of the keys, or None where the rows hold one document each."""
+        """Segment ids of the keys; None: one document per row."""
         return self.segment_ids if self.kv_segment_ids is None else self.kv_segment_ids
 
     @property
     def kind(self) -> str:
-        """What restricts the queries, in words, for log lines."""
+        """Conditions of the mask in words, for log lines."""
         parts = ["causal"] if self.causal else []
         parts += ["documents"] if self.segment_ids is not None else []
         parts += [f"window {self.window}"] if self.window is not None else []
@@ -84,10 +86,15 @@ class Mask:
         return " + ".join(parts) or "full"
 
     def validate(self, batch: int, t: int, s: int) -> None:
-        """Checks the mask against the shapes it is to be used with.
+        """Check the mask against the shapes of a call, before anything is compiled.
+
+        Args:
+          batch: rows of the batch.
+          t: queries in a row.
+          s: keys in a row.
 
         Raises:
-          ValueError: a shape, a dtype or the window does not fit; nothing was compiled yet.
+          ValueError: a shape, a dtype or the window does not fit.
         """
         window = self.window
         if window is not None:
@@ -126,10 +133,9 @@ class Mask:
             raise ValueError(f"blocks has dtype {dtype}, must be bool (for 0 and 1: blocks != 0)")
 
     def reach(self, t: int, s: int) -> int | None:
-        """How many tokens away the window lets a query see, at most; None: it has none.
+        """Return the largest visible distance in tokens under the window; None: no window.
 
-        Never more than a row has tokens, so that positions can be added to it in int32 whatever
-        the window.
+        At most the tokens of a row, so that int32 positions can be added to it.
 
         Args:
           t: queries in a row.
@@ -140,17 +146,17 @@ class Mask:
     def visible(
         self, t: int, s: int, *, start: int | Int[Array, ""] = 0, size: int | None = None
     ) -> Bool[Array, "#B size s"]:
-        """Which keys the queries start .. start + size - 1 see; the whole [t, s] by default.
+        """Return the mask of the queries start .. start + size - 1; by default of all [t, s].
 
         Args:
           t: queries in a row.
           s: keys in a row.
-          start: first query of the slice; may be traced. start + size may exceed t only where
-            the caller throws the rows beyond t away.
+          start: first query of the slice; may be traced. start + size may exceed t only if the
+            caller discards the rows beyond t.
           size: queries in the slice (static); None: all t.
 
         Returns:
-          bool [B or 1, size, s]; memory is that array: ask for slices where T is large.
+          bool [B or 1, size, s], True where visible. For large T use slices: the array is dense.
         """
         size = t if size is None else size
         i = (start + jax.lax.iota(jnp.int32, size))[None, :, None]
@@ -169,7 +175,7 @@ class Mask:
             allowed = allowed & (ids == key_ids[:, None, :]) & (ids != 0)
         if self.blocks is not None:
             pattern = self.blocks.reshape(-1, *self.blocks.shape[-2:])
-            # Queries beyond t, which are thrown away, take the last row.
+            # Queries beyond t, which the caller discards, take the last row.
             rows = jnp.take(pattern, i[0, :, 0] // BLOCK, axis=1, mode="clip")
             allowed = allowed & jnp.repeat(rows, BLOCK, axis=2)[:, :, :s]
         return allowed

@@ -1,6 +1,6 @@
-"""Attention under an explicit mesh: every device works on its own rows and heads, alone.
+"""Attention under an explicit mesh: each device computes its own rows and heads.
 
-Nothing is communicated: a query's keys lie in its own batch row and its own group of heads.
+There is no communication: the keys of a query are in its own batch row and group of heads.
 B batch, T query pos, S key pos, N query heads, K kv heads, H head dim.
 """
 
@@ -12,13 +12,11 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from jaxattn.mask import Mask
-
-Shaped = Array | jax.ShapeDtypeStruct
+from jaxattn.mask import Mask, Shaped
 
 
 def local(x: Shaped) -> jax.ShapeDtypeStruct:
-    """The part of x that one device of the explicit mesh works on; the largest, if they differ."""
+    """Return the shape of one device's part of x under the explicit mesh; the largest part."""
     mesh = jax.sharding.get_abstract_mesh()
     shape = list(x.shape)
     for i, axes in enumerate(_spec(x) if not mesh.empty else ()):
@@ -28,15 +26,15 @@ def local(x: Shaped) -> jax.ShapeDtypeStruct:
 
 
 def plan_rows(plan: Callable[[Mask], Any], q: Shaped, mask: Mask) -> Any:
-    """Has every device plan its own rows; the plans of all lie end to end, split as the rows are.
+    """Compute the tile metadata of each device's rows; the results are concatenated over devices.
 
     Args:
-      plan: the tile metadata of one device's rows.
+      plan: computes the tile metadata of one device's rows.
       q: queries [B, T, N, H].
-      mask: of all rows.
+      mask: mask of all rows.
 
     Raises:
-      ValueError: the mask is not split as the rows are.
+      ValueError: the sharding of the mask is not that of the rows.
     """
     if not _is_sharded():
         return plan(mask)
@@ -48,19 +46,19 @@ def plan_rows(plan: Callable[[Mask], Any], q: Shaped, mask: Mask) -> Any:
 def run_on_parts(
     run: Callable[..., Any], q: Array, k: Array, v: Array, mask: Mask, *, return_lse: bool
 ) -> Any:
-    """Runs `run` on every device's own rows and heads; directly where nothing is sharded.
+    """Run `run` on each device's rows and heads; directly without an explicit mesh.
 
     Args:
-      run: (q, k, v, mask) -> out [B, T, N, H], and the log-sum-exp [B, T, N] if there is one.
+      run: (q, k, v, mask) -> out [B, T, N, H], with `return_lse` also the log-sum-exp [B, T, N].
       q: queries [B, T, N, H].
       k: keys [B, S, K, H].
-      v: values, as the keys.
-      mask: of all rows.
-      return_lse: whether run returns both.
+      v: values [B, S, K, H].
+      mask: mask of all rows.
+      return_lse: True if `run` returns both.
 
     Raises:
-      ValueError: positions or the head dim are sharded, k and v not as q, or the mask not as its
-        rows.
+      ValueError: positions or the head dim are sharded, or the shardings of k, v or the mask are
+        not that of q.
     """
     if not _is_sharded():
         return run(q, k, v, mask)
@@ -82,17 +80,17 @@ def _is_sharded() -> bool:
 
 
 def _spec(x: Shaped) -> PartitionSpec:
-    """How x is split over the explicit mesh."""
+    """Return the sharding of x over the explicit mesh."""
     sharding = jax.typeof(x).sharding if isinstance(x, jax.Array) else getattr(x, "sharding", None)
     spec = getattr(sharding, "spec", None) or PartitionSpec()
     return PartitionSpec(*spec, *[None] * (len(x.shape) - len(spec)))
 
 
 def _mask_spec(mask: Mask, rows: PartitionSpec) -> Mask:
-    """How a mask is split: by batch rows, but a block pattern for all rows not at all.
+    """Return the sharding of a mask: by batch rows; a block pattern for all rows is replicated.
 
     Raises:
-      ValueError: ids or blocks are not split so.
+      ValueError: ids or blocks have another sharding.
     """
     specs = jax.tree.map(lambda _: rows, mask)
     if mask.blocks is not None and mask.blocks.ndim == 2:

@@ -1,10 +1,10 @@
-"""Finds the fastest tile sizes on the GPU at hand: `python -m jaxattn.tune`.
+"""Tuner: searches the fastest tile sizes on the GPU of this machine, `python -m jaxattn.tune`.
 
-The candidates (`jaxattn.tune_candidates`) are compiled together, then each is compared with the
-rule's tiles and timed: forward alone, then backward with the best forward. A layout of heads gets
-the tiles with the smallest geometric mean of times over its shapes, because the lengths of
-documents are not known when a kernel is traced. The table is `jaxattn/tuned.json`, which
-`choose_tiles` reads.
+The candidates (`jaxattn.tune_candidates`) are compiled in parallel. Then the results of each are
+compared with those of `rule_tiles`, and each is timed: forward alone, then backward with the best
+forward. A layout of heads gets the tiles with the smallest geometric mean of times over its shapes,
+because document lengths are unknown while a kernel is traced. The table is `jaxattn/tuned.json`,
+which `choose_tiles` reads.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from jaxattn.tune_candidates import (
     why_not,
 )
 
-# InternLM2's heads, each with one document of 32k tokens, with long documents and short ones.
+# Heads of InternLM2, each with one document of 32k tokens, with long documents and short ones.
 TUNED = {
     f"{model}_32k_{kind}": dataclasses.replace(
         SHAPES[f"7b_32k_{kind}"], heads=heads, kv_heads=kv_heads
@@ -48,15 +48,16 @@ TUNED = {
     for kind in ("causal", "packed", "packed_sft")
 }
 # Other tiles sum in another order, and round probabilities at another scale: results may differ
-# by this share of the mean value, and of the largest. What is wrong, or a race, differs by more.
+# by this fraction of the mean value, and of the largest. Wrong results and races differ by more.
 MEAN_DIFFERENCE, LARGEST_DIFFERENCE = 0.01, 0.02
-# A gain below this share is noise: the rule's tiles then stay.
+# A gain below this fraction is noise: the tiles of the rule then stay.
 NOISE = 0.005
-WORKERS = 16  # candidates that are compiled at a time, at most
+# Most candidates that are compiled at a time.
+WORKERS = 16
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Searches, prints what it finds, and writes the table after every layout."""
+    """Search the tiles of all layouts, write the table after each; return the exit status."""
     args = _parse(argv)
     layouts: dict[Layout, dict[str, Shape]] = {}
     for name in args.shapes:
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def dry_run(layout: Layout) -> None:
-    """Prints every candidate with its shared memory, or why it is none."""
+    """Print every candidate with its shared memory, or the reason why it cannot run."""
     print(f"  rule: {rule_tiles(*layout)}")
     for part in (*forward_candidates(layout), *backward_candidates()):
         why = why_not(part, layout)
@@ -88,7 +89,7 @@ def dry_run(layout: Layout) -> None:
 
 
 def tune(layout: Layout, shapes: dict[str, Shape]) -> dict:
-    """Times the candidates of both kernels for one layout of heads.
+    """Time the candidates of both kernels for one layout of heads.
 
     Returns:
       The row of the table: heads, the best tiles, and ms by shape, [before, after], of the search
@@ -119,12 +120,12 @@ def tune(layout: Layout, shapes: dict[str, Shape]) -> dict:
 def fastest(
     run: Callable, start: Tiles, candidates: list[Tiles], shapes: dict[str, Shape]
 ) -> tuple[Tiles, dict[str, list[float]]]:
-    """The candidate with the smallest geometric mean of times, relative to `start`.
+    """Find the candidate with the smallest geometric mean of times, relative to `start`.
 
-    One that cannot run, or whose results are not those of `start`, on any shape is out.
+    A candidate is dropped if it cannot run on a shape, or if its results are not those of `start`.
 
     Returns:
-      The tiles, `start` if nothing is faster; and ms by shape, [with start, with them].
+      The tiles, `start` if no candidate is faster; and ms by shape, [with start, with the tiles].
     """
     times: dict[Tiles, dict[str, float]] = {start: {}}
     times |= {tiles: {} for tiles in candidates}
@@ -137,7 +138,7 @@ def fastest(
             label = f"  {name:20} {text(part):44}"
             ms = _attempt(functools.partial(run, *arrays), masks[tiles], expected)
             if isinstance(ms, str):
-                print(f"{label} out, {ms}", flush=True)
+                print(f"{label} dropped: {ms}", flush=True)
                 del times[tiles]
                 continue
             times[tiles][name] = ms
@@ -155,10 +156,10 @@ def fastest(
 def compiled(
     run: Callable, arrays: list[jax.Array], shape: Shape, candidates: list[Tiles]
 ) -> dict[Tiles, Future[Mask]]:
-    """Compiles `run` for the candidates, several at a time; jax keeps what its calls then use.
+    """Compile `run` for the candidates, several at a time, into the cache of its calls.
 
     Returns:
-      `planned` of each; its result raises what the compiler said to sizes that it cannot do.
+      A future of `planned` for each candidate; its result raises the error of the compiler.
     """
 
     def compile_one(tiles: Tiles) -> Mask:
@@ -171,7 +172,7 @@ def compiled(
 
 
 def planned(shape: Shape, tiles: Tiles) -> Mask:
-    """The shape's mask with the metadata for these tiles."""
+    """Return the mask of a shape with the metadata for these tiles."""
     q, k = (
         jax.ShapeDtypeStruct((shape.batch, shape.length, heads, shape.head_dim), jnp.bfloat16)
         for heads in (shape.heads, shape.kv_heads)
@@ -180,7 +181,7 @@ def planned(shape: Shape, tiles: Tiles) -> Mask:
 
 
 def difference(found: tuple, expected: tuple) -> str | None:
-    """How results differ by more than rounding, or None."""
+    """Describe a difference of results beyond rounding; None if there is none."""
     for name, got, want in zip(("o", "dq", "dk", "dv"), found, expected, strict=False):
         want = want.astype(jnp.float32)
         gap, size = jnp.abs(got.astype(jnp.float32) - want), jnp.abs(want)
@@ -191,7 +192,7 @@ def difference(found: tuple, expected: tuple) -> str | None:
 
 
 def write(row: dict, path: pathlib.Path) -> None:
-    """Puts a layout's row into the table, in the place of an older one."""
+    """Write the row of a layout to the table, in place of an older row."""
     rows = json.loads(path.read_text()) if path.exists() else []
     rows = [old for old in rows if any(old[k] != row[k] for k in _KEY)] + [row]
     rows.sort(key=lambda row: [row[k] for k in _KEY])
@@ -202,11 +203,11 @@ _KEY = ("num_heads", "num_kv_heads", "head_dim")
 
 
 def _attempt(run: Callable, compiled: Future[Mask], expected: tuple) -> float | str:
-    """Milliseconds, or why these tiles are out."""
+    """Return milliseconds, or the reason why these tiles are dropped."""
     try:
         mask = compiled.result()
         wrong = difference(run(mask), expected)
-    except Exception as error:  # whatever the compiler says to sizes that it cannot do
+    except Exception as error:  # the compiler raises many types for sizes that it cannot compile
         return f"cannot run: {first_line(error)[:200]}"
     return wrong or milliseconds(lambda: run(mask), jax.block_until_ready)
 
@@ -230,7 +231,7 @@ def _both(q, k, v, do, mask: Mask):
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m jaxattn.tune",
-        description="Search the kernels' tile sizes on this GPU and write them to a table.",
+        description="Search the fastest tile sizes on this GPU, and write them to a table.",
     )
     parser.add_argument(
         "--shapes",
@@ -238,13 +239,17 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="SHAPE",
         choices=SHAPES | TUNED,
         default=list(TUNED),
-        help=f"what to time; by default {', '.join(TUNED)}; also those of jaxattn.bench. All "
+        help=f"shapes to time, also those of jaxattn.bench; default: {', '.join(TUNED)}. All "
         "shapes with the same heads share one choice",
     )
     parser.add_argument(
-        "--out", type=output_file, metavar="FILE.json", default=TABLE, help="default: %(default)s"
+        "--out",
+        type=output_file,
+        metavar="FILE.json",
+        default=TABLE,
+        help="table to write; default: %(default)s",
     )
-    parser.add_argument("--dry_run", action="store_true", help="list the candidates; needs no GPU")
+    parser.add_argument("--dry_run", action="store_true", help="list the candidates, without a GPU")
     return parser.parse_args(argv)
 
 

@@ -1,4 +1,4 @@
-"""XLA's dot-product attention, a slice of queries at a time: bounded memory on every device.
+"""Attention of jax.nn by XLA, one slice of queries at a time: bounded memory on every device.
 
 B batch, T query pos, S key pos, N query heads, K kv heads, H head dim, C queries in a slice.
 """
@@ -11,8 +11,8 @@ from jaxtyping import Array, Bool, Float
 
 from jaxattn.mask import Mask
 
-# fp32 scores of one slice, [B, N, C, S], stay within this: enough to fill a GPU, small beside
-# the weights.
+# Largest fp32 scores of one slice, [B, N, C, S], in bytes: enough to fill a GPU, small against the
+# weights.
 SLICE_BYTES = 512 << 20
 
 
@@ -25,32 +25,32 @@ def attention(
     scale: float,
     return_lse: bool = False,
 ) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """`jax.nn.dot_product_attention` over slices of queries, with the mask of each slice.
+    """Compute `jax.nn.dot_product_attention` over slices of queries, with the mask of each slice.
 
-    Memory: some arrays of a slice's scores, each at most about `SLICE_BYTES`: 2 forward, 3 to 5
-    while the backward pass runs, which recomputes a slice's scores instead of keeping them, and up
-    to 6 with the log-sum-exp; see `score_bytes`. Work: every key for every query; hidden
-    pairs are computed and thrown away. The log-sum-exp costs a product more: jax.nn returns its
-    own rounded to the dtype of the keys and without a gradient.
+    Memory: arrays of one slice's scores, each at most about `SLICE_BYTES`: 2 in the forward pass, 3
+    to 5 in the backward pass, which recomputes the scores of a slice, and up to 6 with the
+    log-sum-exp; see `score_bytes`. Work: all pairs; hidden pairs are computed and discarded. The
+    log-sum-exp takes one more product: jax.nn rounds its own to the dtype of the keys, and drops
+    its gradient. Args and Returns: see `jaxattn.attention`.
 
     References:
       jax.nn.dot_product_attention; Rabe and Staats 2021, arXiv:2112.05682 (slicing).
     """
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
     size, count = slices(q_BTNH.shape[0], T, q_BTNH.shape[2], S)
-    rest = size * count - T  # queries added to fill the last slice; their output is dropped
+    rest = size * count - T  # padding of the last slice; its output is dropped
     q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, rest), (0, 0), (0, 0)))
     if mask.segment_ids is not None:
         ids_BT = jnp.pad(mask.segment_ids, ((0, 0), (0, rest)))
         mask = dataclasses.replace(mask, segment_ids=ids_BT, kv_segment_ids=mask.key_ids)
 
-    @jax.checkpoint  # keep the slices' inputs only: their scores are the memory we came to save
+    @jax.checkpoint  # keep only the inputs of the slices: their scores would be the T x S matrix
     def attend(start, q_BCNH):
         visible_BCS = mask.visible(T + rest, S, start=start, size=size)
         o_BCNH = jax.nn.dot_product_attention(
             q_BCNH, k_BSKH, v_BSKH, mask=visible_BCS[:, None], scale=scale, implementation="xla"
         )
-        # A row that sees nothing averages over all keys there; here it is defined to be 0.
+        # jax.nn averages over all keys for a row that sees nothing; here its output is 0.
         sees_any_BC = visible_BCS.any(axis=-1)[:, :, None, None]
         o_BCNH = jnp.where(sees_any_BC, o_BCNH, jnp.zeros_like(o_BCNH))
         return (o_BCNH, _log_sum_exp(q_BCNH, k_BSKH, visible_BCS, scale)) if return_lse else o_BCNH
@@ -68,7 +68,7 @@ def _log_sum_exp(
     visible_BCS: Bool[Array, "#B C S"],
     scale: float,
 ) -> Float[Array, "B C N"]:
-    """Of the scaled scores that each query sees; -inf where there are none."""
+    """Compute the log-sum-exp of the visible scaled scores of each query; -inf without any."""
     B, C, N, H = q_BCNH.shape
     K = k_BSKH.shape[2]
     q_BCKGH = q_BCNH.reshape(B, C, K, N // K, H)
@@ -84,16 +84,16 @@ def _log_sum_exp(
 
 
 def score_bytes(batch: int, t: int, s: int, num_heads: int) -> int:
-    """Bytes that one differentiated call needs for scores, at least.
+    """Return the least bytes that one differentiated call needs for scores.
 
-    Three fp32 arrays of a slice's, as `eager.score_bytes` has of all.
+    Three fp32 arrays of one slice's scores; see `eager.score_bytes`.
     """
     size, _ = slices(batch, t, num_heads, s)
     return 3 * 4 * batch * num_heads * size * s
 
 
 def slices(batch: int, t: int, num_heads: int, s: int) -> tuple[int, int]:
-    """(queries in a slice, number of slices): the fewest equal slices within `SLICE_BYTES`."""
+    """Return (queries in a slice, number of slices): the fewest slices within `SLICE_BYTES`."""
     most = max(1, SLICE_BYTES // (4 * batch * num_heads * s))
     count = -(-t // most)
     return -(-t // count), count

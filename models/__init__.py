@@ -1,6 +1,7 @@
 """InternLM2 in Flax: architecture, weights, tokenizer, generation."""
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def __getattr__(name: str) -> Any:
 
     A process that needs a tokenizer alone does not import jax: that takes 1.5 s and 200 MB.
     """
+    if name == "__version__":
+        return importlib.metadata.version("internlm2-jax")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_MODULES[name]), name)

@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     report(run, fields)
 
 
-def measure(shape: Shape, impl: str, *, check: bool) -> Cell:
+def measure(shape: Shape, impl: api.Implementation, *, check: bool) -> Cell:
     """Measure one cell.
 
     Args:

@@ -40,12 +40,12 @@ class Shape:
         return np.tile(row, (self.batch, 1))
 
     def mask(self) -> Mask:
-        """The causal mask, with documents drawn by `numpy.random.default_rng(0)`."""
+        """Return the causal mask, with documents drawn by `numpy.random.default_rng(0)`."""
         ids = self.segment_ids()
         return Mask(segment_ids=None if ids is None else jnp.asarray(ids), window=self.window)
 
     def pairs(self) -> int:
-        """Visible query-key pairs of the batch."""
+        """Count the visible query-key pairs of the batch."""
         lengths = [self.length]
         if self.documents is not None:
             lengths = document_lengths(self.length, *self.documents)

@@ -1,7 +1,8 @@
 """Launch of the kernels: one producer and two consumer warpgroups, ordered by barriers."""
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -19,31 +20,35 @@ def launch(
     *,
     name: str,
     programs: int,
-    scratch: dict,
-    out: tuple[jax.ShapeDtypeStruct, ...] | jax.ShapeDtypeStruct,
+    inputs: Mapping[str, Any],
+    out: Mapping[str, jax.ShapeDtypeStruct],
+    scratch: Mapping[str, Any],
     **parameters,
-) -> Callable:
-    """Return a function that runs the kernel: from its inputs to its outputs.
+) -> tuple[jax.Array, ...]:
+    """Run a kernel on its inputs, and return its outputs.
 
     Args:
-      kernel: takes refs of inputs and outputs, and `smem`, a namespace with the refs of scratch;
-        its axes are "program" and "wg".
+      kernel: takes two namespaces, `gmem` with the refs of inputs and outputs, and `smem` with the
+        refs of scratch; its axes are "program" and "wg".
       name: the kernel's name in profiles.
       programs: size of the grid.
+      inputs: arrays by name; the kernel finds None for an input that is None.
+      out: shapes and dtypes of the outputs by name.
       scratch: shared memory and barriers of one program, by name. Their order is the order of the
         addresses, on which the register allocation of ptxas depends: another order may spill.
-      out: shapes and dtypes of the outputs.
       parameters: further fields of `plgpu.CompilerParams`.
     """
+    given = {name: x for name, x in inputs.items() if x is not None}
+    names = (*given, *out)
 
     def with_names(*refs):
-        refs, scratch_refs = refs[: -len(scratch)], refs[-len(scratch) :]
-        smem = types.SimpleNamespace(**dict(zip(scratch, scratch_refs, strict=True)))
-        kernel(*refs, smem=smem)
+        gmem = dict.fromkeys(inputs) | dict(zip(names, refs, strict=False))
+        smem = dict(zip(scratch, refs[len(names) :], strict=True))
+        kernel(types.SimpleNamespace(**gmem), types.SimpleNamespace(**smem))
 
     return plgpu.kernel(
         with_names,
-        out_type=out,
+        out_type=tuple(out.values()),
         grid=(programs,),
         grid_names=("program",),
         num_threads=CONSUMERS + 1,
@@ -58,4 +63,4 @@ def launch(
             **parameters,
         ),
         kernel_name=name,
-    )
+    )(*given.values())

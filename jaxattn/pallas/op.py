@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from jaxattn import block_map
 from jaxattn.block_map import BlockMap, Tiling, WorkField
 from jaxattn.device import DeviceSpec
-from jaxattn.mask import Mask
+from jaxattn.mask import Mask, Shaped
 from jaxattn.pallas.softmax import LOG2E
 from jaxattn.pallas.tiles import CONSUMERS, ForwardTiles, Tiles, choose_tiles
 from jaxattn.pallas.wgmma.backward.dq_kernel import query_gradient
@@ -29,8 +29,6 @@ DTYPES = (jnp.bfloat16, jnp.float16)
 # Names of the forward kernel's results for remat policies: with both saved, the backward pass
 # under jax.checkpoint does not run the forward kernel a second time.
 OUT_NAME, LSE_NAME = "attn_out", "attn_lse"
-
-Shaped = Array | jax.ShapeDtypeStruct
 
 
 # jax rebuilds it with placeholders in place of block maps, which type checkers must let pass.

@@ -1,8 +1,8 @@
-"""Runs the Pallas kernels on a CPU: jax's interpreter for Mosaic GPU, with what it lacks added.
+"""Run the Pallas kernels on a CPU: jax's interpreter for Mosaic GPU, with additions.
 
 The interpreter simulates the memories, barriers and copies of a GPU and runs every warpgroup as a
 thread, so numbers, hand-overs and bounds are real; the asynchrony of wgmma, the concurrency of
-programs and speed are not. What the kernels use and jax (0.11, 0.12) does not interpret:
+programs and speed are not. The kernels use features that jax 0.11 and 0.12 do not interpret:
 
 * `pl.run_state` over accumulators, wgmma with its left factor in registers, reduce-add copies;
 * code for single threads (`plgpu.inline_mgpu`): `softmax.rescale`, `softmax.set_flags` and
@@ -13,7 +13,8 @@ And one change for speed: all threads of all programs share one compiled functio
 compiles it in each thread.
 
 All this patches private code of jax, so it is bound to the versions it was checked with;
-`interpreted` skips the test, with the reason, on any other. Nothing stays patched after it.
+`interpreted` fails the test, with the reason, on any other: CI must not pass with the kernels
+untested. Nothing stays patched after it.
 """
 
 import contextlib
@@ -45,9 +46,10 @@ def interpreted(*, detect_races: bool = False) -> Iterator[None]:
         jax 0.12 only; it does not see the reads of wgmma.
     """
     if VERSION not in CHECKED_WITH:
-        pytest.skip(
-            f"the kernels' interpreter patches private code of jax and was checked with "
-            f"{', '.join(CHECKED_WITH)}, not {jax.__version__}; see interpreter_patches.py"
+        pytest.fail(
+            f"the kernels' interpreter patches private code of jax {', '.join(CHECKED_WITH)}, "
+            f"this is {jax.__version__}: adapt interpreter_patches.py, then CHECKED_WITH and the "
+            "bound of jax in pyproject.toml"
         )
     if jax.default_backend() != "cpu":
         pytest.skip(

@@ -367,7 +367,9 @@ def test_a_plan_of_something_else_is_refused(other, on_hopper):
     q, k, _ = _qkv(**sizes)
     mask = dataclasses.replace(prepare(Mask(), q, k), **other.get("mask", {}))
     arrays = _qkv(**sizes, **other.get("sizes", {}))
-    message = r"mask.plan was prepared for q \[2, 16, 4\], k \[2, 16, 2\] .*: prepare again"
+    message = (
+        r"mask.plan was prepared for q \[2, 16, 4\], k \[2, 16, 2\] .*: call jaxattn.prepare again"
+    )
     with pytest.raises(ValueError, match=message):
         attention(*arrays, mask, impl="pallas")
 

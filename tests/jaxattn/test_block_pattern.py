@@ -1,4 +1,4 @@
-"""Lists of live tiles: the example of jaxattn/README.md, and ranges that meet no live tile."""
+"""Lists of live tiles: the example of docs/kernel.md, and ranges that meet no live tile."""
 
 import jax.numpy as jnp
 import numpy as np

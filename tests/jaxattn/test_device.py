@@ -45,8 +45,8 @@ def test_gpu_without_a_limit_has_the_machines_memory(stats):
 
 
 def test_memory_of_a_spec_is_the_fraction_that_jax_allocates():
-    assert device_memory(DeviceSpec("a GPU", 80, "9.0")) == 60 << 30
-    assert device_memory(DeviceSpec("a GPU", 80, "9.0", memory_fraction=0.5)) == 40 << 30
+    assert device_memory(DeviceSpec("a GPU", 80.0, "9.0")) == 60 << 30
+    assert device_memory(DeviceSpec("a GPU", 80.0, "9.0", memory_fraction=0.5)) == 40 << 30
 
 
 def test_peaks_and_bandwidths():
@@ -56,7 +56,7 @@ def test_peaks_and_bandwidths():
     assert memory_bandwidth(h100) == memory_bandwidth("NVIDIA H100 80GB HBM3") == 3.35e12
     cpu = jax.devices("cpu")[0]
     assert peak_flops(cpu) is memory_bandwidth(cpu) is peak_flops("NVIDIA H999") is None
-    assert peak_flops(DeviceSpec("80 GiB", 80, "9.0")) is None
+    assert peak_flops(DeviceSpec("80 GiB", 80.0, "9.0")) is None
 
 
 def test_the_table_is_complete_and_cannot_be_changed():

@@ -105,8 +105,8 @@ def test_search_drops_what_is_wrong_and_keeps_the_fastest(fake_gpu, capsys):
     assert ms == {"small": [2.0, 1.0]}
     printed = capsys.readouterr().out
     dropped = [line for line in printed.splitlines() if "192 keys, 2 stages" in line]
-    assert dropped and all("out, o differs by 10." in line for line in dropped)
-    assert "out, cannot run: too many stages\n" in printed
+    assert dropped and all("dropped: o differs by 10." in line for line in dropped)
+    assert "dropped: cannot run: too many stages\n" in printed
 
 
 def some_tiles(count, stages=2):

@@ -50,7 +50,7 @@ def test_table_comes_before_the_rule(monkeypatch, tmp_path):
         "num_heads": 32,
         "num_kv_heads": 8,
         "head_dim": 128,
-        "forward": {"heads": 2, "block_kv": 64, "stages": 4},
+        "forward": {"qheads_per_tile": 2, "block_kv": 64, "stages": 4},
         "backward": {"block_q": 64, "block_kv": 128, "stages": 2},
         "device": "NVIDIA H200",
     }

@@ -129,10 +129,9 @@ class _Keys:
         ctx = self.ctx
         query = ctx.q_column(t)
         ids = None
-        if ctx.gmem.ids is not None:
-            key_ids, query_ids = ctx.gmem.ids
-            tile_ids = query_ids.at[pl.ds(query, s.shape[1])]
-            ids = self.by_id, key_ids.at[ctx.row, 0, self.rows], tile_ids
+        if ctx.gmem.row_ids is not None:
+            tile_ids = ctx.gmem.col_ids.at[pl.ds(query, s.shape[1])]
+            ids = self.by_id, ctx.gmem.row_ids.at[ctx.row, 0, self.rows], tile_ids
 
         def mask(s):
             bounds = ctx.smem.bounds_smem.at[:, self.rows]

@@ -3,7 +3,6 @@
 import dataclasses
 import enum
 import types
-from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -16,41 +15,6 @@ from jaxattn.pallas.tiles import BackwardTiles
 
 # Q tiles that a program processes in one head before it turns to the next head.
 Q_CHUNK = 32
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Gmem:
-    """Refs to global memory; the heads of a token are neighbours, [.., N * H].
-
-    Attributes:
-      q: [R, N * H].
-      k: [C, K * H].
-      v: [C, K * H].
-      do: [R, N * H].
-      lse: [N * rows].
-      delta: [N * rows].
-      dq: fp32 [R, N * H]; None if the kernel does not compute dq.
-      work: `BlockMap.work` of keys.
-      row_bounds: `BlockMap.row_bounds` of keys.
-      cols: `BlockMap.cols`; None without a block pattern.
-      ids: `BlockMap.row_ids` (of keys) and `BlockMap.col_ids` (of queries); None without documents.
-      dk: [C, K * H].
-      dv: [C, K * H].
-    """
-
-    q: Any
-    k: Any
-    v: Any
-    do: Any
-    lse: Any
-    delta: Any
-    dq: Any | None
-    work: Any
-    row_bounds: Any
-    cols: Any | None
-    ids: tuple[Any, Any] | None
-    dk: Any
-    dv: Any
 
 
 class _Barriers(enum.IntEnum):
@@ -101,7 +65,8 @@ class KernelContext:
       qheads_per_kvhead: query heads of a kv head, N / K.
       stride: elements of one head in lse and delta.
       dq_part: (rows, columns) of dQ that one consumer computes.
-      gmem: refs to global memory.
+      gmem: refs to global memory, by the names of the kernel's inputs and outputs; the heads of a
+        token are neighbours, [tokens, heads * H].
       smem: refs to shared memory, by the names of `kernel.scratch`.
       barriers: the barriers.
       row: index of the program's row tile in the work list.
@@ -117,7 +82,7 @@ class KernelContext:
     qheads_per_kvhead: int
     stride: int
     dq_part: tuple[int, int]
-    gmem: Gmem
+    gmem: types.SimpleNamespace
     smem: types.SimpleNamespace
     barriers: Barriers
     row: jax.Array

@@ -18,7 +18,6 @@ dtype.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -37,35 +36,6 @@ from jaxattn.pallas.wgmma.forward.work_tile import WorkTile
 
 # Statistics of each row, in the order of `stats_smem`.
 LSE, DELTA = range(2)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Gmem:
-    """Refs to global memory.
-
-    Attributes:
-      q: [R, N, H].
-      k: [C, K, H].
-      v: [C, K, H].
-      do: [R, N, H].
-      stats: log-sum-exp and delta, see `_stats_by_tile`.
-      work: `BlockMap.work`.
-      row_bounds: `BlockMap.row_bounds`.
-      cols: `BlockMap.cols`; None without a block pattern.
-      ids: `BlockMap.row_ids` and `BlockMap.col_ids`; None without documents.
-      dq: [R, N, H].
-    """
-
-    q: Any
-    k: Any
-    v: Any
-    do: Any
-    stats: Any
-    work: Any
-    row_bounds: Any
-    cols: Any | None
-    ids: tuple[Any, Any] | None
-    dq: Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,14 +112,14 @@ def query_gradient(
     dtype = q_RNH.dtype
     row_tiles = -(-R // (CONSUMERS * tiles.warpgroup_queries))
 
-    def kernel(q, k, v, do, stats, work, row_bounds, *refs, smem):
-        *optional, dq = refs
+    def kernel(gmem, smem):
         wg, program = lax.axis_index("wg"), lax.axis_index("program")
         # Longest row tile first within a head; heads one after another, so that the K and V of a
         # head stay in the L2 cache while all its row tiles pass over them.
         row, tile_head = lax.rem(program, row_tiles), lax.div(program, row_tiles)
         row_tile, start, count = (
-            work[row, 0, field] for field in (WorkField.ROW_TILE, WorkField.START, WorkField.COUNT)
+            gmem.work[row, 0, field]
+            for field in (WorkField.ROW_TILE, WorkField.START, WorkField.COUNT)
         )
         ctx = KernelContext(
             tiles=tiles,
@@ -157,17 +127,7 @@ def query_gradient(
             head_dim=H,
             qheads_per_kvhead=N // K,
             row_tiles=row_tiles,
-            gmem=Gmem(
-                q=q,
-                k=k,
-                v=v,
-                do=do,
-                stats=stats,
-                work=work,
-                row_bounds=row_bounds,
-                **block_map.unpack_optional(optional),
-                dq=dq,
-            ),
+            gmem=gmem,
             smem=smem,
             row=row,
             tile_head=tile_head,
@@ -178,16 +138,22 @@ def query_gradient(
         pl.when(wg == PRODUCER)(lambda: _produce(ctx))
         pl.when(wg < CONSUMERS)(lambda: _consume(ctx, wg))
 
-    run = launch(
+    [dq_RNH] = launch(
         kernel,
         name="flash_backward_dq",
         programs=row_tiles * (N // tiles.qheads_per_tile),
+        inputs={
+            "q": q_RNH,
+            "k": k_CKH,
+            "v": v_CKH,
+            "do": do_RNH,
+            "stats": _stats_by_tile((lse_NR, delta_NR), row_tiles, tiles),
+            **block_map.inputs,
+        },
+        out={"dq": jax.ShapeDtypeStruct((R, N, H), dtype)},
         scratch=scratch(H, dtype, tiles),
-        out=jax.ShapeDtypeStruct((R, N, H), dtype),
     )
-    stats = _stats_by_tile((lse_NR, delta_NR), row_tiles, tiles)
-    metadata = block_map.work, block_map.row_bounds, *block_map.optional
-    return run(q_RNH, k_CKH, v_CKH, do_RNH, stats, *metadata)
+    return dq_RNH
 
 
 def _produce(ctx: KernelContext) -> None:

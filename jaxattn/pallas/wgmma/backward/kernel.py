@@ -41,7 +41,7 @@ from jaxattn.pallas.launch import PRODUCER, launch
 from jaxattn.pallas.smem import swizzled
 from jaxattn.pallas.tiles import CONSUMERS, WARPGROUP_ROWS, BackwardTiles
 from jaxattn.pallas.wgmma.backward.consumer import consume
-from jaxattn.pallas.wgmma.backward.context import Barriers, Gmem, KernelContext
+from jaxattn.pallas.wgmma.backward.context import Barriers, KernelContext
 from jaxattn.pallas.wgmma.backward.producer import produce
 
 
@@ -121,16 +121,14 @@ def backward(
     stride = lse_NR.shape[1]
     col_tiles = -(-C // tiles.block_kv)  # "rows" of the block map are keys here
 
-    def kernel(q, k, v, do, lse, delta, *refs, smem):
-        dq: Any
-        dq, *refs = refs if with_dq else (None, *refs)
-        work, row_bounds, *optional, dk, dv = refs
+    def kernel(gmem, smem):
         wg, program = lax.axis_index("wg"), lax.axis_index("program")
         # Longest key tile first within a kv head, and one kv head after another: programs that run
         # at once loop over the queries of the same group.
         row, kv_head = lax.rem(program, col_tiles), lax.div(program, col_tiles)
         key_tile, start, count = (
-            work[row, 0, field] for field in (WorkField.ROW_TILE, WorkField.START, WorkField.COUNT)
+            gmem.work[row, 0, field]
+            for field in (WorkField.ROW_TILE, WorkField.START, WorkField.COUNT)
         )
         ctx = KernelContext(
             tiles=tiles,
@@ -139,20 +137,7 @@ def backward(
             qheads_per_kvhead=N // K,
             stride=stride,
             dq_part=dq_part(H, tiles),
-            gmem=Gmem(
-                q=q,
-                k=k,
-                v=v,
-                do=do,
-                lse=lse,
-                delta=delta,
-                dq=dq,
-                work=work,
-                row_bounds=row_bounds,
-                **block_map.unpack_optional(optional),
-                dk=dk,
-                dv=dv,
-            ),
+            gmem=gmem,
             smem=smem,
             barriers=Barriers(smem.barriers, tiles.stages),
             row=row,
@@ -167,28 +152,34 @@ def backward(
         for index in range(CONSUMERS):
             pl.when(wg == index)(functools.partial(consume, ctx, index))
 
-    run = launch(
-        kernel,
-        name="flash_backward" if with_dq else "flash_backward_dkv",
-        programs=col_tiles * K,
-        scratch=scratch(H, dtype, tiles, with_dq=with_dq),
-        out=(jax.ShapeDtypeStruct((C, K * H), dtype),) * 2,
-    )
-    flat = [x.reshape(x.shape[0], -1) for x in (q_RNH, k_CKH, v_CKH, do_RNH)]
-    dq_sum = []
+    q, k, v, do = (x.reshape(x.shape[0], -1) for x in (q_RNH, k_CKH, v_CKH, do_RNH))
+    dq_sum = None
     if with_dq:
         # Without the barrier XLA fills the zeros of all layers of a model in one pass, before the
         # first layer's backward: 256 MiB each at 32k tokens of 16 heads, on top of the peak.
         delta_NR, zero = lax.optimization_barrier((delta_NR, f32(0)))
-        dq_sum = [jax.new_ref(jnp.broadcast_to(zero, (R, N * H)))]
-    dk, dv = run(
-        *flat,
-        lse_NR.reshape(-1),
-        delta_NR.reshape(-1),
-        *dq_sum,
-        block_map.work,
-        block_map.row_bounds,
-        *block_map.optional,
+        dq_sum = jax.new_ref(jnp.broadcast_to(zero, (R, N * H)))
+    dk, dv = launch(
+        kernel,
+        name="flash_backward" if with_dq else "flash_backward_dkv",
+        programs=col_tiles * K,
+        inputs={
+            "q": q,
+            "k": k,
+            "v": v,
+            "do": do,
+            "lse": lse_NR.reshape(-1),
+            "delta": delta_NR.reshape(-1),
+            "dq": dq_sum,
+            **block_map.inputs,
+        },
+        out={
+            "dk": jax.ShapeDtypeStruct((C, K * H), dtype),
+            "dv": jax.ShapeDtypeStruct((C, K * H), dtype),
+        },
+        scratch=scratch(H, dtype, tiles, with_dq=with_dq),
     )
-    dq = [(x[...] * scale).astype(dtype).reshape(R, N, H) for x in dq_sum]
-    return dq[0] if dq else None, dk.reshape(C, K, H), dv.reshape(C, K, H)
+    dk, dv = dk.reshape(C, K, H), dv.reshape(C, K, H)
+    if dq_sum is None:
+        return None, dk, dv
+    return (dq_sum[...] * scale).astype(dtype).reshape(R, N, H), dk, dv

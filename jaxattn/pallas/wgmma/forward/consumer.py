@@ -144,11 +144,11 @@ class _ForwardTile(WorkTile):
 
         return m, l, self.rounded(p)
 
-    def _step(self, j, carry, size: int | None = None):
+    def _step(self, j, carry, short_size: int | None = None):
         """Overlap S = Q K_j^T and O += P V_(j-1) with the softmax of tile j - 1."""
         ctx = self.ctx
         whole = ctx.tiles.block_kv
-        size = whole if size is None else size
+        size = short_size or whole
         o, m, l, p = carry
 
         def overlapped(refs):

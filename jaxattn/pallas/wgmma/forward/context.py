@@ -2,7 +2,6 @@
 
 import dataclasses
 import types
-from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -20,35 +19,6 @@ SHORT_KV = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Gmem:
-    """Refs to global memory.
-
-    Attributes:
-      q: [R, N, H].
-      k: [C, K, H].
-      v: [C, K, H].
-      schedule: `tile_scheduler.persistent_schedule`.
-      work: `BlockMap.work`.
-      row_bounds: `BlockMap.row_bounds`.
-      cols: `BlockMap.cols`; None without a block pattern.
-      ids: `BlockMap.row_ids` and `BlockMap.col_ids`; None without documents.
-      o: [R, N, H].
-      lse: [N, rows].
-    """
-
-    q: Any
-    k: Any
-    v: Any
-    schedule: Any
-    work: Any
-    row_bounds: Any
-    cols: Any | None
-    ids: tuple[Any, Any] | None
-    o: Any
-    lse: Any
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class QueryContext:
     """Context of a program that owns queries and loops over KV tiles: forward and dq kernels.
 
@@ -58,7 +28,7 @@ class QueryContext:
       head_dim: H.
       qheads_per_kvhead: query heads of a kv head, N / K.
       row_tiles: row tiles of one head.
-      gmem: refs to global memory, by the names of `Gmem`.
+      gmem: refs to global memory, by the names of the kernel's inputs and outputs.
       smem: refs to shared memory and barriers, by the names of the kernel's `scratch`.
     """
 
@@ -67,7 +37,7 @@ class QueryContext:
     head_dim: int
     qheads_per_kvhead: int
     row_tiles: int
-    gmem: Any
+    gmem: types.SimpleNamespace
     smem: types.SimpleNamespace
 
     def kv_head(self, tile_head):

@@ -40,7 +40,7 @@ from jaxattn.pallas.smem import swizzled
 from jaxattn.pallas.tile_scheduler import persistent_schedule
 from jaxattn.pallas.tiles import CONSUMERS, WARPGROUP_ROWS, ForwardTiles
 from jaxattn.pallas.wgmma.forward.consumer import consume
-from jaxattn.pallas.wgmma.forward.context import WORK_SLOTS, Gmem, KernelContext
+from jaxattn.pallas.wgmma.forward.context import WORK_SLOTS, KernelContext
 from jaxattn.pallas.wgmma.forward.producer import produce
 
 # Programs of the persistent grid: one per multiprocessor of an H100 or H200.
@@ -107,8 +107,7 @@ def forward(
     programs = min(PROGRAMS, row_tiles * tile_heads)
     schedule = persistent_schedule(row_tiles, tile_heads, programs)
 
-    def kernel(q, k, v, schedule, work, row_bounds, *refs, smem):
-        *optional, o, lse = refs
+    def kernel(gmem, smem):
         wg, program = lax.axis_index("wg"), lax.axis_index("program")
         ctx = KernelContext(
             tiles=tiles,
@@ -118,33 +117,29 @@ def forward(
             row_tiles=row_tiles,
             two_passes=dtype == jnp.bfloat16,
             program=program,
-            num_work_tiles=schedule[program, 0],
-            gmem=Gmem(
-                q=q,
-                k=k,
-                v=v,
-                schedule=schedule,
-                work=work,
-                row_bounds=row_bounds,
-                **block_map.unpack_optional(optional),
-                o=o,
-                lse=lse,
-            ),
+            num_work_tiles=gmem.schedule[program, 0],
+            gmem=gmem,
             smem=smem,
         )
         pl.when(wg == PRODUCER)(lambda: produce(ctx))
         pl.when(wg < CONSUMERS)(lambda: consume(ctx, wg))
 
-    run = launch(
+    o_RNH, lse_NR = launch(
         kernel,
         name="flash_forward",
         programs=programs,
+        inputs={
+            "q": q_RNH,
+            "k": k_CKH,
+            "v": v_CKH,
+            "schedule": jnp.asarray(schedule),
+            **block_map.inputs,
+        },
+        out={
+            "o": jax.ShapeDtypeStruct((R, N, H), dtype),
+            "lse": jax.ShapeDtypeStruct((N, row_tiles * queries), jnp.float32),
+        },
         scratch=scratch(H, dtype, tiles),
-        out=(
-            jax.ShapeDtypeStruct((R, N, H), dtype),
-            jax.ShapeDtypeStruct((N, row_tiles * queries), jnp.float32),
-        ),
         reduction_scratch_bytes=0,
     )
-    metadata = jnp.asarray(schedule), block_map.work, block_map.row_bounds, *block_map.optional
-    return run(q_RNH, k_CKH, v_CKH, *metadata)
+    return o_RNH, lse_NR

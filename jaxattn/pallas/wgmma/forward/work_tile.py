@@ -44,10 +44,10 @@ class WorkTile:
         """Return the scores of the j-th KV tile, -inf where the mask hides them."""
         col = self.ctx.kv_column(self.start, j)
         ids = None
-        if self.ctx.gmem.ids is not None:
-            row_ids, col_ids = self.ctx.gmem.ids
-            tile_ids = col_ids.at[pl.ds(col, s.shape[1])]
-            ids = self.by_id, row_ids.at[self.row, self.wg], tile_ids
+        gmem = self.ctx.gmem
+        if gmem.row_ids is not None:
+            tile_ids = gmem.col_ids.at[pl.ds(col, s.shape[1])]
+            ids = self.by_id, gmem.row_ids.at[self.row, self.wg], tile_ids
         below, above = j < self.full_from, j >= self.full_to
         return softmax.mask_scores(s, col, self.row_bounds, below=below, above=above, ids=ids)
 

@@ -1,0 +1,124 @@
+"""Draw the plots of the documentation from the result files in results (`make figures`).
+
+Every plot names the device, the library versions and the date of its file in its title.
+"""
+
+import json
+import pathlib
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (after the choice of the backend)
+import numpy as np  # noqa: E402
+
+HERE = pathlib.Path(__file__).parent
+RESULTS, FIGURES = HERE.parent / "results", HERE / "figures"
+COLORS = {  # color-blind safe (Okabe and Ito)
+    "pallas": "#0072B2",
+    "torch-fa4": "#009E73",
+    "cudnn": "#E69F00",
+    "torch-sdpa": "#CC79A7",
+    "xla": "#D55E00",
+    "eager": "#56B4E9",
+}
+LABELS = {"torch-fa4": "FlashAttention-4", "torch-sdpa": "PyTorch SDPA", "cudnn": "cuDNN"}
+
+
+def main() -> None:
+    """Draw all plots into docs/figures."""
+    FIGURES.mkdir(exist_ok=True)
+    step_time()
+    attention_rate()
+    loss_curves()
+
+
+def step_time() -> None:
+    """Plot the time of a training step against the sequence length, one line per implementation."""
+    result = json.loads((RESULTS / "train" / "bench_h200_1.8b.json").read_text())
+    cells = [cell for cell in result["cells"] if "ms" in cell and not cell["packed"]]
+    lengths = sorted({cell["seq_len"] for cell in cells})
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name in ("eager", "xla", "cudnn", "pallas"):
+        own = sorted((c["seq_len"], c["ms"]) for c in cells if c["attn"] == name)
+        x = [lengths.index(length) for length, _ in own]
+        ms = [value for _, value in own]
+        axes.plot(x, ms, marker="o", color=COLORS[name], label=LABELS.get(name, name))
+        axes.annotate(
+            f"{ms[-1]:,.0f} ms",
+            (x[-1], ms[-1]),
+            xytext=(8, {"cudnn": 4, "pallas": -10}.get(name, -3)),  # these two lines coincide
+            textcoords="offset points",
+            color=COLORS[name],
+        )
+    axes.set_xticks(range(len(lengths)), [f"{n:,} x {32_768 // n}" for n in lengths])
+    axes.set(xlabel="tokens per row x rows (32,768 tokens a step)", ylabel="ms per training step")
+    axes.set_ylim(0)
+    axes.set_xlim(-0.15, len(lengths) - 0.6)
+    axes.set_title(
+        f"InternLM2-1.8B, full training step, bf16, one document per row\n"
+        f"{result['device']}, {result['versions']}, {result['date']}",
+        fontsize=10,
+    )
+    _finish(figure, axes, "step_time")
+
+
+def attention_rate() -> None:
+    """Plot the useful rate of attention alone, forward + backward, a group of bars per shape."""
+    cells = json.loads((RESULTS / "attention" / "bench_h200.json").read_text())["cells"]
+    cells = [cell for cell in cells if "both_tflops" in cell]
+    shapes = list(dict.fromkeys(cell["shape"] for cell in cells))
+    rate = {(cell["shape"], cell["impl"]): cell["both_tflops"] for cell in cells}
+    names = ("pallas", "torch-fa4", "cudnn", "torch-sdpa")
+    figure, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
+    for row, shape in enumerate(shapes):
+        ran = [name for name in names if (shape, name) in rate]
+        for place, name in enumerate(ran):  # centered on the tick, without gaps
+            x = row + (place - (len(ran) - 1) / 2) * 0.2
+            axes.bar(x, rate[shape, name], 0.19, color=COLORS[name])
+    for name in names:
+        axes.bar(0, 0, color=COLORS[name], label=LABELS.get(name, name))
+    axes.set_xticks(range(len(shapes)), [s.replace("_", "\n") for s in shapes], fontsize=8)
+    axes.set_ylabel("useful TFLOP/s, forward + backward")
+    versions = {v for cell in cells for v in cell["versions"].split(", ")}
+    axes.set_title(
+        f"Attention alone, bf16, head dim 128. {cells[0]['device']}, "
+        f"{', '.join(sorted(versions))}, {cells[0]['date']}",
+        fontsize=9,
+    )
+    _finish(figure, axes, "attention_rate")
+
+
+def loss_curves() -> None:
+    """Plot the loss of 200 steps with weights and moments in fp32, bf16 and int8."""
+    folder = RESULTS / "train" / "h200"
+    runs = {
+        "fp32 weights and moments": "curve_fp32",
+        "int8 moments": "curve_int8",
+        "bf16 weights": "curve_bf16_weights",
+    }
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    window = 20
+    for label, color in zip(runs, ("#000000", "#0072B2", "#D55E00"), strict=True):
+        lines = [json.loads(line) for line in (folder / f"{runs[label]}.jsonl").open()]
+        loss = np.convolve([line["loss"] for line in lines], np.full(window, 1 / window), "valid")
+        axes.plot(range(window, len(lines) + 1), loss, color=color, label=label, linewidth=1)
+    axes.set(xlabel="step", ylabel=f"loss, mean of {window} steps")
+    axes.set_title(
+        "InternLM2-1.8B from random weights, 2 rows of 4,096 tokens a step\n"
+        "1 x NVIDIA H200, jax 0.11.2, 2026-11-22 and 23",
+        fontsize=10,
+    )
+    _finish(figure, axes, "loss_curves")
+
+
+def _finish(figure, axes, name: str) -> None:
+    axes.grid(axis="y", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(FIGURES / f"{name}.png", dpi=120, metadata={"Software": None})
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
