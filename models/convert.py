@@ -19,9 +19,10 @@ import tyro
 
 from models.byte_tokenizer import ByteTokenizer
 from models.config import ModelConfig
-from models.files import write_json
+from models.files import read_json, write_json
 from models.terminal import escape_unencodable
 from models.weights import sidecar_files
+from models.weights.adapter_files import is_adapter, load_adapter, merge_parameters, save_adapter
 from models.weights.load import check_loadable, hf_parameters
 from models.weights.memory import check_memory
 from models.weights.orbax_checkpoint import is_orbax, orbax_parameters, save_orbax
@@ -37,6 +38,7 @@ def convert(
     *,
     layout: str | None = None,
     assets_from: str | Path | None = None,
+    merge: str | Path | None = None,
     progress: bool = False,
     **kwargs: Any,
 ) -> str:
@@ -44,10 +46,13 @@ def convert(
 
     Args:
       source: HF InternLM2 directory, orbax directory, or a training run or one of its checkpoints.
+        A run with LoRA adapters becomes a PEFT directory, or with `merge` whole HF weights.
       destination: directory to create; must not exist. Its parents are created.
       layout: layout of a HF destination, see `save_hf`. With a layout, a HF source becomes HF
         again. None: orbax for a HF source, else "internlm2".
       assets_from: directory whose tokenizer, code and other files are copied; None: source.
+      merge: HF directory of the base model, whose weights the adapters of a run, or of a PEFT
+        directory, are added to; its tokenizer and code are copied.
       progress: show progress bars.
       **kwargs: dtype and max_shard_bytes of `save_hf`, for a HF destination.
 
@@ -69,6 +74,18 @@ def convert(
     if assets_from is not None and (str(assets_from) == "" or not Path(assets_from).is_dir()):
         raise FileNotFoundError(f"--assets_from={str(assets_from)!r} is not a directory")
     found, remark = find_checkpoint(source), ""
+    if merge is not None or is_adapter(source) or (found and read_checkpoint(found).lora):
+        base = None if merge is None else Path(merge)
+        return _convert_adapter(
+            source,
+            found,
+            destination,
+            base,
+            layout=layout or "internlm2",
+            assets_from=base if assets_from is None else Path(assets_from),
+            progress=progress,
+            **kwargs,
+        )
     if found is None:
         check_loadable(source)
     assets_from = Path(assets_from) if assets_from is not None else None if found else source
@@ -111,6 +128,57 @@ def convert(
     return remark
 
 
+def _convert_adapter(
+    source: Path,
+    found: Path | None,
+    destination: Path,
+    base: Path | None,
+    *,
+    layout: str,
+    assets_from: Path | None,
+    progress: bool,
+    dtype: str | None = None,
+    **kwargs: Any,
+) -> str:
+    """Write the adapters of a run as a PEFT directory, or merge adapters into their base."""
+    if base is not None:
+        check_loadable(base)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]), quiet_orbax():
+        if found is not None:
+            checkpoint = read_checkpoint(found)
+            if checkpoint.lora is None:
+                raise ValueError(f"--merge: {found} has whole weights, and no adapters to merge")
+            config, lora, params = checkpoint.config, checkpoint.lora, checkpoint.adapter()
+            if base is None:
+                named = checkpoint.base or "internlm2"
+                save_adapter(destination, config, lora, params, base=named, layout=layout)
+                return f", a PEFT adapter; --merge BASE_DIR writes whole weights (base: {named})"
+        elif base is None:
+            raise ValueError(f"{source} is a LoRA adapter: add --merge BASE_DIR, its base model")
+        else:
+            config = ModelConfig.from_hf(read_json(base / "config.json"))
+            lora, params = load_adapter(source, config)
+        of_base, stored, parameters = hf_parameters(base, progress=False)
+        if of_base != config:
+            changed = [f for f, v in vars(config).items() if v != getattr(of_base, f)]
+            raise ValueError(
+                f"--merge={base} is another base model: {', '.join(changed)} differ from the run's"
+            )
+        check_memory(config, stored)
+        with contextlib.closing(parameters):
+            write_hf(
+                config,
+                merge_parameters(parameters, lora, params),
+                destination,
+                dtype=dtype or stored,
+                assets_from=assets_from,
+                layout=layout,
+                progress=progress,
+                **kwargs,
+            )
+    return ""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
@@ -135,6 +203,7 @@ def _convert(
     *,
     layout: Literal["internlm2", "llama"] | None = None,
     assets_from: str | None = None,
+    merge: str | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     max_shard_gb: float = MAX_SHARD_BYTES / 1e9,
 ) -> None:
@@ -150,6 +219,8 @@ def _convert(
       layout: Write HF weights in this layout; llama: wqkv split, names of LlamaForCausalLM.
       assets_from: HF directory whose tokenizer, code and other files are copied. Default: SRC; a
         training run has none of these files.
+      merge: HF directory of the base model: add the LoRA adapters of SRC, a run or a PEFT
+        directory, to its weights.
       dtype: Dtype of the HF weights. Default: the stored dtype.
       max_shard_gb: Largest HF file in GB (10^9 bytes).
     """
@@ -160,6 +231,7 @@ def _convert(
         dst,
         layout=layout,
         assets_from=assets_from,
+        merge=merge,
         dtype=dtype,
         max_shard_bytes=int(max_shard_gb * 1e9),
         progress=True,

@@ -1,10 +1,11 @@
 """Execution options of a model: attention implementation, dtypes, rematerialization, scan."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
+from models.lora import LoRA
 from models.remat import REMAT
 
 
@@ -25,10 +26,13 @@ class Execution:
         compiles one layer instead of L. False compiles each layer. Then XLA does not copy weights
         out of their stacks, nor saved activations into and out of stacks (measured at 1.8B: 12%
         of a step). Prefill always scans; decoding never does.
+      lora: adapters on the blocks' linear layers, which are then the only trained parameters, in
+        float32; None: none, and all parameters are trained.
+      quantize: storage of the blocks' linear layers, see `models.quantize`; None: param_dtype.
       deterministic: make the gradients of attention bitwise reproducible, see `jaxattn.attention`.
 
     Raises:
-      ValueError: `remat` is not a key of `REMAT`.
+      ValueError: `remat` is not a key of `REMAT`, or saves dequantised weights.
       TypeError: a dtype is unknown.
     """
 
@@ -38,10 +42,17 @@ class Execution:
     remat: str = "full"
     scan: bool = True
     deterministic: bool = False
+    lora: LoRA | None = None
+    quantize: Literal["nf4", "int8"] | None = None
 
     def __post_init__(self):
         if self.remat not in REMAT:
             raise ValueError(f"remat={self.remat!r} must be one of {', '.join(REMAT)}")
+        if self.quantize is not None and self.remat == "none":
+            raise ValueError(
+                f"remat='none' would keep the dequantised copy of every {self.quantize} weight: "
+                "use 'dots' or another policy"
+            )
         for name in ("dtype", "param_dtype"):
             object.__setattr__(self, name, jnp.dtype(getattr(self, name)))
 

@@ -170,6 +170,7 @@ def _generate(
     attn: str = "auto",
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
     tokenizer: str | None = None,
+    adapter: Path | None = None,
 ) -> None:
     """Continue a prompt with an InternLM2 checkpoint.
 
@@ -185,6 +186,7 @@ def _generate(
       attn: Attention implementation of the prefill.
       dtype: Dtype of weights and activations.
       tokenizer: byte, a tokenizer.model, or a directory. Default: DIR.
+      adapter: PEFT directory of a LoRA adapter for DIR.
     """
     if not dir.is_dir():
         raise ValueError(f"{dir} does not exist: give a HF directory or models.convert's")
@@ -198,7 +200,8 @@ def _generate(
         raise ValueError(
             f"{error}: name one with --tokenizer ('byte' for a model that was trained on bytes)"
         ) from error
-    model = load(dir, execution=Execution(attn=attn, dtype=dtype, param_dtype=dtype))
+    execution = Execution(attn=attn, dtype=dtype, param_dtype=dtype)
+    model = load(dir, execution=execution, adapter=adapter)
     if tok.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"tokenizer {tok.name} has {tok.vocab_size} ids, the model only "

@@ -9,7 +9,8 @@ References:
   Cai et al. 2024, arXiv:2403.17297; the original modeling_internlm2.py.
 """
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,14 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from jaxattn import Mask, attention, prepare
 from models import sharding
-from models.block import Attend, Block, Rope
+from models.block import Attend, Block, Rope, quantize_block
 from models.config import ModelConfig
 from models.execution import TRAINING, Execution
 from models.layers import constant, document_positions, normal, rms_norm, rope_table
+from models.lora import LoRAParam, combine, dropout_keys, partition
+from models.quantize import cast_weights
 from models.remat import REMAT
 from models.xla_workarounds import grad_barrier, unstack
 
@@ -63,9 +66,12 @@ class InternLM2(nnx.Module):
         self.embed_VD = normal(rngs, (V, D), (None, "table"), std, param_dtype)
         if 0 <= config.pad_token_id < V:
             self.embed_VD[...] = self.embed_VD[...].at[config.pad_token_id].set(0)
-        self.blocks = jax.vmap(lambda r: Block(config, rngs=r, param_dtype=param_dtype))(
-            rngs.split(config.num_layers)
-        )
+
+        def block(rngs):
+            made = Block(config, rngs=rngs, param_dtype=param_dtype, lora=execution.lora)
+            return made if execution.quantize is None else quantize_block(made, execution.quantize)
+
+        self.blocks = jax.vmap(block)(rngs.split(config.num_layers))
         self.norm_D = constant(1.0, (D,), (None,), param_dtype)
         if not config.tie_word_embeddings:
             self.output_DV = normal(rngs, (D, V), ("embed", "vocab"), std, param_dtype)
@@ -92,6 +98,7 @@ class InternLM2(nnx.Module):
         *,
         positions: Ids | None = None,
         segment_ids: Ids | None = None,
+        dropout: Key[Array, ""] | None = None,
     ) -> Float[Array, "B T D"]:
         """Compute the final hidden states (after the last norm), the input of the LM head.
 
@@ -100,6 +107,7 @@ class InternLM2(nnx.Module):
           positions: position of each token in its document; None: counted from the start of each
             run of equal segment ids, or of the row.
           segment_ids: document of each token, 0 for padding; None: one document a row.
+          dropout: random key of the adapters' dropout, in training; None: no dropout.
 
         Returns:
           Hidden states [B, T, D] in the compute dtype.
@@ -120,7 +128,9 @@ class InternLM2(nnx.Module):
                 return out_BTNH, None
 
             rope = rope_table(positions, self.config, segment_ids=segments)
-            x_BTD, _ = self.run_blocks(self.embed(tokens), rope, attend, scan=options.scan)
+            x_BTD, _ = self.run_blocks(
+                self.embed(tokens), rope, attend, scan=options.scan, dropout=dropout
+            )
             return x_BTD
 
     def prepare_mask(self, shape: tuple[int, ...], segment_ids: Int[Array, "B T"] | None) -> Mask:
@@ -150,6 +160,7 @@ class InternLM2(nnx.Module):
         layer_caches: Sequence[Any] | None = None,
         *,
         scan: bool = True,
+        dropout: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Apply all layers and the final norm, for training, prefill and decoding.
 
@@ -161,28 +172,45 @@ class InternLM2(nnx.Module):
             `scan`.
           scan: run one compiled loop over the layers, or compile each layer. The results are the
             same.
+          dropout: random key of the adapters' dropout; None: no dropout.
 
         Returns:
           Final hidden states [B, T, D], and the second results of `attend`: stacked [L, ...] with
           `scan`, else a list of L.
         """
+        L, results = self.config.num_layers, []
+        keys_L = None if dropout is None else jax.random.split(dropout, L)
 
-        def layer(x_BTD, block, layer_cache):
+        def layer(x_BTD, block, layer_cache, key):
             x_BTD = checkpoint_name(x_BTD, "block_input")
-            return block(x_BTD, rope, attend, layer_cache)
+            return block(x_BTD, rope, attend, layer_cache, dropout=dropout_keys(key))
 
         layer = jax.checkpoint(layer, policy=REMAT[self.execution.remat])
-        blocks = jax.tree.map(lambda w: w.astype(self.execution.dtype), self.blocks)
+        blocks = cast_weights(self.blocks, self.execution.dtype)
         if scan:
             assert layer_caches is None, "a scan would copy each layer's cache out of a stack"
-            x_BTD, results = jax.lax.scan(lambda x, block: layer(x, block, None), x_BTD, blocks)
+            x_BTD, results = jax.lax.scan(
+                lambda x, xs: layer(x, xs[0], None, xs[1]), x_BTD, (blocks, keys_L)
+            )
         else:
-            L, results = self.config.num_layers, []
-            blocks = blocks if isinstance(blocks, nnx.List) else unstack(blocks, L)
-            for block, layer_cache in zip(blocks, layer_caches or [None] * L, strict=True):
-                x_BTD, result = layer(*grad_barrier(x_BTD, block), layer_cache)
+            caches = layer_caches or [None] * L
+            keys = [None] * L if keys_L is None else list(keys_L)
+            halves = self._trained_and_frozen(blocks)
+            for (trained, frozen), cache, key in zip(halves, caches, keys, strict=True):
+                x_BTD, trained = grad_barrier(x_BTD, trained)
+                x_BTD, result = layer(x_BTD, combine(trained, frozen), cache, key)
                 results.append(result)
         return rms_norm(x_BTD, self.norm_D[...], eps=self.config.rms_norm_eps), results
+
+    def _trained_and_frozen(self, blocks: Any) -> list[tuple[Any, Any]]:
+        """Return each layer's block in two halves: its trained weights, and its frozen ones."""
+        trained_type = nnx.Param if self.execution.lora is None else LoRAParam
+        if isinstance(blocks, nnx.List):  # for decoding, unstacked once for all tokens
+            return [partition(block, trained=trained_type) for block in blocks]
+        trained, frozen = partition(blocks, trained=trained_type)
+        L = self.config.num_layers
+        frozen_L = [jax.tree.map(operator.itemgetter(i), frozen) for i in range(L)]
+        return list(zip(unstack(trained, L), frozen_L, strict=True))
 
     def unembedding(self) -> Float[Array, "D V"]:
         """Return the output matrix in the compute dtype, gathered over fsdp, split over tensor."""
@@ -248,10 +276,34 @@ def init(
     Raises:
       ValueError: the mesh does not divide the model.
     """
+    return _created(
+        lambda: InternLM2(config, rngs=nnx.Rngs(params=seed), execution=execution), mesh
+    )
 
-    def create():
-        return InternLM2(config, rngs=nnx.Rngs(params=seed), execution=execution)
 
+def with_new_adapters(
+    model: InternLM2,
+    *,
+    seed: int | Int[Array, ""] = 0,
+    mesh: jax.sharding.Mesh | None = None,
+) -> InternLM2:
+    """Return the model with new adapters, if its `execution.lora` asks for adapters.
+
+    The adapters are those that `init` draws from the same seed.
+    """
+    if model.execution.lora is None:
+        return model
+
+    def adapters():  # the other weights are not computed: nothing uses them
+        new = InternLM2(model.config, rngs=nnx.Rngs(params=seed), execution=model.execution)
+        return nnx.state(new, LoRAParam)
+
+    graphdef, _, others = nnx.split(model, LoRAParam, ...)
+    return nnx.merge(graphdef, _created(adapters, mesh), others)
+
+
+def _created(create: Callable[[], Any], mesh: jax.sharding.Mesh | None) -> Any:
+    """Run a function that makes parameters, which are sharded over the mesh as they are made."""
     if mesh is None:
         return jax.jit(create)()
     placed = sharding.shardings(jax.eval_shape(create), mesh)

@@ -3,6 +3,8 @@
 B batch, T query pos, N heads, H head dim, D embed, F ffn.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,8 @@ from jaxtyping import Array, Float, Int
 
 from models import sharding
 from models.config import ModelConfig
+from models.lora import NO_DROPOUT, DropoutKeys, LoRA, add_adapter, make_adapters
+from models.quantize import weight_in_use
 
 
 def rms_norm(
@@ -127,24 +131,38 @@ class SwiGLU(nnx.Module):
       Shazeer 2020, arXiv:2002.05202, eq. 6.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype=jnp.float32,
+        lora: LoRA | None = None,
+    ):
         D, F, std = config.hidden_size, config.intermediate_size, config.initializer_range
         self.w1_DF = normal(rngs, (D, F), ("embed", "ffn"), std, param_dtype)
         self.w3_DF = normal(rngs, (D, F), ("embed", "ffn"), std, param_dtype)
         self.w2_FD = normal(rngs, (F, D), ("ffn", "embed"), std, param_dtype)
+        up, down = ((D, F), ("embed", "ffn"), 1), ((F, D), ("ffn", "embed"), 1)
+        self.lora = make_adapters(lora, {"w1": up, "w3": up, "w2": down}, rngs=rngs)
 
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Apply the layer, in the dtype of x; the weights must have this dtype too."""
-        w1_DF = sharding.gathered(self.w1_DF[...], "embed", "ffn")
-        w3_DF = sharding.gathered(self.w3_DF[...], "embed", "ffn")
-        w2_FD = sharding.gathered(self.w2_FD[...], "ffn", "embed")
-        hidden = ("batch", None, "ffn")
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], dropout: DropoutKeys = NO_DROPOUT
+    ) -> Float[Array, "B T D"]:
+        """Apply the layer, in the dtype of x; the weights must have this dtype, or be quantised."""
+        w1_DF = weight_in_use(self.w1_DF, x_BTD.dtype)
+        w3_DF = weight_in_use(self.w3_DF, x_BTD.dtype)
+        w2_FD = weight_in_use(self.w2_FD, x_BTD.dtype)
+        add = functools.partial(add_adapter, self.lora, dropout=dropout)
+        stream, hidden = ("batch", None, None), ("batch", None, "ffn")
         gate_BTF = sharding.einsum("BTD,DF->BTF", x_BTD, w1_DF, out=hidden)
         up_BTF = sharding.einsum("BTD,DF->BTF", x_BTD, w3_DF, out=hidden)
+        gate_BTF = add("w1", gate_BTF, "BTD,DF->BTF", x_BTD, x_axes=stream, out=hidden)
+        up_BTF = add("w3", up_BTF, "BTD,DF->BTF", x_BTD, x_axes=stream, out=hidden)
         gate_BTF, up_BTF = checkpoint_name((gate_BTF, up_BTF), "gate_up")
-        return sharding.einsum(
-            "BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, w2_FD, out=("batch", None, None)
-        )
+        x_BTF = jax.nn.silu(gate_BTF) * up_BTF
+        y_BTD = sharding.einsum("BTF,FD->BTD", x_BTF, w2_FD, out=stream)
+        return add("w2", y_BTD, "BTF,FD->BTD", x_BTF, x_axes=hidden, out=stream)
 
 
 def normal(

@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -82,9 +83,17 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     def one(path, leaf):
         if not isinstance(leaf, nnx.Variable):
             return NamedSharding(mesh, P())
-        axes = weight_axes(leaf)
-        problems.extend(_indivisible(jax.tree_util.keystr(path), leaf.shape, axes, mesh))
-        return leaf.replace(NamedSharding(mesh, spec(axes, mesh)))
+        name, value = jax.tree_util.keystr(path), leaf.get_value()
+        axes = leaf.get_metadata().get("axes", ())
+        # A quantised weight is several arrays, each of which has some of the weight's axes.
+        of_arrays = value.axes_of(axes) if hasattr(value, "axes_of") else axes
+
+        def place(array, axes):
+            axes = (None,) * (len(array.shape) - len(axes)) + axes
+            problems.extend(_indivisible(name, array.shape, axes, mesh))
+            return NamedSharding(mesh, spec(axes, mesh))
+
+        return leaf.replace(jax.tree.map(place, value, of_arrays))
 
     placed = jax.tree_util.tree_map_with_path(
         one, tree, is_leaf=lambda x: isinstance(x, nnx.Variable)
@@ -130,12 +139,20 @@ def einsum(subscripts: str, *operands: jax.Array, out: Axes, **kwargs) -> jax.Ar
     return jnp.einsum(subscripts, *operands, out_sharding=spec(out, mesh), **kwargs)
 
 
-def take_rows(table: jax.Array, ids: jax.Array, *axes: str | None) -> jax.Array:
+def take_rows(table: jax.Array, ids: jax.Array | np.ndarray, *axes: str | None) -> jax.Array:
     """Look up table[ids], sharded by the logical axes of the result."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return table.at[ids].get(mode="clip")
     return table.at[ids].get(mode="clip", out_sharding=spec(axes, mesh))
+
+
+def reshape(x: jax.Array, shape: Sequence[int], *axes: str | None) -> jax.Array:
+    """Reshape x, sharded by the logical axes of the result."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x.reshape(shape)
+    return jax.lax.reshape(x, tuple(shape), out_sharding=NamedSharding(mesh, spec(axes, mesh)))
 
 
 def struct(shape: Sequence[int], dtype: Any, *axes: str | None) -> jax.ShapeDtypeStruct:

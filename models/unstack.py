@@ -1,10 +1,13 @@
 """Weights that are stacked over layers, split into one block per layer for decoding."""
 
 import functools
+import operator
 from typing import Any
 
 import jax
 from flax import nnx
+
+from models.quantize import cast_weights, is_quantized
 
 
 def unstack_layers(model: Any, *, consume: bool = False) -> Any:
@@ -24,12 +27,13 @@ def unstack_layers(model: Any, *, consume: bool = False) -> Any:
     Memory: the weights in the compute dtype, beside the model's. With `consume`, one stack (w1 of
     all layers, in 20B a quarter of the model) more than the model.
     """
-    leaves, tree = jax.tree.flatten(model.blocks)
+    leaves, tree = jax.tree.flatten(model.blocks, is_leaf=is_quantized)
     parts = []
     for leaf in leaves:
         parts.append(_split(leaf, model.execution.dtype))
         if consume:
-            leaf.delete()  # takes effect on the device once the copies are made
+            for array in jax.tree.leaves(leaf):
+                array.delete()  # takes effect on the device once the copies are made
     unstacked = jax.tree.map(lambda x: x, model)
     unstacked.blocks = nnx.List([tree.unflatten(layer) for layer in zip(*parts, strict=True)])
     others = {name: x for name, x in vars(unstacked).items() if isinstance(x, nnx.Param)}
@@ -40,4 +44,5 @@ def unstack_layers(model: Any, *, consume: bool = False) -> Any:
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def _split(stack, dtype):
-    return [layer.astype(dtype) for layer in stack]
+    layers = len(jax.tree.leaves(stack)[0])
+    return [cast_weights(jax.tree.map(operator.itemgetter(i), stack), dtype) for i in range(layers)]

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from models.weights.hf_files import read_json
+from models.files import read_json
 from train.config.cli import fail, parse
 from train.config.sections import chosen
 from train.metrics.curves import RunRecords, figures

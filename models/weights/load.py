@@ -1,6 +1,6 @@
 """Loading of HF checkpoints into sharded device arrays, one tensor at a time."""
 
-import functools
+import dataclasses
 from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,12 @@ from jaxattn.device import default_device
 from models import sharding
 from models.config import ModelConfig
 from models.execution import INFERENCE, Execution
-from models.internlm2 import InternLM2
+from models.files import read_json
+from models.internlm2 import InternLM2, with_new_adapters
+from models.lora import with_adapter_params
+from models.quantize import is_quantized, quantize_like
 from models.weights.abstract import abstract, fill
+from models.weights.adapter_files import load_adapter
 from models.weights.hf_files import BIN_INDEX, BIN_SINGLE, INDEX, SINGLE, HFDirectory
 from models.weights.orbax_checkpoint import is_orbax, load_orbax
 from models.weights.run_layout import find_checkpoint
@@ -31,8 +35,11 @@ def load(
     execution: Execution = INFERENCE,
     mesh: Mesh | None = None,
     progress: bool = False,
+    adapter: Path | None = None,
 ) -> InternLM2:
     """Load a HF directory (`load_hf`) or an orbax directory (`load_orbax`), with their arguments.
+
+    With `adapter`, a PEFT directory, the model has its adapters: `execution.lora` is then replaced.
 
     Raises:
       ValueError: the directory is a training run or a LoRA adapter; or as for `load_hf` and
@@ -40,8 +47,14 @@ def load(
     """
     directory = Path(directory)
     check_loadable(directory)
+    params = None
+    if adapter is not None:
+        config = ModelConfig.from_hf(read_json(directory / "config.json"))
+        lora, params = load_adapter(adapter, config)
+        execution = dataclasses.replace(execution, lora=lora)
     loader = load_orbax if is_orbax(directory) else load_hf
-    return loader(directory, execution=execution, mesh=mesh, progress=progress)
+    model = loader(directory, execution=execution, mesh=mesh, progress=progress)
+    return model if params is None else with_adapter_params(model, params)
 
 
 def check_loadable(directory: Path) -> None:
@@ -107,7 +120,8 @@ def load_hf(
     for name, x in tensors:
         weight, i = rows[name]
         slots[weight.path].put(x, 0 if i is None else i)
-    return fill(model, {path: slot.value for path, slot in slots.items()})
+    model = fill(model, {path: slot.value for path, slot in slots.items()})
+    return with_new_adapters(model, mesh=mesh)
 
 
 def hf_parameters(
@@ -184,19 +198,22 @@ class _Slot:
     def __init__(self, model: InternLM2, weight: Weight, mesh: Mesh | None):
         owner, name = find_param(model, weight.path)
         param = getattr(owner, name)
-        axes = sharding.weight_axes(param)[int(weight.stacked) :]
+        axes = param.get_metadata()["axes"]
         # Merged axes are split by the first of them, the outermost, which alone is ever sharded.
         logical = dict(zip(weight.axes, axes, strict=True))
+        like = param.get_value()
         self._sharding: Any = default_device()
         if mesh is not None:
+            # A tensor that is to be quantised is whole on every device until it is small.
             outer = [logical[dim[0]] for dim in weight.hf_axes.split(",")]
-            self._sharding = NamedSharding(mesh, sharding.spec(outer, mesh))
-        self._place = _placer(weight, logical, model.config, param.dtype)
+            split = (None,) * len(outer) if is_quantized(like) else outer
+            self._sharding = NamedSharding(mesh, sharding.spec(split, mesh))
+        self._place = _placer(weight, logical, model.config, like)
         self.value: Any = None
         if weight.stacked:
             self.value = jax.jit(
-                functools.partial(jnp.zeros, param.shape, param.dtype),
-                out_shardings=param.get_value().sharding,
+                lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), like),
+                out_shardings=jax.tree.map(lambda s: s.sharding, like),
             )()
 
     def put(self, x: np.ndarray, layer: int) -> None:
@@ -207,7 +224,7 @@ class _Slot:
         self.value = jax.block_until_ready(self._place(self.value, on_device, jnp.int32(layer)))
 
 
-def _placer(weight: Weight, logical: Mapping[str, str | None], config: ModelConfig, dtype: Any):
+def _placer(weight: Weight, logical: Mapping[str, str | None], config: ModelConfig, like: Any):
     """Return a jitted (parameter, HF tensor, layer) -> parameter with the layer set, in place.
 
     A parameter that is not stacked is None before.
@@ -216,13 +233,22 @@ def _placer(weight: Weight, logical: Mapping[str, str | None], config: ModelConf
     def place(value, x, layer):
         with sharding.mesh_of(x):
             mesh = jax.sharding.get_abstract_mesh()
-            kwargs = {}
-            if not mesh.empty:
-                flat = weight.hf_axes.replace(",", "")
-                kwargs = {"out_sharding": sharding.spec([logical[a] for a in flat], mesh)}
-            x = weight.from_hf(x, config, **kwargs).astype(dtype)
+            if is_quantized(like):
+                x = quantize_like(like, weight.from_hf(x, config))
+                axes = like.axes_of(tuple(logical[a] for a in weight.axes))
+                x = jax.tree.map(lambda x, a: sharding.constrain(x, *a), x, axes)
+            else:
+                kwargs = {}
+                if not mesh.empty:
+                    flat = weight.hf_axes.replace(",", "")
+                    kwargs = {"out_sharding": sharding.spec([logical[a] for a in flat], mesh)}
+                x = weight.from_hf(x, config, **kwargs).astype(like.dtype)
             if not weight.stacked:
                 return x
-            return jax.lax.dynamic_update_index_in_dim(value, x, layer, 0)
+
+            def update(stack, x):
+                return jax.lax.dynamic_update_index_in_dim(stack, x, layer, 0)
+
+            return jax.tree.map(update, value, x)
 
     return jax.jit(place, donate_argnums=0)

@@ -4,6 +4,7 @@ Each parameter is an orbax checkpoint of its own, params/<path>, because orbax w
 arrays only as a whole: so writing and reading need memory for one parameter.
 """
 
+import dataclasses
 from collections.abc import Generator, Iterable
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from tqdm import tqdm
 from models.config import ModelConfig
 from models.execution import INFERENCE, Execution
 from models.files import read_json
-from models.internlm2 import InternLM2
+from models.internlm2 import InternLM2, with_new_adapters
+from models.quantize import quantize_stack
 from models.weights.abstract import abstract, fill, named_params
 from models.weights.orbax_errors import cause
 from models.weights.safetensors_file import DTYPES
@@ -63,11 +65,14 @@ def load_orbax(
     directory = Path(directory)
     config = ModelConfig.from_hf(read_json(directory / CONFIG))
     model = abstract(config, execution, mesh=mesh)
+    stored = abstract(config, dataclasses.replace(execution, quantize=None), mesh=mesh)
     total = len(named_params(model))
     parameters = tqdm(
-        _read(directory, model), "loading", total, unit="parameter", disable=not progress
+        _read(directory, stored), "loading", total, unit="parameter", disable=not progress
     )
-    return fill(model, dict(parameters))
+    like = named_params(model)
+    values = {path: quantize_stack(like[path], value) for path, value in parameters}
+    return with_new_adapters(fill(model, values), mesh=mesh)
 
 
 def orbax_parameters(

@@ -1,11 +1,14 @@
-"""Failures of orbax and tensorstore as one line."""
+"""Turn the failures of orbax and tensorstore into one line."""
 
 import contextlib
 import gc
+import itertools
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 _SYSTEM_ERRORS = (
     "No space left on device",
@@ -14,14 +17,22 @@ _SYSTEM_ERRORS = (
     "Permission denied",
     "Read-only file system",
     "Too many open files",
+    "Cannot allocate memory",
+    "RESOURCE_EXHAUSTED",
+    "can't start new thread",
 )
+_NOT_DAMAGE = _SYSTEM_ERRORS[3:]
 # Raised in threads and coroutines of a save or restore that was already given up.
 _AFTER_FAILURE = ("Event loop is closed", "Encountered error while reading array index")
 
 
 @contextlib.contextmanager
 def quiet_orbax() -> Iterator[None]:
-    """Drop the tracebacks that orbax logs while the block runs; orbax also raises each failure."""
+    """Drop orbax's tracebacks while the block runs; orbax raises each failure as well.
+
+    Records of other libraries in the same loggers pass. Logging, warnings and the hook for
+    unraisable exceptions are as before when the block ends.
+    """
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     hook = sys.unraisablehook
 
@@ -37,7 +48,7 @@ def quiet_orbax() -> Iterator[None]:
         try:
             yield
         finally:
-            gc.collect()  # coroutines that were given up warn when they are collected
+            gc.collect()  # abandoned coroutines warn when they are collected
             sys.unraisablehook = hook
             for logger in loggers:
                 logger.removeFilter(_not_from_orbax)
@@ -49,6 +60,23 @@ def cause(error: Exception) -> str:
     if isinstance(error, OSError):
         return text
     return next((reason for reason in _SYSTEM_ERRORS if reason in str(error)), text[:300])
+
+
+def is_damage(error: Exception) -> bool:
+    """Tell damaged files from a machine that cannot read them now (permission, memory)."""
+    return not isinstance(error, (PermissionError, MemoryError)) and not any(
+        reason in str(error) for reason in _NOT_DAMAGE
+    )
+
+
+def unreadable(directory: Path) -> Path | None:
+    """Return a file or directory without read permission: orbax may report other errors then."""
+    for path in itertools.chain([directory], directory.rglob("*")):
+        if os.path.exists(path) and not os.access(
+            path, os.R_OK | (os.X_OK if path.is_dir() else 0)
+        ):
+            return path
+    return None
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:

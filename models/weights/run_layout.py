@@ -21,6 +21,7 @@ METADATA = "metadata"
 PARAMS = "params"
 IDENTITY = "identity"
 TOKENIZER = "tokenizer"
+LORA = "lora"
 _MODEL = "model."
 
 

@@ -48,6 +48,11 @@ class Weight:
         """Return the axes of the parameter (of one layer) in the order of HF."""
         return tuple(self.axes.index(a) for a in self.hf_axes.replace(",", ""))
 
+    def sizes(self, config: ModelConfig) -> tuple[int, ...]:
+        """Return the shape of the parameter (of one layer)."""
+        sizes = _sizes(config)
+        return tuple(sizes[a] for a in self.axes)
+
     def hf_shape(self, config: ModelConfig) -> tuple[int, ...]:
         """Return the shape of the HF tensor."""
         sizes = _sizes(config)

@@ -1,15 +1,19 @@
 """Weights of a training run's checkpoint, without the optimizer state."""
 
 import dataclasses
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
+from models.block import LINEAR
 from models.config import ModelConfig
+from models.execution import Execution
 from models.files import read_json
+from models.lora import LoRA, adapter_params
 from models.weights import run_layout
 from models.weights.abstract import abstract, named_params
 from models.weights.orbax_errors import cause
@@ -23,11 +27,15 @@ class TrainCheckpoint:
       path: directory of the checkpoint, from `run_layout.find_checkpoint`.
       config: the model's architecture.
       tokenizer: fingerprint of the run's tokenizer, or None if the run does not name it.
+      lora: adapters, whose arrays are then the only weights in the checkpoint; None: all weights.
+      base: the model that the adapters belong to, as the run's --model named it.
     """
 
     path: Path
     config: ModelConfig
     tokenizer: str | None
+    lora: LoRA | None = None
+    base: str | None = None
 
     def parameters(self) -> Generator[tuple[str, jax.Array]]:
         """Yield (path, parameter in float32 on the default device), one after the other.
@@ -37,8 +45,33 @@ class TrainCheckpoint:
 
         Memory: one parameter, and the copies that orbax makes of it.
         """
+        yield from self._read(named_params(abstract(self.config)))
+
+    def adapter(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Return (A [L, *in, R], B [L, R, *out]) by target, float32, of a run with adapters.
+
+        Raises:
+          ValueError: the checkpoint is damaged, or has no adapters.
+        """
+        if self.lora is None:
+            raise ValueError(f"{self.path} has all weights of a model, and no adapters")
+        model = abstract(self.config, Execution(lora=self.lora))
+        paths = {}
+        for target, pair in adapter_params(model).items():
+            module = LINEAR[target][0]
+            for name, like in zip("ab", pair, strict=True):
+                paths[f"blocks.{module}.lora.{target}.{name}"] = like
+        arrays = {path: np.asarray(value) for path, value in self._read(paths)}
+
+        def of(target: str, name: str) -> np.ndarray:
+            return arrays[f"blocks.{LINEAR[target][0]}.lora.{target}.{name}"]
+
+        return {target: (of(target, "a"), of(target, "b")) for target in self.lora.targets}
+
+    def _read(self, paths: Mapping[str, Any]) -> Generator[tuple[str, jax.Array]]:
+        """Yield (path, array) for structs by path."""
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            for path, like in named_params(abstract(self.config)).items():
+            for path, like in paths.items():
                 wanted = {run_layout.PARAMS: _nested(path, like)}
                 args = ocp.args.PyTreeRestore(
                     item=wanted,
@@ -67,14 +100,21 @@ def read_checkpoint(path: Path) -> TrainCheckpoint:
       ValueError: the metadata is damaged, or of another version.
     """
     file = path / run_layout.RUN / run_layout.METADATA
-    identity = read_json(file).get(run_layout.IDENTITY)
+    content = read_json(file)
+    identity = content.get(run_layout.IDENTITY)
     identity = identity if isinstance(identity, dict) else {}
     try:
         config = run_layout.model_of(identity)
     except TypeError as error:
         raise ValueError(f"{file} does not describe a model of this version: {error}") from error
     tokenizer = identity.get(run_layout.TOKENIZER)
-    return TrainCheckpoint(path, config, tokenizer if isinstance(tokenizer, str) else None)
+    tokenizer = tokenizer if isinstance(tokenizer, str) else None
+    fields, flags = identity.get(run_layout.LORA), content.get("config")
+    lora = None
+    if isinstance(fields, dict):
+        lora = LoRA(**fields | {"targets": tuple(fields["targets"])})
+    base = flags.get("model") if isinstance(flags, dict) else None
+    return TrainCheckpoint(path, config, tokenizer, lora, base)
 
 
 def _nested(path: str, value: Any) -> dict[str, Any]:

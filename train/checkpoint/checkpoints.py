@@ -25,8 +25,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from models.weights.orbax_errors import cause, is_damage, quiet_orbax, unreadable
 from train.checkpoint.checksum import all_finite, checksum, read_metadata, with_digest
-from train.checkpoint.orbax_errors import cause, is_damage, quiet_orbax, unreadable
 from train.checkpoint.partial import remove_partial
 from train.checkpoint.retention import Retention
 from train.step.state import TrainState
@@ -153,6 +153,7 @@ class Checkpoints:
         Raises:
             OSError: there is no room for one more checkpoint; names the bytes needed and free.
         """
+        state = state._replace(frozen=None)
         need = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
         there = next(p for p in (self._dir, *self._dir.parents) if p.exists())
         free = shutil.disk_usage(there).free
@@ -173,7 +174,8 @@ class Checkpoints:
         """Start to write a checkpoint; training may go on while it is written.
 
         Args:
-            state: arrays; copied before the method returns, so they may be donated.
+            state: arrays; copied before the method returns, so they may be donated. Frozen
+                weights are not written.
             data: `Loader.state()` from before the next batch was drawn.
             identity: of this run.
             config: flags of this run, for people to read.
@@ -186,6 +188,7 @@ class Checkpoints:
         step = int(jax.device_get(state.step))
         if step == self.latest:
             return
+        state = state._replace(frozen=None)
         with jax.set_mesh(state.mesh):
             if not all_finite(state.params):
                 raise FloatingPointError(

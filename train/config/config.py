@@ -15,6 +15,7 @@ from train.config.sections import (
     DataConfig,
     DistConfig,
     GuardConfig,
+    LoRAConfig,
     MeshConfig,
     OptimConfig,
     chosen,
@@ -141,6 +142,12 @@ class Config:
     param_dtype: Literal["fp32", "bf16"] = "fp32"
     """Dtype of the stored weights. bf16 weights are updated with stochastic rounding."""
 
+    base_dtype: Annotated[
+        Literal["fp32", "bf16", "nf4", "int8"] | None, chosen("fp32|bf16|nf4|int8")
+    ] = None
+    """Storage of the frozen weights beside LoRA adapters. nf4 (QLoRA) and int8 quantise the linear
+    layers of the blocks; the other weights are stored in bfloat16. By default the compute dtype."""
+
     dry_run: bool = False
     """Print the command with all choices, and the memory plan; compile the step and compare. No
     data are read, nothing is trained or written. The exit status is 1 if the run does not fit."""
@@ -155,6 +162,8 @@ class Config:
     PaLM has 1e-4. The reported loss is without it."""
 
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+
+    lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
 
     guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
 
@@ -209,6 +218,21 @@ class Config:
         if self.dry_run_device is not None and not self.dry_run:
             raise ValueError(
                 f"--dry_run_device={self.dry_run_device} describes a GPU for --dry_run: add it"
+            )
+        if self.base_dtype is not None and not self.lora.used:
+            raise ValueError(
+                f"--base_dtype={self.base_dtype} is the storage of frozen weights: it needs "
+                "--lora.rank, such as --lora.rank=64"
+            )
+        if self.lora.used and self.param_dtype != "fp32":
+            raise ValueError(
+                f"--param_dtype={self.param_dtype} is for trained weights, and adapters are "
+                "float32: take --base_dtype for the frozen ones"
+            )
+        if self.base_dtype in ("nf4", "int8") and self.remat == "none":
+            raise ValueError(
+                f"--remat=none would keep a dequantised copy of all --base_dtype={self.base_dtype} "
+                "weights: take --remat=dots"
             )
         if self.batch_size is not None and self.batch_size % self.grad_accum:
             raise ValueError(

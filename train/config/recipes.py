@@ -8,7 +8,8 @@ rows: the same step); the warm-up starts at the rate of its first step instead o
 
 References:
     InternLM/xtuner v0.1.23, xtuner/configs/internlm: internlm2_7b_full_finetune_custom_dataset_e1,
-    internlm2_chat_1_8b_full_alpaca_e3.
+    internlm2_chat_1_8b_full_alpaca_e3, internlm2_chat_7b_qlora_{alpaca,oasst1,oasst1_512,
+    code_alpaca}_e3.
 """
 
 import dataclasses
@@ -17,11 +18,19 @@ from collections.abc import Sequence
 from models.config import PRESETS
 from train.config.cli import parse
 from train.config.config import Config
-from train.config.sections import OptimConfig
+from train.config.sections import LoRAConfig, OptimConfig
 from train.config.synonyms import SYNONYMS
 
 PROMPTS = ("请给我介绍五个上海的景点", "Please tell me five scenic spots in Shanghai")
 """Prompts of XTuner, for samples during training."""
+
+CODE_PROMPTS = (
+    "写一个Python函数，将十六进制颜色代码（如#0066ee）转换为对应的红、绿、蓝（RGB）三个颜色分量值，"
+    "并以元组的形式返回。",
+    "Write a Python function that takes a hexadecimal color code (e.g., #0066ee) as input and "
+    "converts it into the corresponding red, green, and blue (RGB) color component values.",
+)
+"""Prompts of XTuner's recipe for code."""
 
 
 def _full_32k(model: str) -> Config:
@@ -55,9 +64,33 @@ def _full_alpaca(model: str) -> Config:
     )
 
 
+def _qlora(
+    model: str, seq_len: int, prompts: tuple[str, ...] = PROMPTS, sample_every: int = 500
+) -> Config:
+    """Return three epochs of QLoRA: NF4, adapters of rank 64 on all linear layers."""
+    return Config(
+        model=model,
+        seq_len=seq_len,
+        epochs=3.0,
+        lora=LoRAConfig(rank=64, alpha=16.0, dropout=0.1),
+        base_dtype="nf4",
+        optim=OptimConfig(
+            lr=2e-4, betas=(0.9, 0.999), weight_decay=0.0, warmup_ratio=0.03, min_lr_ratio=0.0
+        ),
+        log_every=10,
+        prompts=prompts,
+        sample_every=sample_every,
+        chat=True,
+    )
+
+
 _SIZES = ("internlm2-1.8b", "internlm2-7b", "internlm2-20b")
 RECIPES = {f"{size}-full-32k": _full_32k(size) for size in _SIZES}
 RECIPES |= {f"{size}-full-alpaca-2k": _full_alpaca(size) for size in _SIZES}
+RECIPES |= {f"{size}-qlora-alpaca-2k": _qlora(size, 2_048) for size in _SIZES}
+RECIPES |= {f"{size}-qlora-oasst-2k": _qlora(size, 2_048) for size in _SIZES}
+RECIPES |= {f"{size}-qlora-oasst-512": _qlora(size, 512) for size in _SIZES}
+RECIPES |= {f"{size}-qlora-code-2k": _qlora(size, 2_048, CODE_PROMPTS, 100) for size in _SIZES}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from models.lora import LoRA
+
 
 def chosen(metavar: str):
     """Annotate a flag that the program chooses where it is not given."""
@@ -185,6 +187,66 @@ class OptimConfig:
     def last_decay(self) -> float:
         """Value of decay_ratio in use."""
         return 0.2 if self.decay_ratio is None else self.decay_ratio
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """LoRA: train adapters, in float32, and freeze all other weights."""
+
+    rank: Annotated[int | None, chosen("INT")] = None
+    """Rank of the adapters. By default there are no adapters and all weights are trained."""
+
+    alpha: float = 16.0
+    """Factor of the adapters' output, divided by the rank."""
+
+    dropout: float = 0.0
+    """Share of an adapter's inputs that are set to zero in training."""
+
+    targets: tuple[Literal["wqkv", "wo", "w1", "w3", "w2"], ...] = ("wqkv", "wo", "w1", "w3", "w2")
+    """Linear layers of the blocks that get an adapter."""
+
+    rslora: bool = False
+    """Divide alpha by the square root of the rank instead of the rank."""
+
+    adapter: Annotated[str | None, chosen("DIR")] = None
+    """PEFT directory of an adapter to continue to train. Its rank, alpha, targets and rslora are
+    used, and those flags are left out."""
+
+    export: bool = False
+    """Write the adapter as a PEFT directory, <out>/adapters/<step>, with every checkpoint."""
+
+    @property
+    def used(self) -> bool:
+        """Whether adapters are trained."""
+        return self.rank is not None or self.adapter is not None
+
+    @property
+    def lora(self) -> LoRA | None:
+        """New adapters of the model; None without --lora.rank.
+
+        Raises:
+            ValueError: a value is out of range, or a flag is given without --lora.rank.
+        """
+        new = ("rank", "alpha", "dropout", "targets", "rslora")
+        values = {name: getattr(self, name) for name in new}
+        if self.rank is not None and self.adapter is None:
+            return LoRA(**values)
+        allowed = () if self.adapter is None else ("adapter", "export", "dropout")
+        for field in dataclasses.fields(self):
+            if field.name not in allowed and getattr(self, field.name) != field.default:
+                if self.adapter is None:
+                    message = f"--lora.{field.name} needs --lora.rank, such as --lora.rank=64"
+                else:
+                    message = f"--lora.{field.name} is that of --lora.adapter: leave it out"
+                raise ValueError(message)
+        return None
+
+    def __post_init__(self):
+        """Check the ranges."""
+        try:
+            _ = self.lora
+        except ValueError as error:
+            raise ValueError(str(error).replace("lora ", "--lora.", 1)) from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,17 +9,23 @@ cannot fit before minutes are spent on finding out.
 """
 
 import dataclasses
+from typing import Literal
 
 from jax.sharding import AbstractMesh, Mesh
 
 from jaxattn import eager, xla
 from models.config import ModelConfig
+from models.lora import LoRA, adapter_params_count
+from models.quantize import BLOCK as NF4_BLOCK
+from models.quantize import SCALE_BLOCK
 from train.config.sections import OptimConfig
 from train.distributed.mesh import row_shards
 from train.step.adam8bit import BLOCK
 from train.step.loss import CHUNK_TOKENS
 
 GiB = 2**30
+NF4_BYTES = 0.5 + 1 / NF4_BLOCK + 4 / (NF4_BLOCK * SCALE_BLOCK)
+"""Bytes of a weight in NF4: its code, and its share of the scales and of their factors."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,6 +103,8 @@ def plan(
     scan: bool,
     optim: OptimConfig | None = None,
     param_itemsize: int = 4,
+    lora: LoRA | None = None,
+    quantize: Literal["nf4", "int8"] | None = None,
 ) -> Plan:
     """Counts the bytes of a step.
 
@@ -111,7 +119,9 @@ def plan(
         attn: implementation in `jaxattn.IMPLEMENTATIONS`.
         scan: whether all layers are one loop.
         optim: the optimizer; None: AdamW in float32.
-        param_itemsize: bytes of a stored weight.
+        param_itemsize: bytes of a stored weight; with adapters, of a frozen one.
+        lora: adapters, which are then the only trained weights; None: all are trained.
+        quantize: format of the frozen linear layers of the blocks; None: param_itemsize.
     """
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
     tokens = max(1, rows // row_shards(mesh)) * seq_len
@@ -126,7 +136,7 @@ def plan(
     moments = _moment_bytes(optim or OptimConfig(), in_blocks)
     copied = 1.0 if itemsize != param_itemsize else 0.0 if scan else in_blocks
     activations = tokens * model.num_layers * kept
-    return Plan(
+    always = Plan(
         weights=int(parameters * (param_itemsize + copied * itemsize)),
         optimizer=int(parameters * moments),
         sums=parameters * 4 if grad_accum > 1 else 0,
@@ -137,6 +147,24 @@ def plan(
         block=tokens * everything,
         scores=scores[attn].score_bytes(*local) if attn in scores else 0,
         host=tokens * model.num_layers * on_host,
+    )
+    if lora is None:
+        return always
+    # The adapters alone have moments, gradients and sums, all of them float32.
+    trained = adapter_params_count(lora, model) // (fsdp * tensor)
+    stored = {"nf4": NF4_BYTES, "int8": 1.0, None: param_itemsize + copied * itemsize}[quantize]
+    linear = int(parameters * in_blocks)
+    frozen = linear * stored + (parameters - linear) * param_itemsize
+    return dataclasses.replace(
+        always,
+        weights=int(frozen + trained * (4 + itemsize)),
+        optimizer=int(trained * moments),
+        sums=trained * 4 if grad_accum > 1 else 0,
+        gathered=(of_block * itemsize + itemsize * table // tensor) if fsdp > 1 else 0,
+        logits=chunk * (8 + itemsize),
+        gradients=trained * 4,
+        # One layer's weights at a time in the compute type, and their float32 factors.
+        block=always.block + (of_block * (itemsize + 4) if quantize else 0),
     )
 
 

@@ -1,12 +1,14 @@
 """Size a run by its flags: its memory plan, the remat that fits, the flags to change."""
 
 import dataclasses
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from models.config import ModelConfig
+from models.lora import LoRA
 from train.config.config import Config
 from train.distributed.mesh import row_shards
 from train.memory.advice import suggest_flags
@@ -37,6 +39,9 @@ class Sizing:
     attn: str
     """Attention implementation, a key of `jaxattn.IMPLEMENTATIONS`."""
 
+    lora: LoRA | None = None
+    """Adapters, which are then the only trained weights."""
+
     def plan(self, config: Config, *, remat: str, attn: str | None = None) -> Plan:
         """Plan the memory of a run of `config`, with another attention if one is given."""
         on_gpu = not isinstance(self.mesh, Mesh) or self.mesh.devices.flat[0].platform == "gpu"
@@ -51,7 +56,9 @@ class Sizing:
             attn=attn or self.attn,
             scan=in_scan(config.scan_layers, remat, on_gpu=on_gpu),
             optim=config.optim,
-            param_itemsize=PARAM_DTYPES[config.param_dtype].itemsize,
+            param_itemsize=stored_dtype(config, self.dtype).itemsize,
+            lora=self.lora,
+            quantize=quantize_kind(config),
         )
 
     def fastest_remat(self, config: Config, memory: int) -> str:
@@ -71,6 +78,25 @@ class Sizing:
         given = dataclasses.replace(config, remat=remat)
         most = self.rows // row_shards(self.mesh)
         return suggest_flags(needed, given, memory, most_grad_accum=most)
+
+
+def stored_dtype(config: Config, dtype: np.dtype) -> np.dtype:
+    """Return the dtype of stored weights; with adapters, of the frozen ones.
+
+    Args:
+        config: The flags.
+        dtype: Compute dtype.
+    """
+    if not config.lora.used:
+        return PARAM_DTYPES[config.param_dtype]
+    if config.base_dtype is None:
+        return dtype
+    return PARAM_DTYPES.get(config.base_dtype, PARAM_DTYPES["bf16"])
+
+
+def quantize_kind(config: Config) -> Literal["nf4", "int8"] | None:
+    """Return the format of quantised frozen weights, or None."""
+    return config.base_dtype if config.base_dtype in ("nf4", "int8") else None
 
 
 def in_scan(scan_layers: bool | None, remat: str, *, on_gpu: bool) -> bool:

@@ -82,7 +82,11 @@ class Sampler:
     def __call__(self, step: int, params: Params) -> None:
         """Generate one text for each prompt after `step` steps; log and record the texts."""
         model = nnx.merge(self._graphdef, params)
-        new = generate(model, self._ids, max_new_tokens=NEW_TOKENS, stop_ids=self._stop)
+        try:
+            new = generate(model, self._ids, max_new_tokens=NEW_TOKENS, stop_ids=self._stop)
+        except FloatingPointError as error:
+            log.warning("step %s: no samples: %s", step, error)
+            return
         texts = [self._tokenizer.decode(ids) for ids in new]
         pairs = list(zip(self._prompts, texts, strict=True))
         if self._records is not None:

@@ -3,16 +3,21 @@
 import logging
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from models import load
-from models.execution import Execution
-from models.internlm2 import InternLM2, init
+from models.internlm2 import InternLM2, init, with_new_adapters
+from models.lora import with_adapter_params
 from models.tokenizer import Tokenizer
+from models.weights.adapter_files import load_adapter, save_adapter
 from train.config.sections import DataConfig
 from train.data import (
     Loader,
@@ -108,7 +113,8 @@ def abstract_training(
     run: Run,
 ) -> tuple[optax.GradientTransformation, nnx.GraphDef, TrainState]:
     """Return the optimizer, the graphdef of the model, and the state as ShapeDtypeStructs."""
-    param_dtype = run.execution.param_dtype
+    # Adapters are float32, whatever the frozen weights are stored in.
+    param_dtype = run.execution.param_dtype if run.execution.lora is None else jnp.float32
     tx = optimizer(run.config.optim, run.lr, run.steps, param_dtype=param_dtype)
 
     def make_model() -> InternLM2:
@@ -119,12 +125,31 @@ def abstract_training(
 
 def initial_params(run: Run, like: TrainState) -> Params:
     """Load the weights, or draw random ones, in the shards of `like`."""
+    execution, seed, mesh = run.execution, run.config.seed, run.real_mesh
     if run.weights is None:
-        return params_of(init(run.model, seed=run.config.seed, mesh=run.real_mesh), like)
-    stored = Execution(param_dtype=run.execution.param_dtype)
-    params = params_of(load(run.weights, execution=stored, mesh=run.real_mesh), like)
-    log.info(f"loaded the weights of {run.weights}")
-    return params
+        model = init(run.model, seed=seed, mesh=mesh, execution=execution)
+    else:
+        model = load(run.weights, execution=execution, mesh=mesh)
+        model = with_new_adapters(model, seed=seed, mesh=mesh)
+        log.info(f"loaded the weights of {run.weights}")
+    if adapter := run.config.lora.adapter:
+        _, params = load_adapter(Path(adapter), run.model)
+        model = with_adapter_params(model, params)
+        log.info(f"loaded the adapter {adapter}")
+    return params_of(model, like)
+
+
+def export_adapter(run: Run, state: TrainState) -> None:
+    """Write the adapters as a PEFT directory, <out>/adapters/<step>, once for each step."""
+    assert run.execution.lora is not None
+    directory = run.out / "adapters" / str(int(state.step))
+    everywhere = NamedSharding(run.real_mesh, PartitionSpec())
+    params = jax.device_put(state.params["blocks"], everywhere)  # all processes take part
+    if jax.process_index() or directory.exists():
+        return
+    adapters = {**params["attention"].get("lora", {}), **params["ffn"].get("lora", {})}
+    pairs = {t: (np.asarray(x["a"]), np.asarray(x["b"])) for t, x in adapters.items()}
+    save_adapter(directory, run.model, run.execution.lora, pairs, base=run.name)
 
 
 def compile_training(
@@ -139,7 +164,14 @@ def compile_training(
         batch = batch._replace(segment_ids=None)
     start = time.perf_counter()
     rate = schedule(config.optim, run.lr, run.steps)
-    step = make_step(graphdef, tx, rate, spike=config.guard.spike, z_loss=config.z_loss)
+    step = make_step(
+        graphdef,
+        tx,
+        rate,
+        spike=config.guard.spike,
+        z_loss=config.z_loss,
+        dropout_seed=config.seed if config.lora.dropout else None,
+    )
     options = compiler_options(deterministic=config.deterministic)
     compiled = compile_step(step, like, batch, options)
     log.info(f"compiled the step in {time.perf_counter() - start:.1f} s")

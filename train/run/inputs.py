@@ -5,10 +5,12 @@ import math
 from pathlib import Path
 
 from models.config import PRESETS, ModelConfig, RopeScaling
+from models.files import read_json
+from models.lora import LoRA
 from models.tokenizer import Tokenizer, load_tokenizer
-from models.weights.hf_files import read_json
+from models.weights.adapter_files import load_adapter
 from models.weights.run_layout import find_checkpoint
-from train.config.sections import DataConfig
+from train.config.sections import DataConfig, LoRAConfig
 from train.data.files.readers import check_path
 from train.data.pack.mixture import parse_source
 
@@ -55,6 +57,18 @@ def extend_rope(model: ModelConfig, factor: float | None, seq_len: int) -> Model
             "--seq_len"
         )
     return model if factor is None else dataclasses.replace(model, rope_scaling=scaling)
+
+
+def read_lora(config: LoRAConfig, model: ModelConfig) -> LoRA | None:
+    """Return the adapters to train: new ones, or those of --lora.adapter; None without.
+
+    Raises:
+        ValueError, OSError: the adapter cannot be read, or belongs to another base model.
+    """
+    if config.adapter is None:
+        return config.lora
+    lora, _ = load_adapter(Path(config.adapter), model)
+    return dataclasses.replace(lora, dropout=config.dropout)
 
 
 def read_tokenizer(

@@ -1,8 +1,8 @@
 """Train from the flags to the last checkpoint: resolve, read, compile, start or resume, sample."""
 
-import functools
 import logging
 import time
+from typing import Any
 
 from train.checkpoint.checkpoints import Checkpoints
 from train.config.config import Config
@@ -13,6 +13,7 @@ from train.run.build import (
     abstract_training,
     check_rows_for_attention,
     compile_training,
+    export_adapter,
     initial_params,
     open_training,
     open_validation,
@@ -24,7 +25,7 @@ from train.run.run_lock import RunLock
 from train.run.sample import write_sample
 from train.run.summary import describe_run, flags_in_use, log_data, log_end, save_config
 from train.run.train_loop import train
-from train.step.state import new_state
+from train.step.state import TrainState, new_frozen, new_state
 
 log = logging.getLogger(__name__)
 
@@ -64,12 +65,14 @@ def run(config: Config) -> None:
                     check_resume(run, checkpoints.latest, saved, loader)
                 tx, graphdef, like = abstract_training(run)
                 checkpoints.remove_partial()
-                if saved is not None:
-                    state, position = checkpoints.restore(like)
-                    loader.restore(position)
-                else:
+                if saved is None:
                     checkpoints.check_space(like)
                     state = new_state(initial_params(run, like), tx, like)
+                else:
+                    state, position = checkpoints.restore(like._replace(frozen=None))
+                    loader.restore(position)
+                    if like.frozen is not None:  # no checkpoint has them
+                        state = state._replace(frozen=new_frozen(initial_params(run, like), like))
                 start = int(state.step)
                 if start == run.steps:
                     log.info(f"all {run.steps} steps are done: to train on, give more --steps")
@@ -90,10 +93,15 @@ def run(config: Config) -> None:
                     recorder = Recorder(run, graphdef, start)
                     save_config(run)
                     flags = flags_in_use(run)
-                    save = functools.partial(checkpoints.save, identity=identity, config=flags)
+
+                    def save(state: TrainState, **options: Any) -> None:
+                        checkpoints.save(state, identity=identity, config=flags, **options)
+                        if config.lora.export:
+                            export_adapter(run, state)
+
                     state = train(run, step, state, start, loader, evaluate, recorder, save)
                 batch = next(loader)
-    params, done = state.params, int(state.step) == run.steps
+    params, done = state.weights, int(state.step) == run.steps
     del state  # the sample can use the memory of the optimizer
     if done:
         write_sample(run, graphdef, params, batch)

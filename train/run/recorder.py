@@ -96,7 +96,7 @@ class Recorder:
                 sink.write(step, {f"validation/{name}/{k}": v for k, v in values.items()})
         if self._sample_every and (step % self._sample_every == 0 or step == self._steps):
             with self.timed("evaluation", after=state):
-                self._sampler(step, state.params)
+                self._sampler(step, state.weights)
 
     def record(self, step: int, values: dict[str, jax.Array], pairs: int) -> dict[str, Any]:
         """Wait for the values of a step, show and write them, see `Metrics.record`."""

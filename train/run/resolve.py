@@ -22,8 +22,8 @@ from models.weights.abstract import abstract
 from train.config.config import MOST_STEPS, Config
 from train.distributed.mesh import abstract_mesh, check_rows, make_mesh, row_shards
 from train.memory.plan import Plan
-from train.memory.sizing import PARAM_DTYPES, REMAT_BY_SPEED, Sizing, in_scan
-from train.run.inputs import check_files, extend_rope, read_model, read_tokenizer
+from train.memory.sizing import REMAT_BY_SPEED, Sizing, in_scan, quantize_kind, stored_dtype
+from train.run.inputs import check_files, extend_rope, read_lora, read_model, read_tokenizer
 
 GPU_MODEL, CPU_MODEL = "internlm2-1.8b", "nano"
 GPU_TOKENS = 32_768
@@ -190,7 +190,8 @@ def resolve(config: Config, devices: Sequence[jax.Device] | DeviceSpec | None = 
     model = extend_rope(model, config.rope_factor, config.seq_len)
     attn, reason = _attention(config, model, mesh, device, rows, dtype)
 
-    sizing = Sizing(model=model, mesh=mesh, rows=rows, dtype=dtype, attn=attn)
+    lora = read_lora(config.lora, model)
+    sizing = Sizing(model=model, mesh=mesh, rows=rows, dtype=dtype, attn=attn, lora=lora)
     remat = config.remat or sizing.fastest_remat(config, memory)
     plan = sizing.plan(config, remat=remat)
     if config.remat is None:
@@ -200,8 +201,10 @@ def resolve(config: Config, devices: Sequence[jax.Device] | DeviceSpec | None = 
         attn=attn,
         deterministic=config.deterministic,
         dtype=dtype,
-        param_dtype=PARAM_DTYPES[config.param_dtype],
+        param_dtype=stored_dtype(config, dtype),
         remat=remat,
+        lora=lora,
+        quantize=quantize_kind(config),
         scan=in_scan(config.scan_layers, remat, on_gpu=on_gpu),
     )
     abstract(model, execution, mesh=mesh)  # raises where the mesh does not divide the model

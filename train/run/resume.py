@@ -1,5 +1,6 @@
 """Decide whether a run starts or resumes, and check that its directory and checkpoint allow it."""
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -34,10 +35,12 @@ SAMPLE = 1 << 20  # bytes of a weights file that its fingerprint reads at each e
 
 def identity_of(run: Run) -> dict[str, Any]:
     """Return the values that a run and a checkpoint must share; `check_data` adds the data."""
-    config = run.config
+    config, lora = run.config, run.execution.lora
     return {
         **run_layout.model_identity(run.model),
         run_layout.TOKENIZER: run.tokenizer.fingerprint,
+        run_layout.LORA: lora and dataclasses.asdict(lora) | {"targets": [*lora.targets]},  # JSON
+        "base_dtype": None if lora is None else config.base_dtype,
         "weights": fingerprint_weights(run.weights) if run.weights else None,
         "seq_len": config.seq_len,
         "seed": config.seed,

@@ -20,13 +20,17 @@ PROMPT_TOKENS, SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 32, 200, 0.8
 def write_sample(run: Run, graphdef: nnx.GraphDef, params: Params, batch: Batch) -> None:
     """Continue the beginning of a training row, and write the text to the log and to sample.txt."""
     prompt = multihost_utils.broadcast_one_to_all(batch.tokens[0, :PROMPT_TOKENS]).tolist()
-    [tokens] = generate(
-        nnx.merge(graphdef, params),
-        [prompt],
-        max_new_tokens=SAMPLE_TOKENS,
-        temperature=SAMPLE_TEMPERATURE,
-        seed=run.config.seed,
-    )
+    try:
+        [tokens] = generate(
+            nnx.merge(graphdef, params),
+            [prompt],
+            max_new_tokens=SAMPLE_TOKENS,
+            temperature=SAMPLE_TEMPERATURE,
+            seed=run.config.seed,
+        )
+    except FloatingPointError as error:
+        log.warning(f"no sample after {run.steps} steps: {error}")
+        return
     decode = run.tokenizer.decode
     text = f"{decode(prompt)}|{decode(tokens)}"
     if jax.process_index() == 0:

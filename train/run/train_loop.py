@@ -113,7 +113,7 @@ def train(
                 losses = {}
                 if number == run.steps or number % config.eval_every == 0:
                     with recorder.timed("evaluation", after=state):
-                        losses = evaluate(number, state.params)
+                        losses = evaluate(number, state.weights)
                 recorder.after_step(number, state, losses)
                 late = time.monotonic() - saved_at > 60 * config.save_minutes
                 request = reduce_request(STOP if stop.name is not None else SAVE if late else 0)

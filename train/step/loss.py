@@ -44,6 +44,7 @@ def cross_entropy_and_z(
     weights_BT: Float[Array, "B T"],
     *,
     z_loss: float = 0.0,
+    train_w: bool = True,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Return the total loss (cross-entropy + z-loss) and its z-loss term, summed over positions.
@@ -61,6 +62,7 @@ def cross_entropy_and_z(
         targets_BT: token ids in [0, V).
         weights_BT: float32, 0 where there is no target. Not differentiated.
         z_loss: the second term's factor; 1e-4 in PaLM.
+        train_w: compute the gradient of w; without, w is frozen and its gradient is zero.
         chunk_tokens: positions per device and chunk.
 
     Returns:
@@ -75,7 +77,7 @@ def cross_entropy_and_z(
     """
     if chunk_tokens < 1:
         raise ValueError(f"{chunk_tokens=} must be at least 1")
-    local = functools.partial(_sums, chunk_tokens, z_loss)
+    local = functools.partial(_sums, chunk_tokens, z_loss, train_w)
     batch = _batch_axes(x_BTD)
     if not batch:
         return local(x_BTD, w_DV, targets_BT, weights_BT)
@@ -94,8 +96,10 @@ def cross_entropy_and_z(
     )(x_BTD, w_DV, targets_BT, weights_BT)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _sums(chunk_tokens, z_loss, x_BTD, w_DV, targets_BT, weights_BT):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _sums(chunk_tokens, z_loss, train_w, x_BTD, w_DV, targets_BT, weights_BT):
+    del train_w  # for the gradient alone
+
     def step(sums, chunk):
         x_BCD, targets_BC, weights_BC = chunk
         losses_BC, zs_BC, _ = _losses(z_loss, x_BCD, w_DV, targets_BC)
@@ -106,7 +110,7 @@ def _sums(chunk_tokens, z_loss, x_BTD, w_DV, targets_BT, weights_BT):
     return sums
 
 
-def _forward(chunk_tokens, z_loss, x_BTD, w_DV, targets_BT, weights_BT):
+def _forward(chunk_tokens, z_loss, train_w, x_BTD, w_DV, targets_BT, weights_BT):
     def step(carry, chunk):
         sums, dw_DV = carry
         x_BCD, targets_BC, weights_BC = chunk
@@ -115,24 +119,28 @@ def _forward(chunk_tokens, z_loss, x_BTD, w_DV, targets_BT, weights_BT):
         dx_BCD = jnp.einsum(
             "BCV,DV->BCD", dlogits_BCV, w_DV, out_sharding=jax.typeof(x_BCD).sharding
         )
-        dw_DV += jnp.einsum("BCD,BCV->DV", x_BCD, dlogits_BCV, preferred_element_type=jnp.float32)
+        if train_w:
+            dw_DV += jnp.einsum(
+                "BCD,BCV->DV", x_BCD, dlogits_BCV, preferred_element_type=jnp.float32
+            )
         return (_add(sums, losses_BC, zs_BC, weights_BC), dw_DV), dx_BCD
 
     chunks = _split(chunk_tokens, x_BTD, targets_BT, weights_BT)
-    start = (_zeros_like_sums(weights_BT), jnp.zeros_like(w_DV, dtype=jnp.float32))
+    dw_DV = jnp.zeros_like(w_DV, dtype=jnp.float32) if train_w else None
+    start = (_zeros_like_sums(weights_BT), dw_DV)
     (sums, dw_DV), dx_NBCD = jax.lax.scan(step, start, chunks)
     dx_BTD = _join(dx_NBCD, x_BTD.shape)
     # The float32 sums are stored in the dtype of w: the gradient of every other weight leaves a
     # matrix product in the compute dtype, too.
-    return sums, (dx_BTD, dw_DV.astype(w_DV.dtype))
+    return sums, (dx_BTD, None if dw_DV is None else dw_DV.astype(w_DV.dtype))
 
 
-def _backward(chunk_tokens, z_loss, residuals, cotangents):
+def _backward(chunk_tokens, z_loss, train_w, residuals, cotangents):
     dx_BTD, dw_DV = residuals
     g, _ = cotangents  # the z-loss alone is for the log
     return (
         (dx_BTD.astype(jnp.float32) * g).astype(dx_BTD.dtype),
-        (dw_DV.astype(jnp.float32) * g).astype(dw_DV.dtype),
+        (dw_DV.astype(jnp.float32) * g).astype(dw_DV.dtype) if train_w else None,
         None,
         None,
     )

@@ -24,7 +24,7 @@ from train.data import Batch
 from train.distributed.hosts import share
 from train.step.guard import should_update
 from train.step.loss import cross_entropy_and_z
-from train.step.state import Params, TrainState
+from train.step.state import Params, TrainState, merge_params
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
@@ -36,6 +36,7 @@ def make_step(
     *,
     spike: float = math.inf,
     z_loss: float = 0.0,
+    dropout_seed: int | None = None,
 ) -> Step:
     """Make the training step, for `compile_step`.
 
@@ -46,6 +47,8 @@ def make_step(
         spike: gradient norms above this multiple of their running mean are skipped
             (`train.step.guard`).
         z_loss: factor of the z-loss (`train.step.loss`).
+        dropout_seed: seed of the adapters' dropout, which differs from step to step and between
+            microbatches; None: no dropout.
 
     Returns:
         (state, batch [A, B, T]) -> (new state, metrics). Metrics are float32 scalars: loss, the
@@ -60,16 +63,19 @@ def make_step(
         loss_tokens = jnp.sum(batch.loss_mask)
         # A batch without a target has loss 0 and gradient 0, not NaN.
         count = jnp.maximum(loss_tokens, 1.0)
-        (total, z), grads = _accumulate(value_and_grad, state.params, batch, count)
+        key = None
+        if dropout_seed is not None:
+            key = jax.random.fold_in(jax.random.key(dropout_seed), state.step)
+
+        def of_microbatch(micro, number):
+            own = None if key is None else jax.random.fold_in(key, number)
+            return value_and_grad(state.params, state.frozen, micro, count, own)
+
+        (total, z), grads = _accumulate(of_microbatch, state.params, batch)
         grads = _in_float32(grads)
         norm, updates = optax.tree.norm(grads), state.step - state.guard.skipped
-        old = state.params, state.opt_state
-        new = _apply(tx, grads, *old)
-        # A finite gradient can still give an update that is not finite.
-        finite = jnp.stack([jnp.isfinite(p).all() for p in jax.tree.leaves(new[0])]).all()
-        judged = jnp.where(finite, total, jnp.nan)
         good, guard = should_update(
-            state.guard, updates=updates, loss=judged, norm=norm, spike=spike
+            state.guard, updates=updates, loss=total, norm=norm, spike=spike
         )
         metrics = {
             "loss": total - z,
@@ -81,8 +87,13 @@ def make_step(
             "skipped": guard.skipped.astype(jnp.float32),
             "in_a_row": guard.in_a_row.astype(jnp.float32),
         }
+        # Whether the new weights are finite is not checked here: no weight could be written before
+        # all are computed, and the old and new ones would be in memory together. Checkpoints are
+        # checked when they are saved.
+        old = state.params, state.opt_state
+        new = _apply(tx, grads, *old)
         params, opt_state = jax.tree.map(functools.partial(jnp.where, good), new, old)
-        return TrainState(state.step + 1, params, opt_state, guard), metrics
+        return TrainState(state.step + 1, params, opt_state, guard, state.frozen), metrics
 
     return step
 
@@ -145,31 +156,44 @@ def batch_struct(*, rows: int, seq_len: int, grad_accum: int, mesh: Mesh) -> Bat
 
 
 def _microbatch_loss(
-    graphdef: nnx.GraphDef, z_loss: float, params: Params, micro: Any, count: jax.Array
+    graphdef: nnx.GraphDef,
+    z_loss: float,
+    params: Params,
+    frozen: Params | None,
+    micro: Any,
+    count: jax.Array,
+    key: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Return (loss, its z-loss term) of a microbatch [B, T], both divided by count."""
-    model = nnx.merge(graphdef, params)
-    x_BTD = model.hidden(micro.tokens, positions=micro.positions, segment_ids=micro.segment_ids)
+    model = nnx.merge(graphdef, merge_params(params, frozen))
+    x_BTD = model.hidden(
+        micro.tokens, positions=micro.positions, segment_ids=micro.segment_ids, dropout=key
+    )
     total, z = cross_entropy_and_z(
-        x_BTD, model.unembedding(), micro.targets, micro.loss_mask, z_loss=z_loss
+        x_BTD,
+        model.unembedding(),
+        micro.targets,
+        micro.loss_mask,
+        z_loss=z_loss,
+        train_w=frozen is None,
     )
     return total / count, z / count
 
 
-def _accumulate(value_and_grad: Callable, params: Params, batch: Batch, count: jax.Array):
+def _accumulate(of_microbatch: Callable, params: Params, batch: Batch):
     """Sum ((loss, z-loss), gradients) over the microbatches of a batch [A, B, T]."""
     if batch.tokens.shape[0] == 1:  # without a second copy of the gradients
-        return value_and_grad(params, jax.tree.map(lambda a: a[0], batch), count)
+        return of_microbatch(jax.tree.map(lambda a: a[0], batch), 0)
 
     def add(carry, micro):
-        of_micro = value_and_grad(params, micro, count)
+        of_micro = of_microbatch(*micro)
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, of_micro), None
 
     zeros = jax.tree.map(
         lambda p: jnp.zeros_like(p, jnp.float32),
         ((jnp.float32(0), jnp.float32(0)), params),
     )
-    return jax.lax.scan(add, zeros, batch)[0]
+    return jax.lax.scan(add, zeros, (batch, jnp.arange(batch.tokens.shape[0])))[0]
 
 
 def _apply(

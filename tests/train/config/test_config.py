@@ -3,7 +3,7 @@
 import pytest
 
 from train.config.config import Config
-from train.config.sections import MeshConfig, OptimConfig
+from train.config.sections import LoRAConfig, MeshConfig, OptimConfig
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,27 @@ def test_range(make, message):
 def test_config_cannot_be_changed():
     with pytest.raises(AttributeError):
         Config().seq_len = 3  # pyright: ignore[reportAttributeAccessIssue]  # the point
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LoRAConfig(rank=0), "--lora.rank=0 must be at least 1"),
+        (lambda: LoRAConfig(rank=4, dropout=1.0), r"--lora.dropout=1.0 must be in \[0, 1\)"),
+        (lambda: LoRAConfig(alpha=8.0), "--lora.alpha needs --lora.rank, such as --lora.rank=64"),
+        (lambda: LoRAConfig(export=True), "--lora.export needs --lora.rank"),
+        (lambda: LoRAConfig(adapter="a", rank=4), "--lora.rank is that of --lora.adapter"),
+        (lambda: Config(base_dtype="nf4"), "--base_dtype=nf4 is the storage of frozen weights"),
+        (
+            lambda: Config(lora=LoRAConfig(rank=4), param_dtype="bf16"),
+            "--param_dtype=bf16 is for trained weights",
+        ),
+        (
+            lambda: Config(lora=LoRAConfig(rank=4), base_dtype="nf4", remat="none"),
+            "--remat=none would keep a dequantised copy",
+        ),
+    ],
+)
+def test_adapters_that_contradict_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from train.checkpoint.orbax_errors import cause, is_damage, quiet_orbax
+from models.weights.orbax_errors import cause, is_damage, quiet_orbax
 
 
 @pytest.mark.parametrize(
