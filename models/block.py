@@ -13,6 +13,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from models import fp8
 from models.config import ModelConfig
 from models.layers import SwiGLU, constant, normal, rms_norm
 from models.lora import NO_DROPOUT, DropoutKeys, LoRA, add_adapter, make_adapters
@@ -64,6 +65,7 @@ class Attention(nnx.Module):
         layer_cache: Any = None,
         *,
         dropout: DropoutKeys = NO_DROPOUT,
+        bound: Float[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Project to q, k, v, apply rotary embedding and attention, project back.
 
@@ -73,6 +75,8 @@ class Attention(nnx.Module):
           attend: attention function, see `Attend`.
           layer_cache: passed to `attend`.
           dropout: random keys of the adapters' dropout.
+          bound: upper bound of |x|, for fp8 products (`models.fp8`); None: products in the dtype
+            of x.
 
         Returns:
           The output [B, T, D] and the second result of `attend`.
@@ -80,7 +84,10 @@ class Attention(nnx.Module):
         add = functools.partial(add_adapter, self.lora, dropout=dropout)
         stream, split = ("batch", None, None), ("batch", None, "heads", None, None)
         wqkv_DKgH = weight_in_use(self.wqkv_DKgH, x_BTD.dtype)
-        qkv_BTKgH = project("BTD,DKgH->BTKgH", x_BTD, wqkv_DKgH, out=split)
+        if bound is None:
+            qkv_BTKgH = project("BTD,DKgH->BTKgH", x_BTD, wqkv_DKgH, out=split)
+        else:
+            qkv_BTKgH = fp8.product(x_BTD, wqkv_DKgH, bound, split)
         qkv_BTKgH = add("wqkv", qkv_BTKgH, "BTD,DKgH->BTKgH", x_BTD, x_axes=stream, out=split)
         if self.bias:
             qkv_BTKgH += self.wqkv_bias_KgH[...][None, None]
@@ -89,7 +96,10 @@ class Attention(nnx.Module):
         o_BTNH, result = attend(q_BTNH, k_BTKH, v_BTKH, layer_cache)
 
         wo_NHD, heads = weight_in_use(self.wo_NHD, x_BTD.dtype), ("batch", None, "heads", None)
-        y_BTD = project("BTNH,NHD->BTD", o_BTNH, wo_NHD, out=stream)
+        if bound is None:
+            y_BTD = project("BTNH,NHD->BTD", o_BTNH, wo_NHD, out=stream)
+        else:
+            y_BTD = fp8.product(o_BTNH, wo_NHD, fp8.largest(o_BTNH), stream)
         y_BTD = add("wo", y_BTD, "BTNH,NHD->BTD", o_BTNH, x_axes=heads, out=stream)
         if self.bias:
             y_BTD += self.wo_bias_D[...][None, None]
@@ -122,14 +132,32 @@ class Block(nnx.Module):
         layer_cache: Any = None,
         *,
         dropout: DropoutKeys = NO_DROPOUT,
+        matmul: str = "bf16",
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """Apply the layer; arguments and results as for `Attention`."""
+        """Apply the layer; arguments and results as for `Attention`.
+
+        Args:
+          x_BTD: residual stream.
+          rope: as for `Attention`.
+          attend: as for `Attention`.
+          layer_cache: as for `Attention`.
+          dropout: as for `Attention`.
+          matmul: as in `models.execution.Execution`.
+        """
+
+        def norm(x_BTD, weight_D):
+            bound = fp8.norm_bound(weight_D) if matmul == "fp8" else None
+            return rms_norm(x_BTD, weight_D, eps=self.eps), bound
+
         with jax.named_scope("attention"):
-            normed_BTD = rms_norm(x_BTD, self.attention_norm_D[...], eps=self.eps)
-            y_BTD, result = self.attention(normed_BTD, rope, attend, layer_cache, dropout=dropout)
+            normed_BTD, bound = norm(x_BTD, self.attention_norm_D[...])
+            y_BTD, result = self.attention(
+                normed_BTD, rope, attend, layer_cache, dropout=dropout, bound=bound
+            )
             x_BTD = checkpoint_name(x_BTD + y_BTD, "ffn_input")
         with jax.named_scope("ffn"):
-            x_BTD += self.ffn(rms_norm(x_BTD, self.ffn_norm_D[...], eps=self.eps), dropout)
+            normed_BTD, bound = norm(x_BTD, self.ffn_norm_D[...])
+            x_BTD += self.ffn(normed_BTD, dropout=dropout, bound=bound)
         return x_BTD, result
 
 

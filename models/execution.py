@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from models.lora import LoRA
 from models.remat import REMAT
 
+MATMULS = ("bf16", "fp8")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Execution:
@@ -29,10 +31,14 @@ class Execution:
       lora: adapters on the blocks' linear layers, which are then the only trained parameters, in
         float32; None: none, and all parameters are trained.
       quantize: storage of the blocks' linear layers, see `models.quantize`; None: param_dtype.
+      matmul: "bf16" computes the matrix products of the blocks in `dtype`; "fp8" computes those of
+        `InternLM2.hidden` (training, evaluation) in 8 bits, see `models.fp8`. Generation always
+        uses `dtype`.
       deterministic: make the gradients of attention bitwise reproducible, see `jaxattn.attention`.
 
     Raises:
-      ValueError: `remat` is not a key of `REMAT`, or saves dequantised weights.
+      ValueError: `remat` is not a key of `REMAT`, or saves dequantised weights; `matmul` is unknown,
+        or "fp8" with adapters.
       TypeError: a dtype is unknown.
     """
 
@@ -41,6 +47,7 @@ class Execution:
     param_dtype: Any = "float32"
     remat: str = "full"
     scan: bool = True
+    matmul: str = "bf16"
     deterministic: bool = False
     lora: LoRA | None = None
     quantize: Literal["nf4", "int8"] | None = None
@@ -53,6 +60,10 @@ class Execution:
                 f"remat='none' would keep the dequantised copy of every {self.quantize} weight: "
                 "use 'dots' or another policy"
             )
+        if self.matmul not in MATMULS:
+            raise ValueError(f"matmul={self.matmul!r} must be one of {', '.join(MATMULS)}")
+        if self.matmul == "fp8" and self.lora is not None:
+            raise ValueError("matmul='fp8' does not work with lora: use 'bf16'")
         for name in ("dtype", "param_dtype"):
             object.__setattr__(self, name, jnp.dtype(getattr(self, name)))
 

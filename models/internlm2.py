@@ -129,7 +129,12 @@ class InternLM2(nnx.Module):
 
             rope = rope_table(positions, self.config, segment_ids=segments)
             x_BTD, _ = self.run_blocks(
-                self.embed(tokens), rope, attend, scan=options.scan, dropout=dropout
+                self.embed(tokens),
+                rope,
+                attend,
+                scan=options.scan,
+                matmul=options.matmul,
+                dropout=dropout,
             )
             return x_BTD
 
@@ -160,6 +165,7 @@ class InternLM2(nnx.Module):
         layer_caches: Sequence[Any] | None = None,
         *,
         scan: bool = True,
+        matmul: str = "bf16",
         dropout: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Apply all layers and the final norm, for training, prefill and decoding.
@@ -172,6 +178,7 @@ class InternLM2(nnx.Module):
             `scan`.
           scan: run one compiled loop over the layers, or compile each layer. The results are the
             same.
+          matmul: matrix products of the blocks, as in `Execution`.
           dropout: random key of the adapters' dropout; None: no dropout.
 
         Returns:
@@ -183,7 +190,8 @@ class InternLM2(nnx.Module):
 
         def layer(x_BTD, block, layer_cache, key):
             x_BTD = checkpoint_name(x_BTD, "block_input")
-            return block(x_BTD, rope, attend, layer_cache, dropout=dropout_keys(key))
+            dropout = dropout_keys(key)
+            return block(x_BTD, rope, attend, layer_cache, matmul=matmul, dropout=dropout)
 
         layer = jax.checkpoint(layer, policy=REMAT[self.execution.remat])
         blocks = cast_weights(self.blocks, self.execution.dtype)

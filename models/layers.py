@@ -12,7 +12,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from models import sharding
+from models import fp8, sharding
 from models.config import ModelConfig
 from models.lora import NO_DROPOUT, DropoutKeys, LoRA, add_adapter, make_adapters
 from models.quantize import weight_in_use
@@ -147,12 +147,25 @@ class SwiGLU(nnx.Module):
         self.lora = make_adapters(lora, {"w1": up, "w3": up, "w2": down}, rngs=rngs)
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], dropout: DropoutKeys = NO_DROPOUT
+        self,
+        x_BTD: Float[Array, "B T D"],
+        *,
+        dropout: DropoutKeys = NO_DROPOUT,
+        bound: Float[Array, ""] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Apply the layer, in the dtype of x; the weights must have this dtype, or be quantised."""
+        """Apply the layer, in the dtype of x; the weights must have this dtype, or be quantised.
+
+        Args:
+          x_BTD: output of the norm.
+          dropout: random keys of the adapters' dropout.
+          bound: upper bound of |x|, for fp8 products (`models.fp8`), without adapters; None:
+            products in the dtype of x.
+        """
         w1_DF = weight_in_use(self.w1_DF, x_BTD.dtype)
         w3_DF = weight_in_use(self.w3_DF, x_BTD.dtype)
         w2_FD = weight_in_use(self.w2_FD, x_BTD.dtype)
+        if bound is not None:
+            return fp8.swiglu(x_BTD, w1_DF, w3_DF, w2_FD, bound)
         add = functools.partial(add_adapter, self.lora, dropout=dropout)
         stream, hidden = ("batch", None, None), ("batch", None, "ffn")
         gate_BTF = sharding.einsum("BTD,DF->BTF", x_BTD, w1_DF, out=hidden)

@@ -11,6 +11,7 @@ CELL = Cell(
     remat="full",
     scan_layers=True,
     dtype="float32",
+    matmul="bf16",
     param_dtype="fp32",
     optim="adamw",
     state="fp32",

@@ -84,6 +84,9 @@ class BenchConfig:
     dtype: Annotated[Literal["bfloat16", "float32"] | None, chosen("{bfloat16,float32}")] = None
     """Compute dtype. By default bfloat16 on a GPU, else float32."""
 
+    matmul: Literal["bf16", "fp8"] = "bf16"
+    """Matrix products of the blocks, as in train.main."""
+
     param_dtype: Literal["fp32", "bf16"] = "fp32"
     """Dtype of the stored weights. PyTorch computes under autocast with fp32."""
 
@@ -182,6 +185,7 @@ def cells_of(config: BenchConfig, *, on_gpu: bool) -> Iterator[Cell]:
             remat=remat,
             scan_layers=config.scan_layers,
             dtype=config.dtype or ("bfloat16" if on_gpu else "float32"),
+            matmul=config.matmul,
             param_dtype=config.param_dtype,
             optim=config.optim.name,
             state=config.optim.moment_dtype,

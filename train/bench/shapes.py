@@ -57,6 +57,9 @@ class Cell:
     dtype: str
     """Compute dtype."""
 
+    matmul: Literal["bf16", "fp8"]
+    """Matrix products of the blocks: in the compute dtype, or in 8 bits."""
+
     param_dtype: Literal["fp32", "bf16"]
     """Dtype of the stored weights."""
 

@@ -13,7 +13,7 @@ KEY = (
     *("model", "rows", "data", "seq_len", "tokens", "attn", "remat", "scan_layers"),
     *("dtype", "param_dtype", "optim", "state"),
 )
-LATER = {"grad_accum": 1, "z_loss": 0.0, "deterministic": False}
+LATER = {"grad_accum": 1, "z_loss": 0.0, "deterministic": False, "matmul": "bf16"}
 """Fields that identify a cell, with the values of files without them. A new cell replaces an old
 one with the same fields."""
 ORIGIN = ("device", "versions", "date")
@@ -201,6 +201,7 @@ def _stored(cell: Cell) -> str:
     """Return the dtypes of weights and moments, and the options that are not the default."""
     name = "" if cell["optim"] == "adamw" else f", {cell['optim']}"
     name += "".join(f", {option}" for option in ("z_loss", "deterministic") if cell.get(option))
+    name += ", fp8" if cell.get("matmul") == "fp8" else ""
     if cell["param_dtype"] == cell["state"]:
         return cell["state"] + name
     return f"{cell['param_dtype']}, {cell['state']}{name}"

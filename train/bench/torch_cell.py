@@ -61,8 +61,8 @@ def why_not(cell: Cell) -> str | None:
         return "PyTorch finds no CUDA GPU"
     if cell.remat not in (None, "none", "full"):
         return f"PyTorch's remat is none or full (gradient checkpointing), not {cell.remat}"
-    if cell.grad_accum > 1 or cell.z_loss or cell.deterministic:
-        return "PyTorch's cells have no --grad_accum, --z_loss and --deterministic"
+    if cell.grad_accum > 1 or cell.z_loss or cell.deterministic or cell.matmul != "bf16":
+        return "PyTorch's cells have no --grad_accum, --z_loss, --deterministic and --matmul"
     if cell.optim != "adamw" or cell.state != cell.param_dtype:
         return "PyTorch's fused AdamW keeps its moments in the type of the weights"
     return None

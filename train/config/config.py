@@ -148,6 +148,11 @@ class Config:
     """Storage of the frozen weights beside LoRA adapters. nf4 (QLoRA) and int8 quantise the linear
     layers of the blocks; the other weights are stored in bfloat16. By default the compute dtype."""
 
+    matmul: Literal["bf16", "fp8"] = "bf16"
+    """Matrix products of the blocks. bf16: in the compute dtype; fp8: in 8-bit floating point,
+    forward and backward. Stored weights, checkpoints and exports do not change. fp8 needs a GPU of
+    compute capability 8.9 or higher (H100, H200, RTX 4090)."""
+
     dry_run: bool = False
     """Print the command with all choices, and the memory plan; compile the step and compare. No
     data are read, nothing is trained or written. The exit status is 1 if the run does not fit."""
@@ -228,6 +233,10 @@ class Config:
             raise ValueError(
                 f"--param_dtype={self.param_dtype} is for trained weights, and adapters are "
                 "float32: take --base_dtype for the frozen ones"
+            )
+        if self.matmul == "fp8" and self.lora.used:
+            raise ValueError(
+                "--matmul=fp8 does not work with LoRA adapters: leave out --matmul or --lora.*"
             )
         if self.base_dtype in ("nf4", "int8") and self.remat == "none":
             raise ValueError(

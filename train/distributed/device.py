@@ -36,12 +36,17 @@ def set_up(*, keep_compiled: bool) -> None:
         jax.config.update("jax_compilation_cache_dir", str(compilation_cache()))
 
 
-def compiler_options(*, deterministic: bool) -> dict[str, bool] | None:
+def compiler_options(*, deterministic: bool, matmul: str = "bf16") -> dict[str, bool] | None:
     """Return XLA options for `jax.jit` and `Lowered.compile`; None: XLA's defaults.
 
     Args:
         deterministic: Give the same bits in every run on GPUs of one kind: no atomic additions
             (the embedding's gradient has them otherwise), and matrix products chosen by rule
             instead of by timing.
+        matmul: "fp8" leaves all matrix products to cuBLAS. By default XLA puts each product into a
+            Triton fusion, together with the transposition of its 8-bit operands, which cuBLAS
+            needs in memory.
     """
-    return {"xla_gpu_deterministic_ops": True} if deterministic else None
+    options = {"xla_gpu_deterministic_ops": True} if deterministic else {}
+    options |= {"xla_gpu_enable_triton_gemm": False} if matmul == "fp8" else {}
+    return options or None

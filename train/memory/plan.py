@@ -105,6 +105,7 @@ def plan(
     param_itemsize: int = 4,
     lora: LoRA | None = None,
     quantize: Literal["nf4", "int8"] | None = None,
+    matmul: str = "bf16",
 ) -> Plan:
     """Counts the bytes of a step.
 
@@ -122,6 +123,7 @@ def plan(
         param_itemsize: bytes of a stored weight; with adapters, of a frozen one.
         lora: adapters, which are then the only trained weights; None: all are trained.
         quantize: format of the frozen linear layers of the blocks; None: param_itemsize.
+        matmul: "bf16" or "fp8".
     """
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
     tokens = max(1, rows // row_shards(mesh)) * seq_len
@@ -129,7 +131,7 @@ def plan(
     of_block = (model.num_params() - 2 * table) // model.num_layers // tensor
     parameters = model.num_params() // (fsdp * tensor)
     in_blocks = 1 - 2 * table / model.num_params()
-    kept, on_host, everything = _per_token(model, tensor, remat, itemsize, attn)
+    kept, on_host, everything = _per_token(model, tensor, remat, itemsize, attn, matmul)
     chunk = min(tokens, CHUNK_TOKENS) * model.vocab_size // tensor
     local = tokens // seq_len, seq_len, seq_len, -(-model.num_heads // tensor)
     scores = {"eager": eager, "xla": xla}
@@ -177,7 +179,7 @@ def _moment_bytes(optim: OptimConfig, in_blocks: float) -> float:
 
 
 def _per_token(
-    model: ModelConfig, tensor: int, remat: str, itemsize: int, attn: str
+    model: ModelConfig, tensor: int, remat: str, itemsize: int, attn: str, matmul: str
 ) -> tuple[int, int, int]:
     """Bytes per token and block: kept on the device, kept on the host, made by a block in all."""
     embed = model.hidden_size
@@ -189,9 +191,12 @@ def _per_token(
         named = lse = 0
     else:
         named = out
+    # Both norms keep what they read and made in float32; SwiGLU six arrays.
+    all_saved = itemsize * (4 * embed + qkv + named + 6 * ffn) + 16 * embed + lse
+    if matmul == "fp8":  # SwiGLU keeps gate and up; the inputs of the products have 8 bits
+        all_saved -= itemsize * (2 * embed + 4 * ffn) - (2 * embed + out)
     kept, on_host = {
-        # Both norms keep what they read and made in float32; SwiGLU six arrays.
-        "none": (itemsize * (4 * embed + qkv + named + 6 * ffn) + 16 * embed + lse, 0),
+        "none": (all_saved, 0),
         "dots": (itemsize * (2 * embed + qkv + named + 2 * ffn) + lse, 0),
         "qkv": (itemsize * (embed + qkv + named) + lse, 0),
         "attention": (itemsize * (embed + named) + lse, 0),

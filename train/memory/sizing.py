@@ -59,6 +59,7 @@ class Sizing:
             param_itemsize=stored_dtype(config, self.dtype).itemsize,
             lora=self.lora,
             quantize=quantize_kind(config),
+            matmul=config.matmul,
         )
 
     def fastest_remat(self, config: Config, memory: int) -> str:

@@ -172,7 +172,7 @@ def compile_training(
         z_loss=config.z_loss,
         dropout_seed=config.seed if config.lora.dropout else None,
     )
-    options = compiler_options(deterministic=config.deterministic)
+    options = compiler_options(deterministic=config.deterministic, matmul=config.matmul)
     compiled = compile_step(step, like, batch, options)
     log.info(f"compiled the step in {time.perf_counter() - start:.1f} s")
     return compiled

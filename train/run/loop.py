@@ -88,7 +88,9 @@ def run(config: Config) -> None:
                         mesh=run.real_mesh,
                         path=run.out / "eval.jsonl",
                         start=start,
-                        options=compiler_options(deterministic=config.deterministic),
+                        options=compiler_options(
+                            deterministic=config.deterministic, matmul=config.matmul
+                        ),
                     )
                     recorder = Recorder(run, graphdef, start)
                     save_config(run)

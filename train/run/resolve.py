@@ -29,6 +29,8 @@ GPU_MODEL, CPU_MODEL = "internlm2-1.8b", "nano"
 GPU_TOKENS = 32_768
 """Default tokens of a step for each GPU that holds its own rows: one row of the longest case."""
 CPU_TOKENS = 2_048
+FP8_CAPABILITY = (8, 9)
+"""Lowest compute capability with 8-bit floating-point matrix products."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,7 +163,8 @@ def resolve(config: Config, devices: Sequence[jax.Device] | DeviceSpec | None = 
 
     Raises:
         ValueError: Unknown model, tokenizer too large, a mesh that does not divide the model.
-        NotImplementedError: An attention implementation that cannot run on the devices.
+        NotImplementedError: An attention implementation or --matmul=fp8 that cannot run on the
+            devices.
         OSError: A model, tokenizer or data file that cannot be read.
     """
     if isinstance(devices, DeviceSpec):
@@ -171,6 +174,7 @@ def resolve(config: Config, devices: Sequence[jax.Device] | DeviceSpec | None = 
         device = mesh.devices.flat[0]
     on_gpu, memory, notes = device.platform == "gpu", device_memory(device), []
     _check_offload(config, device)
+    _check_fp8(config, device)
     rows = _rows(config, mesh, on_gpu=on_gpu)
     check_rows(mesh, rows=rows, grad_accum=config.grad_accum)
     if rows * config.seq_len > MOST_STEPS:
@@ -206,6 +210,7 @@ def resolve(config: Config, devices: Sequence[jax.Device] | DeviceSpec | None = 
         lora=lora,
         quantize=quantize_kind(config),
         scan=in_scan(config.scan_layers, remat, on_gpu=on_gpu),
+        matmul=config.matmul,
     )
     abstract(model, execution, mesh=mesh)  # raises where the mesh does not divide the model
     tokenizer = read_tokenizer(config.tokenizer, weights, model, name)
@@ -312,6 +317,18 @@ def _check_offload(config: Config, device: jax.Device | DeviceSpec) -> None:
         raise NotImplementedError(
             f"--remat=offload needs pinned host memory, which {device.device_kind} does not have: "
             "take --remat=full"
+        )
+
+
+def _check_fp8(config: Config, device: jax.Device | DeviceSpec) -> None:
+    """Check that a GPU multiplies 8-bit numbers. A CPU computes the same in software."""
+    if config.matmul != "fp8" or device.platform != "gpu":
+        return
+    capability = str(device.compute_capability)
+    if tuple(map(int, capability.split("."))) < FP8_CAPABILITY:
+        raise NotImplementedError(
+            f"--matmul=fp8 needs a GPU of compute capability 8.9 or higher, {device.device_kind} "
+            f"has {capability}: take --matmul=bf16"
         )
 
 

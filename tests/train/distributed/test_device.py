@@ -16,6 +16,14 @@ def test_nothing_unless_asked():
     assert compiler_options(deterministic=False) is None
 
 
+def test_fp8_leaves_products_to_cublas():
+    """The option reaches the compiler, beside that of a deterministic run."""
+    option = {"xla_gpu_enable_triton_gemm": False}
+    assert compiler_options(deterministic=False, matmul="fp8") == option
+    assert compiler_options(deterministic=True, matmul="fp8") == OPTIONS | option
+    assert jax.jit(lambda x: 2 * x, compiler_options=option)(jnp.float32(2)) == 4
+
+
 def test_the_compiler_knows_the_option():
     """A name that XLA does not know is an error, on a CPU too."""
     assert compiler_options(deterministic=True) == OPTIONS

@@ -73,6 +73,7 @@ def test_measured_peaks(kwargs, gib):
     ("model", "kwargs", "gib"),
     [
         ("internlm2-1.8b", {"remat": "dots"}, 66.23),
+        ("internlm2-1.8b", {"remat": "dots", "matmul": "fp8"}, 65.50),
         ("internlm2-1.8b", {"remat": "attention"}, 34.19),
         ("internlm2-1.8b", {"remat": "full"}, 31.30),
         ("internlm2-7b", {"remat": "qkv", "optim": INT8}, 94.70),
@@ -193,3 +194,11 @@ def test_state_takes_what_is_planned(tiny, optim):
     ours = plan(tiny, rows=2, seq_len=64, itemsize=4, attn="xla", optim=optim)
     held = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(like))
     assert ours.weights + ours.optimizer == pytest.approx(held, abs=1024)
+
+
+def test_fp8_keeps_less_of_what_remat_does_not_compute_again():
+    """SwiGLU keeps two arrays of six; the inputs of wqkv, wo, and w1 and w3 take one byte each."""
+    D, F, L, T = BIG.hidden_size, BIG.intermediate_size, BIG.num_layers, 32768
+    less = [plan(remat="none", matmul=m).activations for m in ("bf16", "fp8")]
+    assert less[0] - less[1] == T * L * (2 * (2 * D + 4 * F) - 3 * D)
+    assert plan(remat="dots", matmul="fp8") == plan(remat="dots")

@@ -74,7 +74,7 @@ def test_deterministic_cudnn_is_refused():
     [
         ({"model": "nono"}, ValueError, "--model=nono is no preset .nano, .* and no directory"),
         ({"model": "tests"}, ValueError, "--model=tests .* a directory without config.json"),
-        ({"attn": "pallas"}, NotImplementedError, "'pallas' cannot run.*Hopper.*use impl='xla'"),
+        ({"attn": "pallas"}, NotImplementedError, "'pallas' cannot run.*Hopper.*use --attn=xla"),
         ({"batch_size": 6}, ValueError, "--batch_size=6 must be a multiple of 8"),
         ({"tokenizer": "nowhere"}, OSError, "nowhere does not exist"),
         (
@@ -88,6 +88,23 @@ def test_refusals(kwargs, error, message):
     with pytest.raises(error, match=message) as caught:
         resolve(Config(**kwargs))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("gpu", ["a100-80", "rtx3090"])
+def test_fp8_is_refused_where_the_gpu_has_none(gpu):
+    config = Config(model="internlm2-1.8b", attn="xla", seq_len=512, matmul="fp8")
+    with pytest.raises(
+        NotImplementedError, match="needs .* 8.9 or higher, .* has 8.[06]: take"
+    ) as why:
+        resolve(config, GPUS[gpu])
+    assert "\n" not in str(why.value)
+    assert resolve(dataclasses.replace(config, matmul="bf16"), GPUS[gpu])
+
+
+@pytest.mark.parametrize("gpu", ["l40s", "h100", "h200", "rtx5090"])
+def test_fp8_is_an_execution_option(gpu):
+    config = Config(model="internlm2-1.8b", attn="xla", seq_len=512, matmul="fp8")
+    assert resolve(config, GPUS[gpu]).execution.matmul == "fp8"
 
 
 def test_offload_needs_pinned_memory(tiny, monkeypatch):

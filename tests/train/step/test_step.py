@@ -25,8 +25,8 @@ ONE = (1, 1, 1)
 class Trainer:
     """Compiles each way to cut up the 8 rows once, and trains from the same weights every time."""
 
-    def __init__(self, model: InternLM2, rows):
-        self.rows = rows
+    def __init__(self, model: InternLM2, rows, matmul="bf16"):
+        self.rows, self.matmul = rows, matmul
         self.tx = optimizer(OPTIM, 1e-2, 10)
         self.model = model
         self.steps = {}
@@ -42,7 +42,7 @@ class Trainer:
                 return InternLM2(
                     self.model.config,
                     rngs=nnx.Rngs(0),
-                    execution=Execution(attn=attn, dtype=jnp.float32),
+                    execution=Execution(attn=attn, dtype=jnp.float32, matmul=self.matmul),
                 )
 
             graphdef, like = abstract_state(make, self.tx, mesh)
@@ -102,6 +102,29 @@ def test_eight_devices_equal_one(trainer, reference, sizes, grad_accum, attn):
         np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-5)
         np.testing.assert_allclose(ours["grad_norm"], theirs["grad_norm"], rtol=1e-5)
     _close(got[2], reference[2])
+
+
+@pytest.mark.parametrize(("sizes", "grad_accum"), [(ONE, 1), (ONE, 2), ((2, 2, 2), 1)])
+def test_fp8_is_nearly_the_same_step(tiny_model, packed_rows, reference, sizes, grad_accum):
+    """On every axis of a mesh and in microbatches, which have scales of their own."""
+    got = Trainer(tiny_model, packed_rows, matmul="fp8").two_steps(sizes, grad_accum)
+    for ours, theirs in zip(got[:2], reference[:2], strict=True):
+        np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=0.01)
+        np.testing.assert_allclose(ours["grad_norm"], theirs["grad_norm"], rtol=0.1)
+        assert ours["skipped"] == 0 and ours["loss"] != theirs["loss"]
+
+
+def test_fp8_skips_a_step_that_is_not_finite(tiny_model, packed_rows):
+    """An inf in a weight is in every gradient, and nothing changes."""
+    trainer = Trainer(tiny_model, packed_rows, matmul="fp8")
+    step, like = trainer.step(ONE)
+    state = trainer.state(like)
+    weight = state.params["blocks"]["ffn"]["w2_FD"]
+    state.params["blocks"]["ffn"]["w2_FD"] = weight.at[0, 0, 0].set(jnp.inf)
+    before = jax.tree.map(np.asarray, state.params)
+    state, metrics = step(state, put_batch(packed_rows, grad_accum=1, mesh=like.mesh))
+    assert metrics["skipped"] == 1
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, state.params))
 
 
 def test_loss_is_the_mean_over_targets(trainer, packed_rows, reference):
