@@ -1,7 +1,7 @@
 # make train          set up .venv and train on the built-in text; pass flags on with ARGS="..."
 # make test           set up .venv and run the tests
 # make check          lint, types and import layers
-# make codegen        compile the kernels for an H200, without one, and check the machine code
+# make codegen        compile the kernels for all GPUs, without one, and check the machine code
 # make docs           build the documentation into docs/_build/html; warnings are errors
 # make figures        draw the plots of the documentation from the files in results
 #
@@ -46,7 +46,7 @@ check: $(DEV_STAMP)
 	$(VENV)/bin/lint-imports
 
 codegen: $(CODEGEN_VENV)/.installed
-	JAX_PLATFORMS=cpu $(CODEGEN_VENV)/bin/python -m pytest -m codegen tests/jaxattn/test_codegen.py $(ARGS)
+	JAX_PLATFORMS=cpu $(CODEGEN_VENV)/bin/python -m pytest -m codegen tests/jaxattn/test_codegen.py tests/jaxattn/test_codegen_mma.py $(ARGS)
 
 docs: $(DOCS_STAMP)
 	JAX_PLATFORMS=cpu $(VENV)/bin/python -m sphinx -E -W --keep-going --quiet docs docs/_build/html

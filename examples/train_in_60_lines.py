@@ -9,7 +9,7 @@ import argparse
 
 from flax import nnx
 
-from models import save_hf
+from models import InternLM2, save_hf
 from train.config.config import Config
 from train.config.sections import DataConfig
 from train.run.build import abstract_training, compile_training, initial_params, open_training
@@ -19,7 +19,7 @@ from train.step.state import new_state
 from train.step.step import put_batch
 
 
-def train(config: Config) -> tuple[nnx.Module, list[float]]:
+def train(config: Config) -> tuple[InternLM2, list[float]]:
     """Train for `config.steps` steps; return the model and the losses."""
     run = resolve(config)  # model, mesh, attention, dtypes, remat, memory plan
     run.check_memory()
@@ -36,7 +36,7 @@ def train(config: Config) -> tuple[nnx.Module, list[float]]:
             state, metrics = step(state, batch)  # the memory of the old state is reused
             losses.append(float(metrics["loss"]))
             print(f"step {number}/{run.steps}: loss {losses[-1]:.3f}")
-    return nnx.merge(graphdef, state.params), losses
+    return nnx.merge(graphdef, state.weights), losses
 
 
 def main() -> None:

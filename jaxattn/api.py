@@ -21,15 +21,16 @@ from jaxattn.device import DeviceSpec
 from jaxattn.mask import Mask, Shaped
 from jaxattn.pallas import op as pallas
 
-Implementation = Literal["pallas", "cudnn", "xla", "eager"]
+Implementation = Literal["pallas", "pallas_mma", "cudnn", "xla", "eager"]
 """Names of the implementations."""
 
-Impl = Literal["auto", "pallas", "cudnn", "xla", "eager", "flash_attention_2", "sdpa"]
+Impl = Literal["auto", "pallas", "pallas_mma", "cudnn", "xla", "eager", "flash_attention_2", "sdpa"]
 """Values of `impl`: an implementation, an alias, or "auto"."""
 
 IMPLEMENTATIONS: Mapping[Implementation, Callable[..., Any]] = types.MappingProxyType(
     {
         "pallas": pallas.attention,
+        "pallas_mma": pallas.attention,
         "cudnn": cudnn.attention,
         "xla": xla.attention,
         "eager": eager.attention,
@@ -41,6 +42,9 @@ ALIASES: Mapping[str, Implementation] = types.MappingProxyType(
     {"flash_attention_2": "pallas", "sdpa": "xla"}
 )
 """Names of implementations in transformers and PyTorch, and the implementation here."""
+
+FAMILIES: Mapping[str, str] = types.MappingProxyType({"pallas": "wgmma", "pallas_mma": "mma"})
+"""Kernels of the implementations in `jaxattn.pallas`, see `jaxattn.pallas.op.FAMILIES`."""
 
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
@@ -97,7 +101,9 @@ def attention(
       v_BSKH: values, same shape and dtype as the keys.
       mask: visible pairs of queries and keys; None: causal, one document per row. A mask from
         `prepare` contains the tile metadata of the kernel, so that no layer computes it again.
-      impl: "auto", "pallas" (or "flash_attention_2"), "cudnn", "xla" (or "sdpa"), "eager".
+      impl: "auto", "pallas" (or "flash_attention_2"), "pallas_mma", "cudnn", "xla" (or "sdpa"),
+        "eager". "pallas" selects the kernels of the GPU: by wgmma on Hopper, by mma.sync on Ampere,
+        Ada and Blackwell workstation GPUs. "pallas_mma" selects the latter, also on Hopper.
       scale: factor on the scores, a finite number (pallas: above 0); None: H ** -0.5.
       deterministic: the same inputs give the same bits in every run, gradients included. Output,
         dk and dv of pallas are deterministic in any case; with this flag a separate kernel sums dq
@@ -137,9 +143,9 @@ def attention(
     )
 
     def run(q, k, v, mask):
-        options = {"return_lse": True} if return_lse else {}
-        if name == "pallas":  # the others have one form, and `resolve` has checked it
-            options["deterministic"] = deterministic
+        options: dict[str, Any] = {"return_lse": True} if return_lse else {}
+        if name in FAMILIES:  # the others have one form, and `resolve` has checked it
+            options |= {"deterministic": deterministic, **_kernels(name)}
         return IMPLEMENTATIONS[name](q, k, v, mask, scale=scale, **options)
 
     return sharded.run_on_parts(run, q_BTNH, k_BSKH, v_BSKH, mask, return_lse=return_lse)
@@ -163,13 +169,13 @@ def prepare(mask: Mask, q: Shaped, k: Shaped, *, impl: str = "auto") -> Mask:
     """
     _check_shapes(q, k, k, mask)
     name, _ = resolve(impl, q, k, mask)
-    if name != "pallas":
+    if name not in FAMILIES:
         return mask
 
     q_local, k_local = sharded.local(q), sharded.local(k)
 
     def plan(mask):
-        return pallas.prepare(mask, q_local, k_local).plan
+        return pallas.prepare(mask, q_local, k_local, **_kernels(name)).plan
 
     return dataclasses.replace(mask, plan=sharded.plan_rows(plan, q, mask))
 
@@ -212,6 +218,8 @@ def resolve(
         name, reason = _choose(device, q, scale)
     else:
         name = ALIASES.get(impl) or typing.cast(Implementation, impl)
+        if name == "pallas":
+            name = _pallas_on(device)
         reason = "asked for" if name == impl else f"asked for as {impl}"
     if name == "cudnn":
         why_not = cudnn.why_not(device, q, mask, deterministic=deterministic, return_lse=return_lse)
@@ -277,9 +285,9 @@ def describe(impl: str, q: Shaped, k: Shaped, mask: Mask) -> Dispatch:
     batch, t, num_heads = parts[0].shape[:3]
     s = k.shape[1]
     skipped: float | None = 0.0
-    if name == "pallas":  # the heads of one device, but all rows, as in the mask
+    if name in FAMILIES:  # the heads of one device, but all rows, as in the mask
         q_rows, k_rows = (x.update(shape=(q.shape[0], *x.shape[1:])) for x in parts)
-        tiles, skipped = pallas.describe(mask, q_rows, k_rows)
+        tiles, skipped = pallas.describe(mask, q_rows, k_rows, **_kernels(name))
     elif name == "xla":
         size, count = xla.slices(batch, t, num_heads, s)
         tiles = f"{count} slices of {size} queries x {s} keys"
@@ -331,10 +339,30 @@ def _choose(
     """Select the implementation for "auto", with the reason."""
     if device.platform != "gpu":
         return "xla", f"auto: a {device.platform} device, where the kernels cannot run"
-    why_not = pallas.why_not(device, q, scale)
+    name = _pallas_on(device)
+    why_not = pallas.why_not(device, q, scale, family=_family_on(name, device))
     if why_not:
         return "xla", f"auto: pallas cannot: {why_not}"
-    return "pallas", "auto: a Hopper GPU"
+    return name, f"auto: {pallas.architecture(device)}"
+
+
+def _pallas_on(device: jax.Device | DeviceSpec) -> Implementation:
+    """Return the implementation that `impl="pallas"` selects on a device."""
+    capability = pallas.capability_of(device)
+    only_mma = pallas.runs_on("mma", capability) and not pallas.runs_on("wgmma", capability)
+    return "pallas_mma" if only_mma else "pallas"
+
+
+def _family_on(name: str, device: jax.Device | DeviceSpec) -> str:
+    """Return the kernels of an implementation; on a GPU without any, those of the most GPUs."""
+    capability = pallas.capability_of(device)
+    return "wgmma" if name == "pallas" and pallas.runs_on("wgmma", capability) else "mma"
+
+
+def _kernels(name: str) -> dict[str, str]:
+    """Return the options of `pallas` functions for an implementation on the default device."""
+    capability = pallas.capability_of(hardware.default_device())
+    return {"family": FAMILIES[name], "capability": capability}
 
 
 def _why_not(
@@ -345,8 +373,8 @@ def _why_not(
     scale: float | None,
 ) -> str | None:
     """Return the reason why an implementation cannot run, or None."""
-    if name == "pallas":
-        why = pallas.why_not(device, q, scale)
+    if name in FAMILIES:
+        why = pallas.why_not(device, q, scale, family=_family_on(name, device))
         return why and f"{why}; use impl='xla', which runs everywhere"
     if name == "xla" and device.platform == "cpu" and q.dtype == jnp.float16:
         return "jax.nn takes no float16 on a CPU; use bfloat16 or float32, or impl='eager'"

@@ -3,8 +3,9 @@
 The candidates (`jaxattn.tune_candidates`) are compiled in parallel. Then the results of each are
 compared with those of `rule_tiles`, and each is timed: forward alone, then backward with the best
 forward. A layout of heads gets the tiles with the smallest geometric mean of times over its shapes,
-because document lengths are unknown while a kernel is traced. The table is `jaxattn/tuned.json`,
-which `choose_tiles` reads.
+because document lengths are unknown while a kernel is traced. The table of the kernels by wgmma is
+`jaxattn/tuned.json`, that of the kernels by mma.sync `jaxattn/tuned_mma.json`, with a row for each
+compute capability; `choose_tiles` of the kernels reads it.
 """
 
 import argparse
@@ -23,21 +24,19 @@ import jax
 import jax.numpy as jnp
 
 from jaxattn import device as hardware
+from jaxattn import tune_candidates as wgmma
+from jaxattn import tune_candidates_mma as mma
 from jaxattn.bench.cell import inputs
 from jaxattn.bench.harness import milliseconds, output_file
 from jaxattn.bench.shapes import SHAPES, Shape
 from jaxattn.errors import first_line
 from jaxattn.mask import Mask
 from jaxattn.pallas import op
-from jaxattn.pallas.tiles import TABLE, Tiles, rule_tiles
-from jaxattn.tune_candidates import (
-    Layout,
-    backward_candidates,
-    forward_candidates,
-    smem_bytes,
-    text,
-    why_not,
-)
+from jaxattn.pallas import tiles as wgmma_tiles
+from jaxattn.pallas.mma import tiles as mma_tiles
+from jaxattn.tune_candidates import Layout
+
+Tiles = op.AnyTiles
 
 # Heads of InternLM2, each with one document of 32k tokens, with long documents and short ones.
 TUNED = {
@@ -63,53 +62,121 @@ def main(argv: list[str] | None = None) -> int:
     for name in args.shapes:
         shape = (SHAPES | TUNED)[name]
         layouts.setdefault((shape.heads, shape.kv_heads, shape.head_dim), {})[name] = shape
+    if args.gpu is not None and not args.dry_run:
+        print("error: --gpu lists candidates only: add --dry_run", file=sys.stderr)
+        return 1
+    device = hardware.default_device() if args.gpu is None else hardware.GPUS[args.gpu]
+    search = search_of(args.kernels, op.capability_of(device))
+    out = args.out or search.table
     for layout, shapes in layouts.items():
         print("{} query heads, {} kv heads, head dim {}".format(*layout), flush=True)
         if args.dry_run:
-            dry_run(layout)
+            dry_run(search, layout)
             continue
-        device = hardware.default_device()
         q = jax.ShapeDtypeStruct((1, 1, layout[0], layout[2]), jnp.bfloat16)
-        if why := op.why_not(device, q):
+        if why := op.why_not(device, q, family=search.family):
             print(f"error: {why}; --dry_run lists the candidates", file=sys.stderr)
             return 1
-        row = tune(layout, shapes)
+        row = tune(search, layout, shapes)
         row |= {"device": device.device_kind, "jax": jax.__version__}
-        write(row | {"date": datetime.date.today().isoformat()}, args.out)
-        print(f"  wrote {args.out}", flush=True)
+        write(row | {"date": datetime.date.today().isoformat()}, out)
+        print(f"  wrote {out}", flush=True)
     return 0
 
 
-def dry_run(layout: Layout) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Search:
+    """Candidates of one kernel family on one chip.
+
+    Attributes:
+      family: key of `op.FAMILIES`.
+      table: default path of the table.
+      fields: fields of a row that name the chip.
+      rule: from a layout, the tiles that the search starts from.
+      forward: from a layout, the candidates of the forward kernel.
+      backward: from a layout, the candidates of the backward kernel.
+      why_not: from a candidate and a layout, the reason why it cannot run, or None.
+      smem_bytes: from a candidate and a layout, its shared memory.
+      text: a candidate in words.
+    """
+
+    family: str
+    table: pathlib.Path
+    fields: dict[str, str]
+    rule: Callable
+    forward: Callable
+    backward: Callable
+    why_not: Callable
+    smem_bytes: Callable
+    text: Callable
+
+
+def search_of(family: str | None, capability: str) -> Search:
+    """Return the candidates of a family (None: the device's) for a compute capability.
+
+    Without a GPU that the kernels run on, the candidates are those of Hopper.
+    """
+    if not op.runs_on("mma", capability):
+        capability = "9.0"
+    if family is None:
+        family = "wgmma" if op.runs_on("wgmma", capability) else "mma"
+    if family == "wgmma":
+        return Search(
+            family=family,
+            table=wgmma_tiles.TABLE,
+            fields={},
+            rule=lambda layout: wgmma_tiles.rule_tiles(*layout),
+            forward=wgmma.forward_candidates,
+            backward=lambda layout: wgmma.backward_candidates(),
+            why_not=wgmma.why_not,
+            smem_bytes=wgmma.smem_bytes,
+            text=wgmma.text,
+        )
+    return Search(
+        family=family,
+        table=mma_tiles.TABLE,
+        fields={"capability": capability},
+        rule=lambda layout: mma_tiles.rule_tiles(layout[0], layout[1], layout[2], capability),
+        forward=mma.forward_candidates,
+        backward=functools.partial(mma.backward_candidates, capability=capability),
+        why_not=functools.partial(mma.why_not, capability=capability),
+        smem_bytes=mma.smem_bytes,
+        text=mma.text,
+    )
+
+
+def dry_run(search: Search, layout: Layout) -> None:
     """Print every candidate with its shared memory, or the reason why it cannot run."""
-    print(f"  rule: {rule_tiles(*layout)}")
-    for part in (*forward_candidates(layout), *backward_candidates()):
-        why = why_not(part, layout)
-        print(f"  {text(part)}: {f'no, {why}' if why else f'{smem_bytes(part, layout):,} bytes'}")
+    print(f"  rule: {search.rule(layout)}")
+    for part in (*search.forward(layout), *search.backward(layout)):
+        why = search.why_not(part, layout)
+        size = f"{search.smem_bytes(part, layout):,} bytes"
+        print(f"  {search.text(part)}: {f'no, {why}' if why else size}")
 
 
-def tune(layout: Layout, shapes: dict[str, Shape]) -> dict:
+def tune(search: Search, layout: Layout, shapes: dict[str, Shape]) -> dict:
     """Time the candidates of both kernels for one layout of heads.
 
     Returns:
       The row of the table: heads, the best tiles, and ms by shape, [before, after], of the search
       for the forward tiles (forward alone) and for the backward tiles (both passes).
     """
-    start = rule_tiles(*layout)
+    start = search.rule(layout)
     tried = [
         dataclasses.replace(start, forward=part)
-        for part in forward_candidates(layout)
-        if not why_not(part, layout)
+        for part in search.forward(layout)
+        if not search.why_not(part, layout)
     ]
     start, forward_ms = fastest(_forward, start, tried, shapes)
     tried = [
         dataclasses.replace(start, backward=part)
-        for part in backward_candidates()
-        if not why_not(part, layout)
+        for part in search.backward(layout)
+        if not search.why_not(part, layout)
     ]
     best, both_ms = fastest(_both, start, tried, shapes)
     return {
-        **dict(zip(_KEY, layout, strict=True)),
+        **search.fields,
+        **dict(zip(_LAYOUT, layout, strict=True)),
         "forward": dataclasses.asdict(best.forward),
         "backward": dataclasses.asdict(best.backward),
         "forward_ms": forward_ms,
@@ -135,7 +202,7 @@ def fastest(
         expected = run(*arrays, masks[start].result())
         for tiles in list(times):
             part = tiles.forward if run is _forward else tiles.backward
-            label = f"  {name:20} {text(part):44}"
+            label = f"  {name:20} {_TEXT[tiles.family](part):44}"
             ms = _attempt(functools.partial(run, *arrays), masks[tiles], expected)
             if isinstance(ms, str):
                 print(f"{label} dropped: {ms}", flush=True)
@@ -194,12 +261,14 @@ def difference(found: tuple, expected: tuple) -> str | None:
 def write(row: dict, path: pathlib.Path) -> None:
     """Write the row of a layout to the table, in place of an older row."""
     rows = json.loads(path.read_text()) if path.exists() else []
-    rows = [old for old in rows if any(old[k] != row[k] for k in _KEY)] + [row]
-    rows.sort(key=lambda row: [row[k] for k in _KEY])
+    rows = [old for old in rows if any(old.get(k) != row.get(k) for k in _KEY)] + [row]
+    rows.sort(key=lambda row: [row.get(k, "") for k in _KEY])
     path.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-_KEY = ("num_heads", "num_kv_heads", "head_dim")
+_LAYOUT = ("num_heads", "num_kv_heads", "head_dim")
+_KEY = ("capability", *_LAYOUT)
+_TEXT = {"wgmma": wgmma.text, "mma": mma.text}
 
 
 def _attempt(run: Callable, compiled: Future[Mask], expected: tuple) -> float | str:
@@ -213,7 +282,8 @@ def _attempt(run: Callable, compiled: Future[Mask], expected: tuple) -> float | 
 
 
 def _attend(q, k, v, mask: Mask):
-    return op.attention(q, k, v, mask, scale=q.shape[-1] ** -0.5)
+    family = mask.plan.tiles.family
+    return op.attention(q, k, v, mask, scale=q.shape[-1] ** -0.5, family=family)
 
 
 @jax.jit
@@ -246,8 +316,17 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--out",
         type=output_file,
         metavar="FILE.json",
-        default=TABLE,
-        help="table to write; default: %(default)s",
+        help=f"table to write; default: {wgmma_tiles.TABLE}, or {mma_tiles.TABLE.name} beside it",
+    )
+    parser.add_argument(
+        "--kernels",
+        choices=list(op.FAMILIES),
+        help="kernel family; default: wgmma on Hopper, mma on other GPUs",
+    )
+    parser.add_argument(
+        "--gpu",
+        choices=list(hardware.GPUS),
+        help="with --dry_run: list the candidates of this GPU; default: of this machine's",
     )
     parser.add_argument("--dry_run", action="store_true", help="list the candidates, without a GPU")
     return parser.parse_args(argv)

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
+from jaxattn import Impl
 from models.lora import LoRA
 from models.remat import REMAT
 
@@ -37,12 +38,12 @@ class Execution:
       deterministic: make the gradients of attention bitwise reproducible, see `jaxattn.attention`.
 
     Raises:
-      ValueError: `remat` is not a key of `REMAT`, or saves dequantised weights; `matmul` is unknown,
-        or "fp8" with adapters.
+      ValueError: `remat` is not a key of `REMAT`, or saves dequantised weights; or `matmul` is
+        unknown, or "fp8" with adapters.
       TypeError: a dtype is unknown.
     """
 
-    attn: str = "auto"
+    attn: Impl = "auto"
     dtype: Any = "bfloat16"
     param_dtype: Any = "float32"
     remat: str = "full"

@@ -6,6 +6,7 @@ B batch, T query pos, S key pos, N query heads, K kv heads, H head dim; R = B * 
 import dataclasses
 import functools
 import typing
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -14,21 +15,68 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxattn import block_map
-from jaxattn.block_map import BlockMap, Tiling, WorkField
+from jaxattn.block_map import BlockMap, WorkField
 from jaxattn.device import DeviceSpec
 from jaxattn.mask import Mask, Shaped
+from jaxattn.pallas.mma import backward as mma_backward
+from jaxattn.pallas.mma import dq_kernel as mma_dq_kernel
+from jaxattn.pallas.mma import forward as mma_forward
+from jaxattn.pallas.mma import tiles as mma_tiles
 from jaxattn.pallas.softmax import LOG2E
-from jaxattn.pallas.tiles import CONSUMERS, ForwardTiles, Tiles, choose_tiles
-from jaxattn.pallas.wgmma.backward.dq_kernel import query_gradient
-from jaxattn.pallas.wgmma.backward.kernel import backward
+from jaxattn.pallas.tiles import Tiles, choose_tiles
+from jaxattn.pallas.wgmma.backward import dq_kernel, kernel
+from jaxattn.pallas.wgmma.forward import kernel as forward_kernel
 from jaxattn.pallas.wgmma.forward.context import SHORT_KV
-from jaxattn.pallas.wgmma.forward.kernel import forward
 
 HEAD_DIMS = (64, 128)
 DTYPES = (jnp.bfloat16, jnp.float16)
 # Names of the forward kernel's results for remat policies: with both saved, the backward pass
 # under jax.checkpoint does not run the forward kernel a second time.
 OUT_NAME, LSE_NAME = "attn_out", "attn_lse"
+
+AnyTiles = Tiles | mma_tiles.Tiles
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """Kernels of one matrix instruction.
+
+    Attributes:
+      capabilities: compute capabilities that they run on.
+      gpus: these GPUs in words.
+      forward: the forward kernel.
+      backward: the backward kernel.
+      query_gradient: the dq kernel of the deterministic backward.
+      short_kv: keys of the last tile if fewer suffice; None: it is as long as the others.
+    """
+
+    capabilities: tuple[str, ...]
+    gpus: str
+    forward: Callable
+    backward: Callable
+    query_gradient: Callable
+    short_kv: int | None
+
+
+FAMILIES: Mapping[str, Family] = {
+    "wgmma": Family(
+        capabilities=("9.0",),
+        gpus="Hopper GPUs (H100, H200; sm_90)",
+        forward=forward_kernel.forward,
+        backward=kernel.backward,
+        query_gradient=dq_kernel.query_gradient,
+        short_kv=SHORT_KV,
+    ),
+    "mma": Family(
+        capabilities=tuple(mma_tiles.CHIPS),
+        gpus="Ampere, Ada, Hopper and Blackwell workstation GPUs "
+        "(sm_80, sm_86, sm_89, sm_90, sm_120)",
+        forward=mma_forward.forward,
+        backward=mma_backward.backward,
+        query_gradient=mma_dq_kernel.query_gradient,
+        short_kv=None,
+    ),
+}
 
 
 # jax rebuilds it with placeholders in place of block maps, which type checkers must let pass.
@@ -49,7 +97,7 @@ class Plan:
     queries: BlockMap
     keys: BlockMap
     dq: BlockMap | None
-    tiles: Tiles = dataclasses.field(metadata={"static": True})
+    tiles: AnyTiles = dataclasses.field(metadata={"static": True})
     problem: str = dataclasses.field(metadata={"static": True})
 
 
@@ -60,6 +108,8 @@ def attention(
     mask: Mask,
     *,
     scale: float,
+    family: str = "wgmma",
+    capability: str = "9.0",
     deterministic: bool = False,
     return_lse: bool = False,
 ) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
@@ -67,7 +117,8 @@ def attention(
 
     Memory is O(T). The log-sum-exp (4 bytes per query and head) is kept for the backward pass. The
     backward pass needs dq in fp32 (4 * H bytes per query and head), except the deterministic one.
-    Args and Returns: see `jaxattn.attention`.
+    Args and Returns: see `jaxattn.attention`; `family` is a key of `FAMILIES`, `capability` the
+    compute capability of the device.
 
     Raises:
       ValueError: mask.plan was prepared for other shapes, heads, or another kind of mask.
@@ -78,8 +129,8 @@ def attention(
     """
     plan = mask.plan
     if plan is None:
-        plan = prepare(mask, q_BTNH, k_BSKH).plan
-    problem = _problem(mask, q_BTNH, k_BSKH)
+        plan = prepare(mask, q_BTNH, k_BSKH, family=family, capability=capability).plan
+    problem = _problem(mask, q_BTNH, k_BSKH, family)
     if plan.problem != problem:
         raise ValueError(
             f"mask.plan was prepared for {plan.problem}, not {problem}: call jaxattn.prepare again"
@@ -96,40 +147,69 @@ def attention(
     return o_BTNH, lse_NR[:, : B * length].T.reshape(B, length, N)[:, :T]
 
 
-def prepare(mask: Mask, q: Shaped, k: Shaped) -> Mask:
+def prepare(
+    mask: Mask, q: Shaped, k: Shaped, *, family: str = "wgmma", capability: str = "9.0"
+) -> Mask:
     """Return the mask with the tile metadata of the kernels in `plan`."""
-    return planned(mask, q, k, choose_tiles(q.shape[2], k.shape[2], q.shape[3]))
+    heads = q.shape[2], k.shape[2], q.shape[3]
+    if family == "mma":
+        return planned(mask, q, k, mma_tiles.choose_tiles(*heads, capability))
+    return planned(mask, q, k, choose_tiles(*heads))
 
 
-def planned(mask: Mask, q: Shaped, k: Shaped, tiles: Tiles) -> Mask:
+def planned(mask: Mask, q: Shaped, k: Shaped, tiles: AnyTiles) -> Mask:
     """Do `prepare` for given tile sizes."""
     sizes = q.shape[0], q.shape[1], k.shape[1]
-    return dataclasses.replace(mask, plan=_plan(mask, sizes, tiles, _problem(mask, q, k)))
+    problem = _problem(mask, q, k, tiles.family)
+    return dataclasses.replace(mask, plan=_plan(mask, sizes, tiles, problem))
 
 
-def describe(mask: Mask, q: Shaped, k: Shaped) -> tuple[str, float]:
+def describe(
+    mask: Mask, q: Shaped, k: Shaped, *, family: str = "wgmma", capability: str = "9.0"
+) -> tuple[str, float]:
     """Return the tiles in words, and the fraction of the score matrix that the forward skips."""
     batch, t, num_heads = q.shape[:3]
-    plan = prepare(mask, q, k).plan
+    plan = prepare(mask, q, k, family=family, capability=capability).plan
     work, fwd = plan.queries.work, plan.tiles.forward
+    short_kv = FAMILIES[family].short_kv
     before_last = (work[..., WorkField.LIVE_TO] - 1) * fwd.block_kv
-    short = work[..., WorkField.LIVE_COLUMNS] - before_last <= SHORT_KV
-    last = jnp.where(short, SHORT_KV, fwd.block_kv)
+    last = fwd.block_kv
+    if short_kv is not None:
+        short = work[..., WorkField.LIVE_COLUMNS] - before_last <= short_kv
+        last = jnp.where(short, short_kv, fwd.block_kv)
     visited = before_last + last - work[..., WorkField.LIVE_FROM] * fwd.block_kv
-    total = (batch * t / fwd.warpgroup_queries) * k.shape[1]
+    total = (batch * t / fwd.tiling.group_rows) * k.shape[1]
     return str(plan.tiles), max(0.0, 1.0 - float(visited.sum()) / total)
 
 
-def why_not(device: jax.Device | DeviceSpec, q: Shaped, scale: float | None = None) -> str | None:
-    """Return the reason why the kernels cannot run on this device, or None.
+def capability_of(device: jax.Device | DeviceSpec) -> str:
+    """Return the compute capability of a device; "" if the device has none."""
+    return str(getattr(device, "compute_capability", ""))
+
+
+def runs_on(family: str, capability: str) -> bool:
+    """Return True if the kernels of a family run on GPUs of a compute capability."""
+    return capability in FAMILIES[family].capabilities
+
+
+def architecture(device: jax.Device | DeviceSpec) -> str:
+    """Return the architecture of a GPU that the kernels run on, in words."""
+    return mma_tiles.CHIPS[capability_of(device)].name
+
+
+def why_not(
+    device: jax.Device | DeviceSpec, q: Shaped, scale: float | None = None, *, family: str = "wgmma"
+) -> str | None:
+    """Return the reason why the kernels of a family cannot run on this device, or None.
 
     The scale (None: the default) must be above 0, because the kernels take the maximum of scores
     before scaling.
     """
-    capability = str(getattr(device, "compute_capability", ""))
-    if device.platform != "gpu" or capability != "9.0":
-        kind = device.device_kind
-        return f"its kernels are for Hopper GPUs (H100, H200; sm_90), this device is: {kind}"
+    capability = capability_of(device)
+    if device.platform != "gpu" or not runs_on(family, capability):
+        gpus = FAMILIES[family].gpus
+        sm = f" (sm_{capability.replace('.', '')})" if device.platform == "gpu" else ""
+        return f"its kernels are for {gpus}, this device is: {device.device_kind}{sm}"
     if jax.config.jax_enable_x64:
         return "its kernels count in 32 bits, and jax_enable_x64 is on: turn that off"
     if q.dtype not in DTYPES:
@@ -141,29 +221,22 @@ def why_not(device: jax.Device | DeviceSpec, q: Shaped, scale: float | None = No
     return None
 
 
-def _problem(mask: Mask, q: Shaped, k: Shaped) -> str:
-    """Return the shapes and the kind of mask that a plan depends on, in words."""
+def _problem(mask: Mask, q: Shaped, k: Shaped, family: str) -> str:
+    """Return the shapes, the kind of mask and the kernels that a plan depends on, in words."""
     sizes = f"q {list(q.shape[:3])}, k {list(k.shape[:3])} (batch, tokens, heads)"
-    return f"{sizes}, a mask that is {mask.kind}"
+    return f"{sizes}, a mask that is {mask.kind}, {family} kernels"
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))  # one compilation, not 50, outside a jit too
-def _plan(mask: Mask, sizes: tuple[int, int, int], tiles: Tiles, problem: str) -> Plan:
-    def queries(tiles: ForwardTiles) -> BlockMap:
-        tiling = Tiling(
-            group_rows=tiles.warpgroup_queries,
-            groups=CONSUMERS,
-            block_cols=tiles.block_kv,
-            repeat=tiles.qheads_per_tile,
-        )
-        return block_map.query_map(mask, *sizes, tiling)
-
-    fwd, bwd, dq = tiles.forward, tiles.backward, tiles.dq
-    same = (dq.qheads_per_tile, dq.block_kv) == (fwd.qheads_per_tile, fwd.block_kv)
-    tiling = Tiling(group_rows=bwd.block_kv, groups=1, block_cols=bwd.block_q)
-    keys = block_map.key_map(mask, *sizes, tiling)
-    dq_map = None if same else queries(dq)
-    return Plan(queries=queries(fwd), keys=keys, dq=dq_map, tiles=tiles, problem=problem)
+def _plan(mask: Mask, sizes: tuple[int, int, int], tiles: AnyTiles, problem: str) -> Plan:
+    fwd, bwd, dq = (part.tiling for part in (tiles.forward, tiles.backward, tiles.dq))
+    return Plan(
+        queries=block_map.query_map(mask, *sizes, fwd),
+        keys=block_map.key_map(mask, *sizes, bwd),
+        dq=None if dq == fwd else block_map.query_map(mask, *sizes, dq),
+        tiles=tiles,
+        problem=problem,
+    )
 
 
 def _merge_rows(x: Array, length: int) -> Array:
@@ -180,7 +253,7 @@ def _flash(q_RNH, k_CKH, v_CKH, plan: Plan, scale: float, deterministic: bool):
 
 
 def _flash_forward(q_RNH, k_CKH, v_CKH, plan: Plan, scale: float, deterministic: bool):
-    o_RNH, lse_NR = forward(
+    o_RNH, lse_NR = FAMILIES[plan.tiles.family].forward(
         q_RNH, k_CKH, v_CKH, plan.queries, scale=scale, tiles=plan.tiles.forward
     )
     # Under a scan that saves both, XLA fuses the kernel with the writes into the stacked residuals,
@@ -205,12 +278,13 @@ def _flash_backward(scale: float, deterministic: bool, residuals, gradients):
     delta_NR = delta_NR - dlse_NR * LOG2E
     inputs = q_RNH, k_CKH, v_CKH, do_RNH, lse_NR, delta_NR
     tiles = plan.tiles
-    dq_RNH, dk_CKH, dv_CKH = backward(
+    family = FAMILIES[tiles.family]
+    dq_RNH, dk_CKH, dv_CKH = family.backward(
         *inputs, plan.keys, scale=scale, tiles=tiles.backward, with_dq=not deterministic
     )
     if deterministic:
         work = plan.queries if plan.dq is None else plan.dq
-        dq_RNH = query_gradient(*inputs, work, scale=scale, tiles=tiles.dq)
+        dq_RNH = family.query_gradient(*inputs, work, scale=scale, tiles=tiles.dq)
     return dq_RNH, dk_CKH, dv_CKH, None
 
 

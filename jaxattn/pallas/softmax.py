@@ -33,17 +33,19 @@ REACH = 64.0
 PARTS = 8
 
 
-def by_row(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Broadcast a value per row to the columns of a tile."""
-    return lax.broadcast_in_dim(x, shape, [0])
+def by_row(x: jax.Array, shape: tuple[int, ...], layout: Any = None) -> jax.Array:
+    """Broadcast a value per row to the columns of a tile (layout None: TILE)."""
+    x = lax.broadcast_in_dim(x, shape, [0])
+    return x if layout is None else plgpu.layout_cast(x, layout)
 
 
-def by_col(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Broadcast a value per column to the rows of a tile."""
-    return lax.broadcast_in_dim(x, shape, [1])
+def by_col(x: jax.Array, shape: tuple[int, ...], layout: Any = None) -> jax.Array:
+    """Broadcast a value per column to the rows of a tile (layout None: TILE)."""
+    x = lax.broadcast_in_dim(x, shape, [1])
+    return x if layout is None else plgpu.layout_cast(x, layout)
 
 
-def mask_scores(s, start, row_bounds, *, below, above, ids=None):
+def mask_scores(s, start, row_bounds, *, below, above, ids=None, layout: Any = None):
     """Set the scores that the mask hides to -inf.
 
     Each test is a separate branch: most tiles need none, tiles at one end of a range need one. The
@@ -56,18 +58,22 @@ def mask_scores(s, start, row_bounds, *, below, above, ids=None):
       below: True if the tile may hold columns before a row's first, or if ids decide.
       above: True if the tile may hold columns after a row's last.
       ids: None, or (BY_ID, ref [rows], ref [columns] to the segment ids in global memory).
+      layout: layout of the scores; None: TILE.
     """
+    tile: Any = TILE if layout is None else layout
+    row, col = tile.reduce(1), tile.reduce(0)
 
     def cols():
-        return plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=TILE)
+        return plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=tile)
 
     def bound(i):
-        return by_row(plgpu.load(row_bounds.at[i], layout=ROW) - start, s.shape)
+        return by_row(plgpu.load(row_bounds.at[i], layout=row) - start, s.shape, layout)
 
     def same_id(s, rows, columns):
-        row_ids = plgpu.load(rows, layout=ROW, optimized=False)
-        col_ids = plgpu.load(columns, layout=COL, optimized=False)
-        return jnp.where(by_row(row_ids, s.shape) == by_col(col_ids, s.shape), s, -jnp.inf)
+        row_ids = plgpu.load(rows, layout=row, optimized=False)
+        col_ids = plgpu.load(columns, layout=col, optimized=False)
+        same = by_row(row_ids, s.shape, layout) == by_col(col_ids, s.shape, layout)
+        return jnp.where(same, s, -jnp.inf)
 
     def not_below(s):
         s = jnp.where(cols() >= bound(0), s, -jnp.inf)

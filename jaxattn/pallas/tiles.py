@@ -6,11 +6,13 @@ import json
 import math
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
+
+from jaxattn.block_map import Tiling
 
 # Rows of a score tile per warpgroup: the rows of one wgmma instruction.
 WARPGROUP_ROWS = 64
@@ -43,6 +45,16 @@ class ForwardTiles:
         """Queries of one warpgroup, whose 64 rows are `qheads_per_tile` heads of each query."""
         return WARPGROUP_ROWS // self.qheads_per_tile
 
+    @property
+    def tiling(self) -> Tiling:
+        """Tile sizes of the block map."""
+        return Tiling(
+            group_rows=self.warpgroup_queries,
+            groups=CONSUMERS,
+            block_cols=self.block_kv,
+            repeat=self.qheads_per_tile,
+        )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BackwardTiles:
@@ -58,6 +70,11 @@ class BackwardTiles:
     block_kv: int
     stages: int
 
+    @property
+    def tiling(self) -> Tiling:
+        """Tile sizes of the block map, whose rows are keys."""
+        return Tiling(group_rows=self.block_kv, groups=1, block_cols=self.block_q)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DqTiles(ForwardTiles):
@@ -72,6 +89,7 @@ class DqTiles(ForwardTiles):
 class Tiles:
     """Tile sizes of all kernels."""
 
+    family: ClassVar[str] = "wgmma"
     forward: ForwardTiles
     backward: BackwardTiles
     dq: DqTiles

@@ -112,7 +112,13 @@ def read_checkpoint(path: Path) -> TrainCheckpoint:
     fields, flags = identity.get(run_layout.LORA), content.get("config")
     lora = None
     if isinstance(fields, dict):
-        lora = LoRA(**fields | {"targets": tuple(fields["targets"])})
+        lora = LoRA(
+            rank=fields["rank"],
+            alpha=fields["alpha"],
+            dropout=fields["dropout"],
+            targets=tuple(fields["targets"]),
+            rslora=fields["rslora"],
+        )
     base = flags.get("model") if isinstance(flags, dict) else None
     return TrainCheckpoint(path, config, tokenizer, lora, base)
 

@@ -7,6 +7,7 @@ programs and speed are not. The kernels use features that jax 0.11 and 0.12 do n
 * `pl.run_state` over accumulators, wgmma with its left factor in registers, reduce-add copies;
 * code for single threads (`plgpu.inline_mgpu`): `softmax.rescale`, `softmax.set_flags` and
   `stmatrix.store_transposed` are replaced by their formulas;
+* `plgpu.mma`, and what the mma.sync kernels do per thread: `interpret_mma` (one warpgroup only);
 * in 0.11, barriers whose last phases nobody waits for (0.12 allows them).
 
 And one change for speed: all threads of all programs share one compiled function, where jax
@@ -29,6 +30,7 @@ import pytest
 from jaxattn import device
 from jaxattn.pallas import softmax, stmatrix
 from jaxattn.pallas.wgmma.forward import kernel as forward
+from tests.jaxattn import interpret_mma
 
 VERSION = ".".join(jax.__version__.split(".")[:2])
 CHECKED_WITH = ("0.11", "0.12")
@@ -38,10 +40,11 @@ PROGRAMS = 3
 
 
 @contextlib.contextmanager
-def interpreted(*, detect_races: bool = False) -> Iterator[None]:
-    """Inside, `impl="pallas"` runs here, interpreted, as if the device were a Hopper GPU.
+def interpreted(*, detect_races: bool = False, gpu: str = "h200") -> Iterator[None]:
+    """Inside, `impl="pallas"` runs here, interpreted, as if the device were a GPU.
 
     Args:
+      gpu: key of `device.GPUS`: "h200", or "l40s" for the mma.sync kernels (head dim 128).
       detect_races: fail on accesses to shared memory that no barrier orders. Slower, and from
         jax 0.12 only; it does not see the reads of wgmma.
     """
@@ -60,7 +63,9 @@ def interpreted(*, detect_races: bool = False) -> Iterator[None]:
     from tests.jaxattn import interpreter_patches  # not before the version is known
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(device, "default_device", hopper))
+        stack.enter_context(mock.patch.object(device, "default_device", lambda: device.GPUS[gpu]))
+        for owner, name, replacement in interpret_mma.patches():
+            stack.enter_context(mock.patch.object(owner, name, replacement))
         stack.enter_context(mock.patch.object(forward, "PROGRAMS", PROGRAMS))
         stack.enter_context(mock.patch.object(softmax, "rescale", rescale))
         stack.enter_context(mock.patch.object(softmax, "set_flags", set_flags))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax._src import callback
 from jax._src.core import Literal, eval_jaxpr
@@ -78,6 +79,8 @@ def _handler(eqn) -> Callable[..., Any] | None:
     """Our interpretation of an equation that the stock interpreter cannot run, else None."""
     if eqn.primitive is discharge.run_state_p:
         return _run_state
+    if eqn.primitive is primitives.mma_p:
+        return _mma
     left_factor_in_registers = eqn.primitive is primitives.wgmma_ref_p and not isinstance(
         eqn.invars[1].aval, AbstractRef
     )
@@ -131,6 +134,11 @@ def _run_state(self: JaxprInterpreter, eqn, token, *inputs):
             )
         outputs.append(ref)
     return token, outputs
+
+
+def _mma(self: JaxprInterpreter, eqn, token, acc, a, b):
+    """`plgpu.mma`: acc + a b for values."""
+    return token, [acc + jnp.dot(a, b, preferred_element_type=acc.dtype)]
 
 
 def _wgmma(self: JaxprInterpreter, eqn, token, acc, a, b, *leaves):

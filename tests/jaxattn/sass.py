@@ -52,6 +52,12 @@ def events(loop: Loop) -> str:
     return "".join(letters)
 
 
+def registers(text: str) -> dict[str, int]:
+    """Registers per thread of every kernel, as ptxas reports them."""
+    found = re.findall(r"properties for (\w+)_mosaic_gpu_kernel\n.*\n.*Used (\d+) registers", text)
+    return {name: int(number) for name, number in found}
+
+
 def notes(text: str) -> list[str]:
     """Notes of ptxas that it serialised matrix products or put in waits for them."""
     return re.findall(r".*\(C75(?:1[0-4]|17)\).*", text)
@@ -92,7 +98,7 @@ def main_loops(lines: list[str]) -> list[Loop]:
         # way back to where the wait was: that is no loop of the kernel.
         if begin is None or goes_back(end - 1) is not None:
             continue
-        if count(instructions[begin:end], r"\bHGMMA\b"):
+        if count(instructions[begin:end], r"\bHG?MMA\b"):
             spans.append((begin, end))
     inner = [
         (begin, end)

@@ -1,6 +1,7 @@
 """The attention interface: choice of implementation, argument checks, sharding."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -165,7 +166,7 @@ def test_interpreter_leaves_nothing_behind():
     q, k, v = _qkv(h=64, dtype=jnp.bfloat16)
     with interpreted():
         assert resolve("auto", q, k)[0] == "pallas"
-    with pytest.raises(NotImplementedError, match="Hopper"):
+    with pytest.raises(NotImplementedError, match="Hopper.*this device is: cpu"):
         attention(q, k, v, impl="pallas")
 
 
@@ -176,7 +177,7 @@ def test_auto_and_aliases_on_a_cpu():
     assert resolve("auto", q, k) == ("xla", "auto: a cpu device, where the kernels cannot run")
     assert resolve("sdpa", q, k) == ("xla", "asked for as sdpa")
     assert resolve("eager", q, k) == ("eager", "asked for")
-    assert set(IMPLEMENTATIONS) == {"pallas", "xla", "cudnn", "eager"}
+    assert set(IMPLEMENTATIONS) == {"pallas", "pallas_mma", "xla", "cudnn", "eager"}
     assert set(ALIASES.values()) <= set(IMPLEMENTATIONS)
 
 
@@ -185,6 +186,7 @@ def test_auto_on_hopper(on_hopper):
     q, k, _ = _qkv(h=128, dtype=jnp.bfloat16)
     assert resolve("auto", q, k) == ("pallas", "auto: a Hopper GPU")
     assert resolve("flash_attention_2", q, k)[0] == "pallas"
+    assert resolve("pallas_mma", q, k) == ("pallas_mma", "asked for")
     name, why = resolve("auto", *_qkv(h=96, dtype=jnp.bfloat16)[:2])
     assert name == "xla" and "head_dim 64 or 128, not 96" in why
 
@@ -199,17 +201,52 @@ def test_pallas_is_refused_under_x64(on_hopper):
     assert resolve("auto", q, k)[0] == "pallas"
 
 
-def test_auto_on_another_gpu(monkeypatch):
-    """An A100 gets XLA, and pallas asked for by name names the device."""
-    monkeypatch.setattr(device, "default_device", lambda: device.GPUS["a100-80"])
+@pytest.mark.parametrize(
+    ("gpu", "architecture"),
+    [
+        ("a100-80", "an Ampere GPU"),
+        ("rtx3090", "an Ampere GPU"),
+        ("rtx4090", "an Ada GPU"),
+        ("l40s", "an Ada GPU"),
+        ("rtx5090", "a Blackwell workstation GPU"),
+    ],
+)
+def test_auto_on_gpus_without_wgmma(gpu, architecture):
+    """`auto` and `pallas` select the kernels by mma.sync."""
+    q, k, _ = _qkv(h=128, dtype=jnp.bfloat16)
+    on_gpu = {"device": device.GPUS[gpu]}
+    assert resolve("auto", q, k, **on_gpu) == ("pallas_mma", f"auto: {architecture}")
+    assert resolve("pallas", q, k, **on_gpu) == ("pallas_mma", "asked for as pallas")
+    name, why = resolve("auto", *_qkv(h=96, dtype=jnp.bfloat16)[:2], **on_gpu)
+    assert name == "xla" and "head_dim 64 or 128, not 96" in why
+
+
+@pytest.mark.parametrize(
+    ("kind", "capability"), [("Tesla V100", "7.0"), ("Tesla T4", "7.5"), ("NVIDIA B200", "10.0")]
+)
+def test_auto_on_gpus_without_kernels(kind, capability, monkeypatch):
+    """They get XLA, with the reason; pallas asked for by name names the device and the remedy."""
+    gpu = device.DeviceSpec(kind, 16.0, capability)
+    monkeypatch.setattr(device, "default_device", lambda: gpu)
     q, k, v = _qkv(h=128, dtype=jnp.bfloat16)
-    assert resolve("auto", q, k)[0] == "xla"
-    with pytest.raises(NotImplementedError, match="NVIDIA A100.*; use impl='xla'"):
-        attention(q, k, v, impl="pallas")
+    name, why = resolve("auto", q, k)
+    reason = rf"sm_80, sm_86, sm_89, sm_90, sm_120.*: {kind} .sm_{capability.replace('.', '')}"
+    assert name == "xla" and re.search(reason, why)
+    for impl in ("pallas", "pallas_mma"):
+        with pytest.raises(NotImplementedError, match=f"{reason}.*use impl='xla'"):
+            attention(q, k, v, impl=impl)
+
+
+def test_a_plan_of_the_other_kernels_is_refused(on_hopper):
+    """Their tiles differ."""
+    q, k, v = _qkv(h=128, dtype=jnp.bfloat16)
+    mask = prepare(Mask(), q, k, impl="pallas")
+    with pytest.raises(ValueError, match="wgmma kernels, not .* mma kernels: call jaxattn.prepare"):
+        attention(q, k, v, mask, impl="pallas_mma")
 
 
 @CPU
-@pytest.mark.parametrize("impl", ["pallas", "flash_attention_2", "cudnn"])
+@pytest.mark.parametrize("impl", ["pallas", "pallas_mma", "flash_attention_2", "cudnn"])
 def test_gpu_implementations_are_refused_on_a_cpu(impl):
     """Nothing stands in for what was asked: an error with the reason and the remedy."""
     q, k, v = _qkv(h=64, dtype=jnp.bfloat16)
@@ -421,6 +458,9 @@ def test_describe_on_hopper(on_hopper):
     assert 0.9 < found.skipped < 1.0
     assert "pallas (asked for) on NVIDIA H200; tiles forward 32x128 x 4 heads" in str(found)
     assert "mask causal + documents" in str(found)
+    found = describe("pallas_mma", q, k, packed)
+    assert 0.9 < found.skipped < 1.0
+    assert "pallas_mma (asked for) on NVIDIA H200; tiles forward 32x64 x 4 heads" in str(found)
 
 
 def test_describe_counts_the_blocks_of_a_pattern(on_hopper):

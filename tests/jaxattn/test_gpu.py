@@ -1,4 +1,4 @@
-"""The kernels on a Hopper GPU: random problems on fresh seeds, and repeated runs against races.
+"""Kernels of both families on a Hopper GPU: random problems on fresh seeds, runs against races.
 
 Run with `pytest -m gpu tests/jaxattn`; where beartype is not installed, add
 `-o addopts=--import-mode=importlib`. What interpret mode cannot show is shown here: asynchronous
@@ -55,6 +55,12 @@ SIGNATURES = {
 }
 
 
+@pytest.fixture(scope="module", params=["pallas", "pallas_mma"])
+def impl(request) -> str:
+    """Kernels by wgmma and by mma.sync; on a GPU without wgmma both names are the latter."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
 def seed() -> int:
     """Fresh in every run, unless SEED says which."""
@@ -99,10 +105,10 @@ def _runs(rng, length, mean, padding):
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("name", SIGNATURES)
-def test_random_problem(name, pattern, seed):
+def test_random_problem(name, pattern, seed, impl):
     """60 problems: within `FACTOR` of the plain einsum's error, exact zeros where none is seen."""
     problem = _random(name, pattern, seed)
-    got = outputs(problem, "pallas")
+    got = outputs(problem, impl)
     check_zeros(problem, got)
     check_error(problem, got, f"(SEED={seed})")
 
@@ -123,7 +129,7 @@ BLOCK_SIGNATURES = {
     "pattern", [one_document, long_documents, any_order], ids=lambda f: f.__name__
 )
 @pytest.mark.parametrize("name", BLOCK_SIGNATURES)
-def test_block_patterns(name, pattern, seed):
+def test_block_patterns(name, pattern, seed, impl):
     """21 patterns with holes, empty rows and empty columns; `one_document` is without ids."""
     (b, t, s, *sizes), causal, window, share, by_row = BLOCK_SIGNATURES[name]
     seeds = [seed, *name.encode(), *pattern.__name__.encode()]
@@ -135,16 +141,16 @@ def test_block_patterns(name, pattern, seed):
         mask["ids"] = np.stack([pattern(rng, t) for _ in range(b)])
         mask["kv_ids"] = None if t == s else np.stack([pattern(rng, s) for _ in range(b)])
     problem = random_problem(seeds, b, t, s, *sizes, **mask)
-    got = outputs(problem, "pallas")
+    got = outputs(problem, impl)
     check_zeros(problem, got)
     check_error(problem, got, f"(SEED={seed})")
 
 
-def test_a_pattern_of_all_blocks_changes_nothing(seed):
+def test_a_pattern_of_all_blocks_changes_nothing(seed, impl):
     """o, dk and dv are the same bits as without it: the same tiles in the same order."""
     problem = random_problem(seed, 2, 1024, 1024, 8, 2, 128, BF16)
-    plain = outputs(problem, "pallas")
-    listed = outputs(dataclasses.replace(problem, blocks=np.ones((8, 8), bool)), "pallas")
+    plain = outputs(problem, impl)
+    listed = outputs(dataclasses.replace(problem, blocks=np.ones((8, 8), bool)), impl)
     for x, y, of in zip(plain, listed, NAMES, strict=True):
         if of != "dq":
             np.testing.assert_array_equal(x.view(np.uint16), y.view(np.uint16), of)
@@ -152,13 +158,13 @@ def test_a_pattern_of_all_blocks_changes_nothing(seed):
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("name", SIGNATURES)
-def test_random_problem_deterministic(name, pattern, seed):
+def test_random_problem_deterministic(name, pattern, seed, impl):
     """The same 60 problems by the deterministic backward; only dq may differ from the other's."""
     problem = _random(name, pattern, seed)
-    got = outputs(problem, "pallas", deterministic=True)
+    got = outputs(problem, impl, deterministic=True)
     check_zeros(problem, got)
     check_error(problem, got, f"(SEED={seed})")
-    for x, y, of in zip(got, outputs(problem, "pallas"), NAMES, strict=True):
+    for x, y, of in zip(got, outputs(problem, impl), NAMES, strict=True):
         if of != "dq":
             np.testing.assert_array_equal(
                 x.view(np.uint16), y.view(np.uint16), f"{of} (SEED={seed})"
@@ -167,7 +173,7 @@ def test_random_problem_deterministic(name, pattern, seed):
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("name", ["causal, group of 6, B=3", "causal, group of 2, fp16"])
-def test_scores_far_apart(name, pattern, seed):
+def test_scores_far_apart(name, pattern, seed, impl):
     """Scores up to thousands, which the forward's first pass cannot hold, next to ordinary ones.
 
     Output and log-sum-exp only: dq multiplies the rounding of o by keys of up to 100.
@@ -177,7 +183,7 @@ def test_scores_far_apart(name, pattern, seed):
     large = np.where(rng.random(problem.k.shape[:3]) < 0.3, 10.0 ** rng.uniform(0, 2), 1.0)
     problem = dataclasses.replace(problem, k=(problem.k * large[..., None]).astype(problem.k.dtype))
     q, k, v = (jnp.asarray(x) for x in (problem.q, problem.k, problem.v))
-    o, lse = jax.jit(functools.partial(attention, impl="pallas", return_lse=True))(
+    o, lse = jax.jit(functools.partial(attention, impl=impl, return_lse=True))(
         q, k, v, problem.mask
     )
     want = exact(problem)[0]
@@ -187,7 +193,7 @@ def test_scores_far_apart(name, pattern, seed):
     np.testing.assert_allclose(np.asarray(lse), log_sum_exp(problem), rtol=1e-5, atol=1e-4)
 
 
-def test_thousand_documents(seed):
+def test_thousand_documents(seed, impl):
     """1,000 documents of 1 to 7 tokens in a row, in which a tile has dozens.
 
     Measured 1.56 times the plain einsum's mean error of dq: the kernels take sum(p * dp) from o as
@@ -198,35 +204,35 @@ def test_thousand_documents(seed):
     t = ids.size + 13
     ids = np.concatenate([ids, np.zeros(13, int)])[None]
     problem = random_problem(seed, 1, t, t, 4, 1, 128, BF16, ids=ids)
-    got = outputs(problem, "pallas")
+    got = outputs(problem, impl)
     check_zeros(problem, got)
     check_error(problem, got, f"(SEED={seed})", factor=2.0)
 
 
 @pytest.mark.parametrize("row", [0, 2])
-def test_row_of_padding(row, seed):
+def test_row_of_padding(row, seed, impl):
     """A batch row without a document, first or last, is exactly 0 and disturbs no other."""
     rng = np.random.default_rng(seed)
     ids = np.stack([short_documents(rng, 333) for _ in range(3)])
     ids[row] = 0
     problem = random_problem(seed, 3, 333, 333, 6, 1, 128, BF16, ids=ids)
-    got = outputs(problem, "pallas")
+    got = outputs(problem, impl)
     check_zeros(problem, got)
     assert not visible_pairs(problem)[row].any() and not got[0][row].any()
     check_error(problem, got, f"(SEED={seed})")
 
 
-def test_packed_equals_unpacked(seed):
+def test_packed_equals_unpacked(seed, impl):
     """Document by document, a packed row is what a row of that document alone gives."""
     lengths = (1, 63, 700, 129)
     ids = np.repeat(np.arange(1, 5), lengths)[None]
     packed = random_problem(seed, 1, ids.size, ids.size, 8, 2, 128, BF16, ids=ids)
-    together = outputs(packed, "pallas")
+    together = outputs(packed, impl)
     for document in range(1, 5):
         own = ids[0] == document
         alone = Problem(**{x: getattr(packed, x)[:, own] for x in ("q", "k", "v", "do")})
         want = exact(alone)
-        for x, y, w, of in zip(together, outputs(alone, "pallas"), want, NAMES, strict=True):
+        for x, y, w, of in zip(together, outputs(alone, impl), want, NAMES, strict=True):
             difference = np.abs(x[:, own].astype(np.float64) - y.astype(np.float64)).max()
             tolerance = 4 * float(jnp.finfo(BF16).eps) * max(np.abs(w).max(), 1e-3)
             assert difference <= tolerance, f"{of} of document {document} (SEED={seed})"
@@ -234,16 +240,16 @@ def test_packed_equals_unpacked(seed):
 
 @pytest.mark.parametrize("pattern", [one_document, short_documents], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("name", ["causal, 32 heads on 8, several items a program", "head_dim 64"])
-def test_twenty_runs_agree(name, pattern, seed):
+def test_twenty_runs_agree(name, pattern, seed, impl):
     """o, dk and dv are the same bits every time; dq moves by the order of its fp32 sums only.
 
     A missing barrier shows as a run that differs.
     """
     problem = _random(name, pattern, seed)
-    first = outputs(problem, "pallas")
+    first = outputs(problem, impl)
     check_error(problem, first, f"(SEED={seed})")
     for run in range(20):
-        again = outputs(problem, "pallas")
+        again = outputs(problem, impl)
         for x, y, of in zip(first, again, NAMES, strict=True):
             if of == "dq":
                 x, y = (z.astype(np.float64) for z in (x, y))
@@ -270,13 +276,13 @@ def test_twenty_runs_agree(name, pattern, seed):
         "wide window to both sides",
     ],
 )
-def test_twenty_deterministic_runs_are_equal(name, pattern, seed):
+def test_twenty_deterministic_runs_are_equal(name, pattern, seed, impl):
     """o, dq, dk and dv are the same bits in each of 20 runs."""
     problem = _random(name, pattern, seed)
-    first = outputs(problem, "pallas", deterministic=True)
+    first = outputs(problem, impl, deterministic=True)
     check_error(problem, first, f"(SEED={seed})")
     for run in range(20):
-        again = outputs(problem, "pallas", deterministic=True)
+        again = outputs(problem, impl, deterministic=True)
         for x, y, of in zip(first, again, NAMES, strict=True):
             np.testing.assert_array_equal(
                 x.view(np.uint16), y.view(np.uint16), f"{of}, run {run} (SEED={seed})"

@@ -25,15 +25,16 @@ def _lower(function, *args) -> str:
     return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
-def _gradients(ids=None, window=None, blocks=None, deterministic=False):
+def _gradients(ids=None, window=None, blocks=None, deterministic=False, impl="pallas"):
     def loss(q, k, v):
         mask = Mask(segment_ids=ids, window=window, blocks=blocks)
-        out = attention(q, k, v, mask, impl="pallas", deterministic=deterministic)
+        out = attention(q, k, v, mask, impl=impl, deterministic=deterministic)
         return out.astype(jnp.float32).sum()
 
     return jax.grad(loss, argnums=(0, 1, 2))
 
 
+@pytest.mark.parametrize("impl", ["pallas", "pallas_mma"])
 @pytest.mark.parametrize(
     ("heads", "head_dim", "dtype", "documents"),
     [
@@ -47,13 +48,15 @@ def _gradients(ids=None, window=None, blocks=None, deterministic=False):
         ((8, 1), 64, jnp.float16, False),
     ],
 )
-def test_forward_and_backward_lower(heads, head_dim, dtype, documents):
+def test_forward_and_backward_lower(heads, head_dim, dtype, documents, impl):
     """For both head_dims and dtypes, every group, with and without documents and a window."""
     ids = jnp.ones((1, 300), jnp.int32) if documents else None
-    text = _lower(_gradients(ids, 50 if documents else None), *_qkv(*heads, head_dim, dtype))
+    gradients = _gradients(ids, 50 if documents else None, impl=impl)
+    text = _lower(gradients, *_qkv(*heads, head_dim, dtype))
     assert text.count("mosaic_gpu") >= 2, "both kernels are in the program"
 
 
+@pytest.mark.parametrize("impl", ["pallas", "pallas_mma"])
 @pytest.mark.parametrize(
     ("heads", "head_dim", "documents", "deterministic"),
     [
@@ -63,10 +66,11 @@ def test_forward_and_backward_lower(heads, head_dim, dtype, documents):
         ((4, 1), 128, True, True),
     ],
 )
-def test_block_patterns_lower(heads, head_dim, documents, deterministic):
+def test_block_patterns_lower(heads, head_dim, documents, deterministic, impl):
     """With a pattern the kernels look their columns up, with and without documents."""
     ids = jnp.ones((1, 300), jnp.int32) if documents else None
-    gradients = _gradients(ids, blocks=jnp.ones((3, 3), bool), deterministic=deterministic)
+    blocks = jnp.ones((3, 3), bool)
+    gradients = _gradients(ids, blocks=blocks, deterministic=deterministic, impl=impl)
     text = _lower(gradients, *_qkv(*heads, head_dim))
     assert text.count("mosaic_gpu") >= 2 + deterministic, "all kernels are in the program"
 

@@ -11,6 +11,7 @@ import pytest
 from jaxattn import eager, tune, tune_candidates
 from jaxattn.bench.shapes import Shape
 from jaxattn.pallas import tiles
+from jaxattn.pallas.mma import tiles as mma_tiles
 from jaxattn.pallas.tiles import SMEM_BYTES, ForwardTiles
 from tests.jaxattn.interpret import interpreted
 
@@ -31,6 +32,31 @@ def test_rule_is_among_the_candidates(layout):
         fits = tune_candidates.smem_bytes(part, layout) <= SMEM_BYTES
         assert fits == (tune_candidates.why_not(part, layout) is None)
         assert layout[0] // layout[1] % part.qheads_per_tile == 0
+
+
+@pytest.mark.parametrize(
+    "layout", [(16, 8, 128), (48, 8, 128), (8, 1, 128), (8, 8, 64), (8, 1, 64)]
+)
+@pytest.mark.parametrize("capability", mma_tiles.CHIPS)
+def test_rule_of_mma_is_among_the_candidates(layout, capability):
+    """On every chip the search starts from the rule, which is one of those that fit."""
+    search = tune.search_of("mma", capability)
+    rule = search.rule(layout)
+    assert search.fields == {"capability": capability}
+    for part, candidates in ((rule.forward, search.forward), (rule.backward, search.backward)):
+        assert part in candidates(layout)
+        assert search.why_not(part, layout) is None
+
+
+def test_dry_run_lists_the_candidates_of_another_gpu(capsys):
+    """Those of its kernels and shared memory; without --dry_run it has nothing to time them on."""
+    assert tune.main(["--dry_run", "--gpu", "rtx4090"]) == 0
+    printed = capsys.readouterr().out
+    assert "rule: forward 32x64 x 2 heads, backward 64x64" in printed
+    assert "forward 64 rows, 2 heads, 64 keys, 1 stage: 49,664 bytes" in printed
+    assert "backward 64 queries, 128 keys, 1 stage: no, needs " in printed
+    assert tune.main(["--gpu", "rtx4090"]) == 1
+    assert "add --dry_run" in capsys.readouterr().err
 
 
 def test_dry_run_lists_candidates_without_a_gpu(capsys, tmp_path):
@@ -63,7 +89,8 @@ def fake_gpu(monkeypatch):
     """Attention by eager; 64 keys a tile are twice as fast, 192 are wrong, 4 stages fail."""
     now = {}
 
-    def attention(q, k, v, mask, *, scale):
+    def attention(q, k, v, mask, *, scale, family):
+        assert family == "wgmma"
         forward = mask.plan.tiles.forward
         if forward.stages == 4:
             raise RuntimeError("too many stages\nand more")
@@ -183,7 +210,7 @@ def test_row_is_written_and_used(monkeypatch, tmp_path):
     """A new row takes the place of the old one of its layout, and choose_tiles follows it."""
     path = tmp_path / "tuned.json"
     monkeypatch.setattr(tiles, "TABLE", path)
-    row = dict(zip(tune._KEY, LAYOUT, strict=True))
+    row = dict(zip(tune._LAYOUT, LAYOUT, strict=True))
     rule = tiles.rule_tiles(*LAYOUT)
     row |= {"backward": dataclasses.asdict(rule.backward)}
     for keys in (128, 64):

@@ -57,7 +57,7 @@ def test_wrong_flag_is_status_2(refused, flag, message):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--attn=pallas"], "its kernels are for Hopper GPUs"),
+        (["--attn=pallas"], "its kernels are for Ampere, Ada, Hopper"),
         (["--attn=eager", "--seq_len=32768", "--batch_size=64"], "GiB a layer, this device has"),
         (["--model=internlm2-3b"], "is no preset (nano, internlm2-1.8b"),
         (["--model=internlm2-20b", "--batch_size=64"], "the run needs about"),

@@ -49,9 +49,10 @@ class Config:
     default the one in the directory of --model, else byte."""
 
     attn: Impl = "auto"
-    """Attention implementation. auto takes pallas on a Hopper GPU, else xla. flash_attention_2 is
-    pallas, sdpa is xla. cudnn has no document mask: each row must hold one document. An
-    implementation that cannot run is an error, never replaced."""
+    """Attention implementation. pallas (or flash_attention_2) takes the kernels for the GPU: wgmma
+    on Hopper, mma.sync (pallas_mma) on Ampere, Ada and Blackwell workstation GPUs. auto takes
+    pallas on these GPUs, else xla. sdpa is xla. cudnn has no document mask: each row must hold one
+    document. An implementation that cannot run is an error, never replaced."""
 
     deterministic: bool = False
     """Make losses and weights bitwise reproducible on GPUs of one kind. The backward pass of

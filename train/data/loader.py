@@ -273,7 +273,7 @@ def _repeats(dataset: Dataset, documents: Int64[np.ndarray, " n"]) -> tuple[int,
     if not len(again):
         return 0, ""
 
-    def place(document: int | np.integer) -> str:
+    def place(document: Any) -> str:
         return f"{dataset.files[dataset.file[document]].file}:{dataset.line[document]}"
 
     earlier = documents[first[same[again[0]]]]

@@ -187,7 +187,7 @@ def _per_token(
     qkv = out + 2 * model.num_kv_heads * model.head_dim // tensor
     ffn = model.intermediate_size // tensor
     lse = 4 * model.num_heads // tensor
-    if attn != "pallas":  # only the kernel names its output
+    if attn not in ("pallas", "pallas_mma"):  # only the kernel names its output
         named = lse = 0
     else:
         named = out

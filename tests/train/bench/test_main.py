@@ -31,7 +31,7 @@ def test_two_calls_make_one_table(tmp_path, capsys, children, without_torch):
     assert bench.main([*flags, "--attn", "xla", "pallas", "--rows", "dense"]) == 0
     output = capsys.readouterr().out
     assert "dense       32   2 xla         dots" in output
-    assert "cannot run: attention 'pallas' cannot run: its kernels are for Hopper" in output
+    assert "cannot run: attention 'pallas' cannot run: its kernels are for Ampere" in output
 
     text = tmp_path / "some.jsonl"
     text.write_text("".join(json.dumps({"text": "abc" * n}) + "\n" for n in range(1, 11)))

@@ -91,6 +91,13 @@ def test_cudnn_can_be_planned(capsys):
     assert "attention cudnn" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("gpu", ["a100-80", "a100-40", "l40s", "rtx4090", "rtx3090", "rtx5090"])
+def test_gpus_without_wgmma_name_their_kernels(gpu, capsys):
+    argv = ["--dry_run", f"--dry_run_device={gpu}", "--model=internlm2-1.8b", "--seq_len=4096"]
+    assert main(argv) == 0
+    assert "attention pallas_mma" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("flags", "status", "message"),
     [
@@ -115,7 +122,11 @@ def test_cudnn_can_be_planned(capsys):
                 ("--tokenizer=nowhere",): "tokenizer nowhere does not exist",
             }.items()
         ),
-        (["--dry_run", "--dry_run_device=a100-80", "--attn=pallas"], 1, "for Hopper GPUs"),
+        (
+            ["--dry_run", "--dry_run_device=a100-80", "--attn=pallas", "--dtype=float32"],
+            1,
+            "'pallas_mma' cannot run: it takes bfloat16 and float16, not float32",
+        ),
         (["--dry_run", "--dry_run_device=inf"], 1, "--dry_run_device=inf must be one of"),
         (["--dry_run", "--dry_run_device=nan"], 1, "--dry_run_device=nan must be one of"),
         (["--dry_run", "--remat=bogus"], 2, "--remat=bogus must be one of"),

@@ -66,7 +66,7 @@ def objects(row: dict[str, Any], key: str, name: str) -> Iterator[tuple[str, dic
     for number, item in enumerate(items, start=1):
         if item is not None and not isinstance(item, dict):
             raise RowError(f"'{key}' {number} must be an object, this is {type_name(item)}")
-        if not absent(item):
+        if item is not None and not absent(item):
             yield f"{name} {number}: ", item
 
 

@@ -75,7 +75,7 @@ def encode_chunk(chunk: Chunk, tokenizer: Tokenizer, *, reasoning: Reasoning = "
         formats=dict(formats),
         unread=dict(unread),
         remarks=dict(remarks),
-        broken=tuple(map(tuple, broken)),
+        broken=tuple(broken),
     )
 
 

@@ -1,0 +1,269 @@
+"""Fragments of the factors of mma.sync: loads from shared memory by ldmatrix, and stores.
+
+A warpgroup's product of [m, k] and [k, n] runs as mma.sync.m16n8k16. `plgpu.mma` takes both
+factors from registers; all of a K tile as a factor would take 128 of them, so these functions load
+16 of the contraction at a time. Of the 4 warps of a warpgroup, `m_warps` divide the rows of the
+product, 16 rows each, and the others its columns, 8 each. With 4 `m_warps` the accumulator has the
+layout of wgmma (`softmax.TILE`), so both kernel families share `softmax`.
+"""
+
+from typing import Any
+
+import jax.experimental.mosaic.gpu as mgpu
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import arith
+from jaxlib.mlir.dialects import llvm, nvvm
+
+from jaxattn.pallas.mma.lanes import (
+    constant,
+    lane,
+    scaled,
+    shared_pointer,
+    shifted,
+    tile_strides,
+    utils,
+    warp_coordinates,
+    warpgroup,
+)
+from jaxattn.pallas.smem import swizzled
+from jaxattn.pallas.softmax import TILE
+
+# Contraction of one mma.sync, in 16-bit numbers.
+MMA_K = 16
+
+
+def lhs_layout(dtype, m_warps: int = 4):
+    """Return the layout of the left factor."""
+    return plgpu.Layout.MMA_LHS(jnp.dtype(dtype), m_warps=m_warps)
+
+
+def rhs_layout(dtype, m_warps: int = 4):
+    """Return the layout of the right factor."""
+    return plgpu.Layout.MMA_RHS(jnp.dtype(dtype), m_warps=m_warps)
+
+
+def acc_layout(dtype, m_warps: int):
+    """Return the layout of the accumulator."""
+    return plgpu.Layout.MMA_ACC(jnp.dtype(dtype), m_warps=m_warps)
+
+
+def load_columns(ref, k: int, *, transposed: bool, m_warps: int = 4):
+    """Load 16 columns of a tile in shared memory as a factor of `plgpu.mma`.
+
+    Args:
+      ref: [rows, H] in shared memory in the layout `swizzled`.
+      k: index of the columns 16 * k to 16 * k + 15.
+      transposed: False: as the left factor [rows, 16]; True: as the right factor [16, rows].
+      m_warps: warps along the rows of the product.
+    """
+    rows, dtype = ref.shape[0], ref.dtype
+    if not transposed:
+        step, layout = 16 * m_warps, lhs_layout(dtype, m_warps)
+        starts = [(row, MMA_K * k) for row in range(0, rows, step)]
+        return _load(ref, starts, (rows, MMA_K), layout, "left", m_warps)
+    step, layout = 64 // m_warps, rhs_layout(dtype, m_warps)
+    starts = [(row, MMA_K * k) for row in range(0, rows, step)]
+    return _load(ref, starts, (MMA_K, rows), layout, "right", m_warps)
+
+
+def load_rows(ref, k: int, *, transposed: bool = False, warpgroups: int = 1, m_warps: int = 4):
+    """Load 16 rows of a tile in shared memory as a factor of `plgpu.mma`.
+
+    Args:
+      ref: [rows, columns] in shared memory in the layout `swizzled`.
+      k: index of the rows 16 * k to 16 * k + 15.
+      transposed: False: as the right factor [16, columns]; True: as the left factor [columns, 16].
+      warpgroups: warpgroups that divide the columns of the right factor evenly.
+      m_warps: warps along the rows of the product.
+    """
+    columns, dtype = ref.shape[1] // warpgroups, ref.dtype
+    if transposed:
+        step, layout = 16 * m_warps, lhs_layout(dtype, m_warps)
+        starts = [(MMA_K * k, column) for column in range(0, columns, step)]
+        return _load(ref, starts, (columns, MMA_K), layout, "left by columns", m_warps)
+    step, layout = 64 // m_warps, rhs_layout(dtype, m_warps)
+    starts = [(MMA_K * k, column) for column in range(0, columns, step)]
+    own = columns if warpgroups > 1 else 0
+    return _load(ref, starts, (MMA_K, columns), layout, "right by rows", m_warps, own)
+
+
+def add_product(sums, left, right, *, contraction: int, columns: bool, m_warps: int):
+    """Add left @ right.T (`columns`) or left @ right; both factors are in shared memory.
+
+    Args:
+      sums: fp32 [m, n] in the layout `acc_layout`.
+      left: ref [m, contraction].
+      right: ref [n, contraction] (`columns`) or [contraction, n].
+      contraction: a multiple of 16.
+      columns: True if the contraction is along the columns of `right`.
+      m_warps: warps along the rows of the product.
+    """
+    for c in range(contraction // MMA_K):
+        if columns:
+            factor = load_columns(right, c, transposed=True, m_warps=m_warps)
+        else:
+            factor = load_rows(right, c, m_warps=m_warps)
+        sums = plgpu.mma(sums, load_columns(left, c, transposed=False, m_warps=m_warps), factor)
+    return sums
+
+
+def as_left_factor(x):
+    """Return a product in the inputs' dtype as the left factor of the next: the same registers.
+
+    Args:
+      x: [rows, columns] of 16-bit numbers in the layout `TILE`.
+    """
+    layout = lhs_layout(x.dtype)
+
+    @plgpu.inline_mgpu(
+        arg_types=(TILE,),
+        return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=layout),
+    )
+    def relabel(_, x: Any) -> Any:
+        target = layout.to_mgpu()
+        registers = x.registers.reshape(target.registers_shape(x.shape))
+        return mgpu.FragmentedArray(_registers=registers, _layout=target, _is_signed=None)
+
+    return relabel(x)  # pyright: ignore[reportCallIssue]
+
+
+def store_product(ref, value, m_warps: int) -> None:
+    """Store a product in shared memory: by stmatrix (sm_90 and later), else 4 bytes a thread.
+
+    Args:
+      ref: [rows, columns] in shared memory in the layout `swizzled`.
+      value: of this shape and dtype, in the layout `acc_layout`.
+      m_warps: warps along the rows of the product.
+
+    References:
+      PTX ISA, stmatrix.
+    """
+    dtype, n_warps = value.dtype, 4 // m_warps
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(swizzled(dtype)), acc_layout(dtype, m_warps)))
+    def store(_, ref: Any, value: Any) -> None:
+        row_stride, column_stride = tile_strides(ref)
+        m_warp, n_warp = warp_coordinates(m_warps)
+        by_matrix = utils.get_arch().major >= 9
+        if by_matrix:  # a lane's address is that of a row of one of four 8 x 8 matrices
+            row = arith.andi(lane(), constant(7))
+            below = arith.andi(arith.shrui(lane(), constant(3)), constant(1))
+            right = scaled(arith.shrui(lane(), constant(4)), n_warps)
+            within = constant(0)
+        else:  # a lane stores its own two numbers of each matrix
+            row = arith.shrui(lane(), constant(2))
+            below = right = constant(0)
+            within = scaled(arith.andi(lane(), constant(3)), 4)
+        offset = _swizzled_offset(
+            arith.addi(below, scaled(m_warp, 2)), arith.addi(right, n_warp), row, row_stride
+        )
+        offset = arith.addi(offset, within)
+
+        def address(eight: int, piece: int):
+            """Return the address `eight` * 8 rows below and `piece` * 8 columns to the right."""
+            at = shifted(shared_pointer(ref), arith.xori(offset, constant(piece % 8 * 16)))
+            return shifted(at, piece // 8 * column_stride + eight * row_stride)
+
+        i32 = ir.IntegerType.get_signless(32)
+        registers = value.registers.reshape(value.shape[0] // (16 * m_warps), -1, 2)
+        for i, j in np.ndindex(registers.shape[0], registers.shape[1] // 2):
+            four = [utils.bitcast(x, i32) for x in registers[i, 2 * j : 2 * j + 2].flat]
+            eight, piece = 2 * m_warps * i, 2 * n_warps * j
+            if by_matrix:
+                ptx = "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};"
+                utils.inline_ptx(ptx, address(eight, piece), *four, has_side_effects=True)
+                continue
+            for n, register in enumerate(four):
+                llvm.store(register, address(eight + n % 2, piece + n // 2 * n_warps))
+
+    store(ref, value)  # pyright: ignore[reportCallIssue]
+
+
+def _load(ref, starts, size: tuple[int, int], layout, kind: str, m_warps: int, own: int = 0):
+    """Load a fragment by ldmatrix, four 8 x 8 matrices at a time.
+
+    Args:
+      ref: [rows, columns] in shared memory in the layout `swizzled`.
+      starts: first row and column of each load, for the first warp.
+      size: shape of the fragment.
+      layout: layout of the fragment.
+      kind: factor, "left" or "right": the contraction is along columns; "left by columns" or
+        "right by rows": it is along rows, and ldmatrix transposes.
+      m_warps: warps along the rows of the product.
+      own: columns of a warpgroup, if several divide them; 0: one has all columns.
+
+    References:
+      PTX ISA, ldmatrix and the fragments of mma.m16n8k16.
+    """
+    dtype, n_warps = ref.dtype, 4 // m_warps
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(swizzled(dtype)),),
+        return_type=plgpu.ShapeDtypeStruct(size, dtype, layout=layout),
+    )
+    def load(_, ref: Any) -> Any:
+        row_stride, column_stride = tile_strides(ref)
+        m_warp, n_warp = warp_coordinates(m_warps)
+        # A lane's address is that of a row of one of the matrices. Neighbouring registers hold
+        # both halves of the contraction (right) or of 16 rows (left), as mma.sync takes them.
+        row = arith.andi(lane(), constant(7))
+        first = arith.andi(arith.shrui(lane(), constant(3)), constant(1))
+        second = arith.shrui(lane(), constant(4))
+        below, right = (first, second) if kind in ("left", "right by rows") else (second, first)
+        if kind == "left":
+            below = arith.addi(below, scaled(m_warp, 2))
+        elif kind == "left by columns":
+            right = arith.addi(right, scaled(m_warp, 2))
+        elif kind == "right":
+            below = arith.addi(scaled(below, n_warps), n_warp)
+        else:
+            right = arith.addi(scaled(right, n_warps), n_warp)
+        i32 = ir.IntegerType.get_signless(32)
+        # Opaque to the compiler, which else keeps the offset of every piece in its own register.
+        of_lane = utils.inline_ptx(
+            "mov.b32 $0, $1;",
+            _swizzled_offset(below, right, row, row_stride),
+            result_types=i32,
+            has_side_effects=True,
+        )
+        registers = []
+        for at_row, at_column in starts:
+            offset = arith.xori(of_lane, constant(at_column % 64 // 8 * 16))
+            if own % 64:  # a part of 64 columns
+                offset = arith.xori(offset, scaled(warpgroup(), 2 * own))
+            elif own:
+                offset = arith.addi(offset, scaled(warpgroup(), own // 64 * column_stride))
+            address = shifted(shared_pointer(ref), offset)
+            loaded = nvvm.ldmatrix(
+                shifted(address, at_row // 8 * row_stride + at_column // 64 * column_stride),
+                layout=nvvm.MMALayout.col if "by" in kind else nvvm.MMALayout.row,
+                num=4,
+                shape=ir.Attribute.parse("#nvvm.ld_st_matrix_shape<m=8, n=8>"),
+                elt_type=nvvm.LdStMatrixEltType.B16,
+            )
+            registers += [llvm.extractvalue(i32, loaded, [j]) for j in range(4)]
+        pair = ir.VectorType.get((2,), ir.MemRefType(ref.type).element_type)
+        target = layout.to_mgpu()
+        found = np.empty(target.registers_shape(size), dtype=object)
+        found.flat[:] = [utils.bitcast(r, pair) for r in registers]
+        return mgpu.FragmentedArray(_registers=found, _layout=target, _is_signed=None)
+
+    return load(ref)  # pyright: ignore[reportCallIssue]
+
+
+def _swizzled_offset(below, right, row, row_stride: int):
+    """Return the offset of a row of an 8 x 8 matrix in a tile in the layout `swizzled`.
+
+    Args:
+      below: matrices above it.
+      right: matrices left of it, below 8.
+      row: row in the matrix. 128 bytes a row, its 16-byte pieces permuted by the row's number.
+      row_stride: bytes from 8 rows to the next 8.
+    """
+    return arith.addi(
+        arith.addi(scaled(below, row_stride), scaled(row, 128)),
+        scaled(arith.xori(right, row), 16),
+    )

@@ -1,0 +1,205 @@
+"""Tile sizes of the mma.sync kernels for each chip: chosen by rule, or measured."""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+from typing import Any, ClassVar
+
+from jaxattn.block_map import Tiling
+
+# Rows of the tile of a warpgroup whose products have 16 rows per warp.
+WARPGROUP_ROWS = 64
+# Bytes of shared memory that the driver takes from each program.
+RESERVED_SMEM = 1024
+# Tile sizes that `python -m jaxattn.tune` measured.
+TABLE = pathlib.Path(__file__).parents[2] / "tuned_mma.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+    """Shared memory of a compute capability, in bytes.
+
+    Attributes:
+      smem: largest of one program.
+      smem_total: of a multiprocessor.
+      name: architecture, for log lines.
+    """
+
+    smem: int
+    smem_total: int
+    name: str
+
+
+# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+CHIPS = {
+    "8.0": Chip(smem=166_912, smem_total=167_936, name="an Ampere GPU"),
+    "8.6": Chip(smem=101_376, smem_total=102_400, name="an Ampere GPU"),
+    "8.9": Chip(smem=101_376, smem_total=102_400, name="an Ada GPU"),
+    "9.0": Chip(smem=232_448, smem_total=233_472, name="a Hopper GPU"),
+    "12.0": Chip(smem=101_376, smem_total=102_400, name="a Blackwell workstation GPU"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ForwardTiles:
+    """Tile sizes of the forward kernel.
+
+    Attributes:
+      rows: rows of a program, 64 or 128: queries times heads.
+      qheads_per_tile: query heads of one kv head that share a tile (FlashAttention's pack_gqa): 1,
+        2, 4 or 8.
+      block_kv: keys in a tile, a multiple of 32.
+      stages: K tiles (and V tiles) in shared memory.
+    """
+
+    rows: int
+    qheads_per_tile: int
+    block_kv: int
+    stages: int
+
+    @property
+    def queries(self) -> int:
+        """Queries of a program, each with `qheads_per_tile` heads."""
+        return self.rows // self.qheads_per_tile
+
+    @property
+    def tiling(self) -> Tiling:
+        """Tile sizes of the block map."""
+        repeat = self.qheads_per_tile
+        return Tiling(group_rows=self.queries, groups=1, block_cols=self.block_kv, repeat=repeat)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DqTiles(ForwardTiles):
+    """Tile sizes of the dq kernel of the deterministic backward; `rows` is 64."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BackwardTiles:
+    """Tile sizes of the backward kernel.
+
+    Attributes:
+      block_q: queries in a tile, a multiple of 64.
+      block_kv: keys of a program: 64 for each warpgroup, of which there are 1 or 2.
+      stages: Q tiles (and dO tiles) in shared memory, 1 or 2.
+      vector: dQ is added two numbers per instruction (sm_90 and later).
+    """
+
+    block_q: int
+    block_kv: int
+    stages: int
+    vector: bool
+
+    @property
+    def warpgroups(self) -> int:
+        """Warpgroups of a program."""
+        return self.block_kv // WARPGROUP_ROWS
+
+    @property
+    def tiling(self) -> Tiling:
+        """Tile sizes of the block map, whose rows are keys."""
+        groups = self.warpgroups
+        return Tiling(group_rows=WARPGROUP_ROWS, groups=groups, block_cols=self.block_q)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """Tile sizes of all kernels."""
+
+    family: ClassVar[str] = "mma"
+    forward: ForwardTiles
+    backward: BackwardTiles
+    dq: DqTiles
+
+    def __str__(self) -> str:
+        """Return queries x keys of a program's tile and its query heads, for log lines."""
+        fwd, bwd = self.forward, self.backward
+        return (
+            f"forward {fwd.queries}x{fwd.block_kv} x {fwd.qheads_per_tile} heads, "
+            f"backward {bwd.block_q}x{bwd.block_kv}"
+        )
+
+
+def choose_tiles(num_heads: int, num_kv_heads: int, head_dim: int, capability: str) -> Tiles:
+    """Return the tile sizes for these heads on a chip: measured by `jaxattn.tune`, else by rule.
+
+    They change speed; results differ by rounding only.
+
+    Args:
+      num_heads: query heads.
+      num_kv_heads: kv heads.
+      head_dim: head dim, 64 or 128.
+      capability: compute capability, a key of `CHIPS`.
+    """
+    layout = num_heads, num_kv_heads, head_dim
+    return tuned_tiles(TABLE).get((capability, *layout)) or rule_tiles(*layout, capability)
+
+
+def rule_tiles(num_heads: int, num_kv_heads: int, head_dim: int, capability: str) -> Tiles:
+    """Return tile sizes within the chip's shared memory, for any heads.
+
+    The forward kernel takes 128 rows, 32 per warp, so that a fragment of K or V serves two
+    products: its loads from shared memory are the limit on sm_80 and sm_90. The chips with 99 KiB
+    have a half or a quarter of their products per cycle, and 64 rows leave room for a second
+    program on the multiprocessor, whose products run during the softmax of the first. Two
+    warpgroups share K and V in the backward kernel if they fit. Two stages, if they do not cost the
+    second program.
+    """
+    chip = CHIPS[capability]
+    qheads = math.gcd(num_heads // num_kv_heads, 8)
+    large = head_dim == 64 or chip.smem > 128 * 1024
+    tile = 2 * head_dim * 64  # bytes of 64 rows
+    rows = 128 if large else 64
+
+    def stages(own: int, of_stage: int) -> int:
+        """Return 2 if as many programs fit as with 1."""
+
+        def programs(stages: int) -> int:
+            need = own + stages * of_stage + 2 * 4 * 128 + RESERVED_SMEM
+            return min(2, chip.smem_total // need)
+
+        return 2 if programs(2) == programs(1) else 1
+
+    return Tiles(
+        forward=ForwardTiles(
+            rows=rows,
+            qheads_per_tile=qheads,
+            block_kv=64,
+            stages=stages(rows // 64 * tile, 2 * tile),
+        ),
+        dq=DqTiles(
+            rows=64,
+            # The rows that are copied at a time belong to one head.
+            qheads_per_tile=min(qheads, head_dim // 16),
+            block_kv=64,
+            stages=stages(2 * tile, 2 * tile),
+        ),
+        backward=BackwardTiles(
+            block_q=64,
+            block_kv=128 if large else 64,
+            stages=2 if large else 1,
+            vector=capability not in ("8.0", "8.6", "8.9"),
+        ),
+    )
+
+
+@functools.cache
+def tuned_tiles(path: pathlib.Path) -> dict[tuple[Any, ...], Tiles]:
+    """Read the tiles by (capability, query heads, kv heads, head dim) from a table of the tuner.
+
+    Empty if there is no such file. The dq kernel is not tuned: its tiles are those of
+    `rule_tiles`.
+    """
+    if not path.exists():
+        return {}
+    tiles = {}
+    for row in json.loads(path.read_text()):
+        layout = row["num_heads"], row["num_kv_heads"], row["head_dim"]
+        tiles[row["capability"], *layout] = dataclasses.replace(
+            rule_tiles(*layout, row["capability"]),
+            forward=ForwardTiles(**row["forward"]),
+            backward=BackwardTiles(**row["backward"]),
+        )
+    return tiles

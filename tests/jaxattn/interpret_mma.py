@@ -1,0 +1,112 @@
+"""What the mma.sync kernels do per thread, as formulas on whole tiles, for jax's interpreter.
+
+Copies are complete when they are started, so a missing `wait` or `barrier` is invisible here, and
+layouts of registers are: `-m gpu` shows those. One warpgroup only, because the stand-in for
+`cp_async.barrier` does nothing.
+"""
+
+from typing import Any
+
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+from jax import lax
+
+from jaxattn.pallas.mma import cp_async, fragments, gmem
+
+
+def patches() -> list[tuple[Any, str, Any]]:
+    """(owner, attribute, replacement)."""
+    return [
+        (cp_async, "copy_rows", copy_rows),
+        (cp_async, "store_rows", store_rows),
+        (cp_async, "copy_numbers", copy_numbers),
+        (cp_async, "commit", lambda: None),
+        (cp_async, "wait", lambda groups: None),
+        (cp_async, "barrier", barrier),
+        (fragments, "load_columns", load_columns),
+        (fragments, "load_rows", load_rows),
+        (fragments, "as_left_factor", lambda x: x),
+        (fragments, "store_product", store_product),
+        (gmem, "load_by_row", load_by_row),
+        (gmem, "store_by_row", store_by_row),
+        (gmem, "add_rows", add_rows),
+    ]
+
+
+def copy_rows(source, target, row, head, *, heads=1, warpgroups=1):
+    """Rows beyond the end are other finite rows: the last eight."""
+
+    def move(rows, head, tile_rows):
+        start = jnp.minimum(rows.start, source.shape[0] - rows.size)
+        target[tile_rows] = source[pl.ds(start, rows.size), head]
+
+    _for_parts(source, target.shape[0], row, head, heads, move)
+
+
+def store_rows(source, target, row, head, *, heads=1, warpgroups=1):
+    def move(rows, head, tile_rows):
+        @pl.when(rows.start + rows.size <= target.shape[0])
+        def _():
+            target[rows, head] = source[tile_rows]
+
+    _for_parts(target, source.shape[0], row, head, heads, move)
+
+
+def _for_parts(memory, tile_rows, row, head, heads, move):
+    """Calls move for the rows of each head, as a whole where they exist, else eight at a time."""
+    of_head = tile_rows // heads
+
+    def whole():
+        for h in range(heads):
+            move(pl.ds(row, of_head), head + h, pl.ds(h * of_head, of_head))
+
+    def by_eight():
+        for h in range(heads):
+            for i in range(0, of_head, 8):
+                move(pl.ds(row + i, 8), head + h, pl.ds(h * of_head + i, 8))
+
+    lax.cond(row + of_head <= memory.shape[0], whole, by_eight)
+
+
+def copy_numbers(source, target, start):
+    target[...] = source[pl.ds(start, target.shape[0])]
+
+
+def barrier(warpgroups=1):
+    assert warpgroups == 1, "the interpreter's stand-in orders nothing"
+
+
+def load_columns(ref, k, *, transposed, m_warps=4):
+    columns = ref[:, pl.ds(16 * k, 16)]
+    return columns.T if transposed else columns
+
+
+def load_rows(ref, k, *, transposed=False, warpgroups=1, m_warps=4):
+    rows = ref[pl.ds(16 * k, 16), :]
+    return rows.T if transposed else rows
+
+
+def store_product(ref, value, m_warps):
+    ref[...] = value
+
+
+def load_by_row(source, token, head, *, rows, heads):
+    part = pl.ds(token, rows // heads)
+    return jnp.concatenate([source[head + h, part] for h in range(heads)])
+
+
+def store_by_row(target, value, token, head, *, heads):
+    size = value.shape[0] // heads
+    for h in range(heads):
+        target[head + h, pl.ds(token, size)] = value[h * size : (h + 1) * size]
+
+
+def add_rows(target, value, token, head, *, dtype, m_warps, vector, column=0, own=0):
+    assert not own
+    rows, columns = value.shape
+    blocks = value.reshape(rows // 8, 8, columns // 8, 8).transpose(0, 2, 1, 3)
+    if not vector:  # even columns, then odd ones
+        pairs = blocks.reshape(rows // 8, columns // 8, 8, 4, 2)
+        blocks = pairs.transpose(0, 1, 4, 2, 3)
+    at = pl.ds(lax.div(token, 8), rows // 8), head, pl.ds(8 * column, 8 * columns)
+    target[at] = target[at] + blocks.reshape(rows // 8, 8 * columns)
