@@ -46,7 +46,7 @@ check: $(DEV_STAMP)
 	$(VENV)/bin/lint-imports
 
 codegen: $(CODEGEN_VENV)/.installed
-	JAX_PLATFORMS=cpu $(CODEGEN_VENV)/bin/python -m pytest -m codegen tests/jaxattn/test_codegen.py tests/jaxattn/test_codegen_mma.py $(ARGS)
+	JAX_PLATFORMS=cpu $(CODEGEN_VENV)/bin/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal -m codegen tests/jaxattn/test_codegen.py tests/jaxattn/test_codegen_mma.py $(ARGS)
 
 docs: $(DOCS_STAMP)
 	JAX_PLATFORMS=cpu $(VENV)/bin/python -m sphinx -E -W --keep-going --quiet docs docs/_build/html

@@ -136,7 +136,7 @@ def search_of(family: str | None, capability: str) -> Search:
         family=family,
         table=mma_tiles.TABLE,
         fields={"capability": capability},
-        rule=lambda layout: mma_tiles.rule_tiles(layout[0], layout[1], layout[2], capability),
+        rule=lambda layout: mma_tiles.rule_tiles(*layout, capability=capability),
         forward=mma.forward_candidates,
         backward=functools.partial(mma.backward_candidates, capability=capability),
         why_not=functools.partial(mma.why_not, capability=capability),

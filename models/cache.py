@@ -8,12 +8,13 @@ layers a step would read, write and read again the part of every layer.
 """
 
 import dataclasses
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxattn import attention
+from jaxattn import Impl, attention
 from jaxattn.cached import BLOCK, attend_cached
 from models import sharding
 from models.internlm2 import InternLM2, logits
@@ -82,7 +83,7 @@ def prefill(
         mask = model.prepare_mask(tokens_BT.shape, filled_BT)
 
         def attend(q_BTNH, k_BTKH, v_BTKH, _):
-            return attention(q_BTNH, k_BTKH, v_BTKH, mask, impl=model.execution.attn), (
+            return attention(q_BTNH, k_BTKH, v_BTKH, mask, impl=cast(Impl, model.execution.attn)), (
                 k_BTKH,
                 v_BTKH,
             )

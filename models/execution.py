@@ -5,7 +5,6 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from jaxattn import Impl
 from models.lora import LoRA
 from models.remat import REMAT
 
@@ -43,7 +42,7 @@ class Execution:
       TypeError: a dtype is unknown.
     """
 
-    attn: Impl = "auto"
+    attn: str = "auto"
     dtype: Any = "bfloat16"
     param_dtype: Any = "float32"
     remat: str = "full"

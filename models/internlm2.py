@@ -11,7 +11,7 @@ References:
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
-from jaxattn import Mask, attention, prepare
+from jaxattn import Impl, Mask, attention, prepare
 from models import sharding
 from models.block import Attend, Block, Rope, quantize_block
 from models.config import ModelConfig
@@ -122,7 +122,7 @@ class InternLM2(nnx.Module):
                     k_BTKH,
                     v_BTKH,
                     mask,
-                    impl=options.attn,
+                    impl=cast(Impl, options.attn),
                     deterministic=options.deterministic,
                 )
                 return out_BTNH, None

@@ -1,1 +1,1 @@
-"""The block-sparse flash attention kernels for Hopper GPUs; `op.py` is the way in."""
+"""Block-sparse flash attention kernels: by wgmma for Hopper GPUs, by mma.sync for others."""

@@ -28,7 +28,7 @@ SMALL = "--seq_len=64 --batch_size=8 --steps=2 --sample_every=0"
 
 @pytest.fixture
 def weights(tmp_path) -> Path:
-    """A directory like a released one: the tiny golden checkpoint and a tiny tokenizer."""
+    """Make a directory like a released one: the tiny golden checkpoint and a tiny tokenizer."""
     data = ROOT / "tests" / "data"
     shutil.copytree(data / "internlm2_tiny", tmp_path / "weights")
     for file in (data / "tokenizer_tiny").iterdir():

@@ -53,7 +53,7 @@ def store_rows(source, target, row, head, *, heads=1, warpgroups=1):
 
 
 def _for_parts(memory, tile_rows, row, head, heads, move):
-    """Calls move for the rows of each head, as a whole where they exist, else eight at a time."""
+    """Call move for the rows of each head, as a whole where they exist, else eight at a time."""
     of_head = tile_rows // heads
 
     def whole():

@@ -88,7 +88,7 @@ def _handler(eqn) -> Callable[..., Any] | None:
 
 
 def _call(self: JaxprInterpreter, eqn, result, token, function, **arguments):
-    """Runs a function of the simulated GPU when the interpreted kernel gets there."""
+    """Run a function of the simulated GPU when the interpreted kernel reaches it."""
     return callback.io_callback(
         functools.partial(function, source_info=eqn.source_info),
         result,
@@ -259,7 +259,7 @@ _once_compiled = OnceCompiled()
 
 
 def unless_registers(check: Callable[..., None]) -> Callable[..., None]:
-    """A check for races that passes over registers, which belong to one warpgroup.
+    """Check for races, except in registers, which belong to one warpgroup.
 
     Their keys repeat from program to program, which jax takes for conflicting accesses.
     """

@@ -61,7 +61,7 @@ class Problem:
 
 
 def random_problem(seed, b: int, t: int, s: int, n: int, k: int, h: int, dtype, **mask) -> Problem:
-    """Normal random inputs of these sizes."""
+    """Draw normal random inputs of these sizes."""
     rng = np.random.default_rng(seed)
     shapes = ((b, t, n, h), (b, s, k, h), (b, s, k, h), (b, t, n, h))
     q, k_, v, do = (rng.standard_normal(shape, np.float32).astype(dtype) for shape in shapes)
@@ -104,7 +104,7 @@ def exact(problem: Problem) -> tuple[np.ndarray, ...]:
 
 
 def plain(problem: Problem) -> tuple[np.ndarray, ...]:
-    """The same by plain einsums in the dtype under test: what `check_error` compares with.
+    """Compute attention by plain einsums in the dtype under test, for `check_error`.
 
     Factors of every product and the results are rounded to the dtype; sums, the softmax and all
     between are exact, so it does not depend on a device. (`jaxattn.eager` is no such measure: its
@@ -170,7 +170,7 @@ def outputs(
 
 
 def check_zeros(problem: Problem, got: tuple[np.ndarray, ...]) -> None:
-    """Queries that see nothing and keys that nobody sees are exactly 0 in every output."""
+    """Check that queries without keys, and keys without queries, are exactly 0 in every output."""
     pairs = visible_pairs(problem)
     blind, unseen = ~pairs.any(axis=2), ~pairs.any(axis=1)
     for name, x, rows in zip(NAMES, got, (blind, blind, unseen, unseen), strict=True):

@@ -53,18 +53,18 @@ def events(loop: Loop) -> str:
 
 
 def registers(text: str) -> dict[str, int]:
-    """Registers per thread of every kernel, as ptxas reports them."""
+    """Return the registers per thread of every kernel, as ptxas reports them."""
     found = re.findall(r"properties for (\w+)_mosaic_gpu_kernel\n.*\n.*Used (\d+) registers", text)
     return {name: int(number) for name, number in found}
 
 
 def notes(text: str) -> list[str]:
-    """Notes of ptxas that it serialised matrix products or put in waits for them."""
+    """Return the notes of ptxas about serialised matrix products and inserted waits."""
     return re.findall(r".*\(C75(?:1[0-4]|17)\).*", text)
 
 
 def kernels(text: str) -> dict[str, list[Loop]]:
-    """The main loops of every kernel in a dump, by the kernel's name."""
+    """Return the main loops of every kernel in a dump, by the name of the kernel."""
     found: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in text.splitlines():
@@ -78,7 +78,7 @@ def kernels(text: str) -> dict[str, list[Loop]]:
 
 
 def main_loops(lines: list[str]) -> list[Loop]:
-    """The innermost loops with matrix products: one for each consumer's copy of the code."""
+    """Return the innermost loops with matrix products: one per copy of the consumer's code."""
     instructions: list[str] = []
     labels: dict[str, int] = {}
     for line in lines:

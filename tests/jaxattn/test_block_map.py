@@ -41,7 +41,7 @@ RESTRICTIONS = [(True, None), (False, None), (True, 13), (False, 29)]
 
 
 def random_ids(rng: np.random.Generator, length: int, contiguous: bool) -> np.ndarray:
-    """Runs of documents and padding; where not contiguous, ids come back after others."""
+    """Draw runs of documents and padding; if not contiguous, ids return after others."""
     cuts = np.sort(rng.choice(np.arange(1, length), rng.integers(0, 9), replace=False))
     runs = np.diff(np.concatenate([[0], cuts, [length]]))
     names = rng.permutation(np.arange(len(runs))) if contiguous else rng.integers(0, 4, len(runs))
@@ -66,7 +66,7 @@ def masks(contiguous: bool):
 
 
 def dense(mask: Mask, s: int, side: str, t: int = T) -> np.ndarray:
-    """What rows see of columns, all batch rows end to end: bool [B * rows, B * columns]."""
+    """Return which row sees which column, batch rows end to end: bool [B * rows, B * columns]."""
     visible = np.broadcast_to(np.asarray(mask.visible(t, s)), (B, t, s))
     visible = np.pad(visible, ((0, 0), (0, stride(mask, t) - t), (0, stride(mask, s) - s)))
     if side == "keys":

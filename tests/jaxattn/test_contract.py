@@ -116,7 +116,7 @@ def problem_of(name: str) -> Problem:
 
 @contextlib.contextmanager
 def running(impl: str):
-    """The name to ask the interface for, where it can run."""
+    """Yield the name of the implementation; interpreted kernels are pallas."""
     if impl == "interpreted":
         with interpreted():
             yield "pallas"
@@ -199,7 +199,7 @@ def test_packed_equals_unpacked_in_fp32(impl):
 
 
 def _at_start(problem: Problem, own: np.ndarray) -> Problem:
-    """The problem of these tokens alone, the rest of the row padding."""
+    """Return the problem of these tokens alone, with padding in the rest of the row."""
     order = np.concatenate([own, np.setdiff1d(np.arange(problem.q.shape[1]), own)])
     ids = (np.arange(order.size) < own.size).astype(np.int32)[None]
     moved = {x: getattr(problem, x)[:, order] for x in ("q", "k", "v", "do")}
@@ -233,7 +233,7 @@ _plan = jax.jit(op.prepare, static_argnums=(1, 2))
 
 
 def branches(problem: Problem) -> set[str]:
-    """What the kernels meet in this problem."""
+    """Return the names of the branches that the kernels take in this problem."""
     q, k = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (problem.q, problem.k))
     plan = _plan(problem.mask, q, k).plan
     reached = set()

@@ -107,7 +107,7 @@ def fake_gpu(monkeypatch):
         return dataclasses.replace(shape.mask(), plan=FakePlan(tiles))
 
     def anew(run):
-        """What another test has traced was with another fake."""
+        """Trace again: another test has traced with another fake."""
         return jax.jit(lambda *args: run.__wrapped__(*args))
 
     monkeypatch.setattr(tune, "planned", planned)
@@ -137,7 +137,7 @@ def test_search_drops_what_is_wrong_and_keeps_the_fastest(fake_gpu, capsys):
 
 
 def some_tiles(count, stages=2):
-    """That differ in their forward part."""
+    """Return tiles that differ in their forward part."""
     rule = tiles.rule_tiles(*LAYOUT)
     return [
         dataclasses.replace(

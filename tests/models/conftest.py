@@ -18,14 +18,14 @@ def tiny_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def golden(tiny_dir) -> dict[str, np.ndarray]:
-    """Outputs of the original PyTorch model."""
+    """Load the outputs of the original PyTorch model."""
     with np.load(tiny_dir / "golden.npz") as arrays:
         return dict(arrays)
 
 
 @pytest.fixture(scope="session")
 def make_mesh():
-    """(data, fsdp, tensor) -> an explicit mesh over the fake devices."""
+    """Return a function (data, fsdp, tensor) -> explicit mesh over the fake devices."""
 
     def make(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
         devices = jax.devices()[: data * fsdp * tensor]

@@ -262,7 +262,7 @@ def test_the_tokenizer_of_a_run(source, tmp_path, monkeypatch, capsys, tokenizer
     config, stored, parameters = hf_parameters(source)
     fingerprint = load_tokenizer(SPM).fingerprint if tokenizer == "same" else tokenizer
     checkpoint = types.SimpleNamespace(
-        config=config, tokenizer=fingerprint, parameters=lambda: parameters
+        config=config, tokenizer=fingerprint, lora=None, parameters=lambda: parameters
     )
     monkeypatch.setattr(convert, "read_checkpoint", lambda _: checkpoint)
     flags = [f"--assets_from={assets}"] if assets else []

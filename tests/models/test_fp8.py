@@ -48,7 +48,7 @@ def swiglu_and_gradients(x, w1, w3, w2, dy):
 
 
 def exact_swiglu(x, w1, w3, w2, dy):
-    """The same in float64, from the formulas."""
+    """Compute the same in float64, from the formulas."""
     x, w1, w3, w2, dy = (np.asarray(a, np.float64) for a in (x, w1, w3, w2, dy))
     x, dy = x.reshape(-1, D), dy.reshape(-1, D)
     gate, up = x @ w1, x @ w3

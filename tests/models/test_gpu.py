@@ -30,7 +30,7 @@ GROUPS = {2: (4, 2), 4: (4, 1), 6: (6, 1)}  # query heads to a kv head: heads of
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_quickly():
-    """What is compared here is what the optimizing compiler makes."""
+    """Compile with optimizations: the tests here compare optimized programs."""
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +84,7 @@ def weights(group: int) -> InternLM2:
 
 
 def model_of(group: int, attn: str, dtype) -> InternLM2:
-    """The same weights, in fp32, for any implementation and compute type."""
+    """Return fp32 weights for any implementation and compute dtype."""
     model = jax.tree.map(lambda x: x, weights(group))
     model.execution = Execution(attn=attn, dtype=dtype)
     return model

@@ -36,7 +36,7 @@ SMALL = ModelConfig(
 
 
 def loss_of(logits, labels):
-    """The original's: logits before labels, mean over labels that are not -100."""
+    """Compute the loss of the original: shifted labels, mean over labels that are not -100."""
     valid = labels[:, 1:] >= 0
     nll = nll_of(logits[:, :-1], jnp.where(valid, labels[:, 1:], 0))
     return jnp.where(valid, nll, 0).sum() / jnp.float32(valid.sum())
@@ -49,7 +49,7 @@ def nll_of(logits, targets):
 
 
 def segments_of(golden, case):
-    """The golden's ids start at 0, which is padding here."""
+    """Shift the ids of the golden file, which start at 0: 0 is padding here."""
     return golden[f"{case}/segment_ids"] + 1 if f"{case}/segment_ids" in golden else None
 
 
@@ -188,7 +188,7 @@ def run(model, mesh=None):
 
 @functools.cache
 def small(tied=False) -> InternLM2:
-    """The random model of the tests below, on one device; compiling its init takes seconds."""
+    """Make the random model of the tests below, on one device; compiling its init takes seconds."""
     return init(
         dataclasses.replace(SMALL, tie_word_embeddings=tied),
         execution=Execution(attn="xla", dtype=jnp.float32),

@@ -19,7 +19,7 @@ def _tables():
 
 
 def _plain(qkv_BTKgH, cos, sin):
-    """The same without a gradient of its own."""
+    """Compute the same without a custom gradient."""
     q_BTNH = rotate(qkv_BTKgH[:, :, :, :-2].reshape(B, T, -1, H), cos, sin)
     return q_BTNH, rotate(qkv_BTKgH[:, :, :, -2], cos, sin), qkv_BTKgH[:, :, :, -1]
 

@@ -144,7 +144,7 @@ def test_old_names_of_chat_tokens_are_the_tokens(tokenizer):
 
 @pytest.fixture
 def first_release(tmp_path):
-    """A tokenizer.model whose config names no added tokens."""
+    """Make a tokenizer.model whose config names no added tokens."""
     shutil.copyfile(SPM / "tokenizer.model", tmp_path / "tokenizer.model")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "InternLM2Tokenizer"}')
     return tmp_path

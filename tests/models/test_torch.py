@@ -76,7 +76,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """Makes (ours, its directory in Llama's layout), once for a configuration.
+    """Make (model, its directory in Llama's layout), once for a configuration.
 
     Every weight is random, biases and norms too.
     """
@@ -240,7 +240,7 @@ def test_torch_files_in_the_old_format_are_refused(tmp_path, tiny_dir):
 
 
 def compare(model, theirs):
-    """Asserts that logits, loss and the gradient of every tensor agree."""
+    """Assert that logits, loss and the gradient of every tensor agree."""
     config, tokens = model.config, batch(0, model.config)
     labels = torch.tensor(tokens).long()
     out = theirs(labels, labels=labels)

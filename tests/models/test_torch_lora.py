@@ -47,7 +47,7 @@ ADAPTERS = LoRA(rank=4, alpha=8.0)
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A base model here, and its directory in Llama's layout."""
+    """Make a base model here, and its directory in Llama's layout."""
     directory = tmp_path_factory.mktemp("base") / "llama"
     execution = Execution(dtype="float32", attn="xla", lora=ADAPTERS)
     model = with_values(init(CONFIG, seed=1, execution=execution))

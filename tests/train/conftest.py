@@ -41,7 +41,7 @@ def logging_to_stdout():
 
 @pytest.fixture(scope="session")
 def tiny() -> Iterator[ModelConfig]:
-    """The tiny model, also by name: `--model=tiny`."""
+    """Register the tiny model by name, for `--model=tiny`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "tiny", TINY)
         yield TINY

@@ -28,7 +28,7 @@ def losses(out: Path) -> list[float]:
 
 
 def params(out: Path, step: int):
-    """The parameters in a checkpoint, as numpy."""
+    """Read the parameters in a checkpoint, as numpy."""
     with ocp.PyTreeCheckpointer() as reader, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sharding info not provided")
         state = reader.restore(out / "checkpoints" / str(step) / "state")

@@ -74,7 +74,7 @@ def test_a_broken_checkpoint_is_one_line(finished, tmp_path, capsys, lost):
 
 
 def raw_params(step):
-    """The checkpoint's weights, read without knowing what should be in it."""
+    """Read the weights of a checkpoint without a description of its content."""
     with ocp.PyTreeCheckpointer() as checkpointer:
         return checkpointer.restore(step / "state")["params"]
 

@@ -19,7 +19,7 @@ from train.main import main
 
 @pytest.fixture
 def refused(capsys, tmp_path, tiny):
-    """Runs the command line, which must fail, and returns its one line."""
+    """Run the command line, which must fail, and return its one line."""
 
     def run(*argv: str, status: int = 1, out=None) -> str:
         directory = tmp_path / "out" if out is None else out

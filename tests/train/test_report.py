@@ -133,7 +133,7 @@ def test_steps_whose_loss_is_null_are_left_out(run):
         ("metrics.jsonl", "[" * 100_000 + "\n", "metrics.jsonl:1 is no record of a run"),
         ("eval.jsonl", '{"step": 3, "set": 1, "loss": 2}\n', "eval.jsonl is no record of a run"),
         ("eval.jsonl", '{"step": 3, "set": "a", "loss": "x"}\n', "has no valid 'loss'"),
-        ("config.json", "[]", "config.json must hold a JSON object"),
+        ("config.json", "[]", "config.json must contain a JSON object"),
         ("config.json", "{", "config.json is not valid JSON"),
         ("config.json", '{"flags": [], "chosen": 3}', ""),
     ],

@@ -56,9 +56,11 @@ SYNONYMS = {
         "load_from overwrite_output_dir",
         "chats are recognised by their content, there is no template to choose": "template "
         "prompt_template dataset_map_fn template_map_fn_factory",
-        "LoRA is not supported yet: all weights are trained": "lora lora_rank lora_r lora_alpha "
-        "lora_dropout lora_target finetuning_type use_lora qlora peft load_in_4bit "
-        "quantization_bit",
+        "take --lora.rank": "lora lora_rank lora_r finetuning_type use_lora peft",
+        "take --lora.alpha": "lora_alpha",
+        "take --lora.dropout": "lora_dropout",
+        "take --lora.targets": "lora_target lora_target_modules",
+        "take --lora.rank with --base_dtype=nf4": "qlora load_in_4bit quantization_bit",
         "sequence parallelism is not supported yet": "sequence_parallel sp_size cp cp_size "
         "sequence_parallel_size context_parallel parallelism.context_parallel_degree",
     }.items()

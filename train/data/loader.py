@@ -273,11 +273,12 @@ def _repeats(dataset: Dataset, documents: Int64[np.ndarray, " n"]) -> tuple[int,
     if not len(again):
         return 0, ""
 
-    def place(document: Any) -> str:
+    def place(number: int) -> str:
+        document = documents[number]
         return f"{dataset.files[dataset.file[document]].file}:{dataset.line[document]}"
 
-    earlier = documents[first[same[again[0]]]]
-    return len(again), f"{place(documents[again[0]])} is {place(earlier)} again"
+    number = int(again[0])
+    return len(again), f"{place(number)} is {place(int(first[same[number]]))} again"
 
 
 def _fingerprint(dataset: Dataset, spans: Spans, rows: PackedRows, seq_len: int, seed: int) -> str:

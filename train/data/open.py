@@ -21,12 +21,12 @@ from train.data.tokens.dataset import tokenise
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PackingOptions:
-    """How documents are put into rows.
+    """Options of packing.
 
     Attributes:
         method: "fit" puts whole documents into rows (packing.py), "concat" and "xtuner" cut a
             stream of all tokens (stream.py).
-        too_long: with "fit", what happens to chats longer than a row (spans.split_documents).
+        too_long: with "fit", treatment of chats longer than a row (spans.split_documents).
     """
 
     method: StreamPacking | Literal["fit"] = "fit"
@@ -62,8 +62,8 @@ def open_data(
         seq_len: tokens of a row, at least 2.
         batch_size: rows of a batch over all hosts.
         seed: of every shuffle, >= 0.
-        packing: how documents are put into rows.
-        reading: how files are read and tokenised; the built-in text is never cached.
+        packing: options of packing.
+        reading: options of reading; the built-in text is never cached.
         hold_out: share of the documents of each path that is not trained on.
         split: "val" for the batches of the held-out documents.
         shard: the rows of each batch that this host has. Each host tokenises all files, or finds
@@ -110,7 +110,7 @@ def open_data(
 
 
 def _check_once(files: Sequence[Path]) -> None:
-    """Raise ValueError if a file is named twice: one would hold out what the other trains on."""
+    """Raise ValueError if a file is named twice: the second would train on held-out documents."""
     counts = Counter(file.resolve() for file in files)
     again = next((file for file in files if counts[file.resolve()] > 1), None)
     if again is not None:

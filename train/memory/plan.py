@@ -107,7 +107,7 @@ def plan(
     quantize: Literal["nf4", "int8"] | None = None,
     matmul: str = "bf16",
 ) -> Plan:
-    """Counts the bytes of a step.
+    """Count the bytes of a step.
 
     Args:
         model: the architecture.

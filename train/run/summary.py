@@ -82,9 +82,12 @@ def log_end(run: Run, seconds: float) -> None:
     """Log the files of a finished run, its time, and the commands that come next."""
     out = run.out
     log.info(f"done in {timedelta(seconds=round(seconds))}: {out}/metrics.jsonl, sample.txt")
-    log.info(
-        f"weights: python -m models.convert {out} {out}/hf; curves: python -m train.report {out}"
-    )
+    if run.execution.lora is not None:
+        convert = f"adapter: python -m models.convert {out} {out}/adapter"
+    else:
+        assets = "" if run.weights is None else f" --assets_from {run.weights}"
+        convert = f"weights: python -m models.convert {out} {out}/hf{assets}"
+    log.info(f"{convert}; curves: python -m train.report {out}")
 
 
 def flags_in_use(run: Run) -> dict[str, Any]:

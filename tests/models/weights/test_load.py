@@ -27,7 +27,7 @@ def tensors(tiny_dir):
 
 @pytest.fixture
 def write(tmp_path, tiny_dir):
-    """Writes tensors as a HF directory, in one file or in shards with an index."""
+    """Write tensors as a HF directory, in one file or in shards with an index."""
 
     def write(tensors, *, shards=1, config=None):
         found = json.loads((tiny_dir / "config.json").read_text()) | (config or {})

@@ -151,7 +151,7 @@ def test_llama_config_names_no_code():
 
 @pytest.fixture
 def beside(tiny_dir, tmp_path):
-    """A chat model's directory as the hub has it: code, a tokenizer of remote class, licence."""
+    """Make a chat model's directory as on the hub: code, a tokenizer of remote class, license."""
     path = tmp_path / "beside"
     shutil.copytree(tiny_dir.parent / "tokenizer_tiny_spm", path)
     config = json.loads((tiny_dir / "config.json").read_text()) | {"pretraining_tp": 1}

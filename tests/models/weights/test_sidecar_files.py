@@ -25,7 +25,7 @@ NANO = PRESETS["nano"]
 
 @pytest.fixture
 def base(tmp_path):
-    """The tokenizer of CHAT without its chat tokens."""
+    """Make the tokenizer of CHAT without its chat tokens."""
     shutil.copytree(CHAT, tmp_path / "base")
     config = json.loads((CHAT / "tokenizer_config.json").read_text())
     config["added_tokens_decoder"] = {

@@ -85,7 +85,7 @@ Named.__call__ = lambda self: None
 
 
 def rebuilt(x, key, *, offset=0, stride=None):
-    """The pickled description of a tensor in a storage."""
+    """Pickle the description of a tensor in a storage."""
     stride = stride or tuple(s // x.itemsize for s in x.strides)
     storage = Stored(STORAGES[x.dtype], key, x.size)
     args = (storage, offset, x.shape, stride, False, collections.OrderedDict())
@@ -93,7 +93,7 @@ def rebuilt(x, key, *, offset=0, stride=None):
 
 
 def write(path, state, storages=None, pickler=Pickler):
-    """A zip as torch.save makes it; storages are bytes by key."""
+    """Write a zip as torch.save does; storages are bytes by key."""
     out = io.BytesIO()
     pickler(out, protocol=2).dump(state)
     with zipfile.ZipFile(path, "w") as file:
@@ -242,7 +242,7 @@ def test_broken_files(tmp_path):
 
 
 def damaged(path, name, change):
-    """Changes the local header or the data of a member in a zip."""
+    """Change the local header or the data of a member in a zip."""
     data = bytearray(path.read_bytes())
     with zipfile.ZipFile(path) as file:
         info = file.getinfo(name)

@@ -14,7 +14,7 @@ from train.bench.table import line
 
 @pytest.fixture
 def children(monkeypatch):
-    """The children need no 8 devices, nor fast code."""
+    """Give the child processes one device, and compile them quickly."""
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 

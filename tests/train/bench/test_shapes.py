@@ -80,7 +80,7 @@ class Device:
         monkeypatch.setattr(bench_shapes.time, "perf_counter", lambda: self.now)
 
     def step(self, i):
-        """Launches a step."""
+        """Launch a step."""
         self.now += self._seconds[min(len(self.steps), len(self._seconds) - 1)]
         self.steps.append(i)
 

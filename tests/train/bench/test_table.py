@@ -13,7 +13,7 @@ MACHINE = {"device": "1 x Abacus", "versions": "jax 9", "date": "2030-01-02"}
 
 
 def found(ms=None, **fields):
-    """A cell as it is written."""
+    """Return a cell as it is written."""
     cell = dataclasses.asdict(CELL) | MACHINE | fields
     if ms is None:
         return cell | {"why": "too | large"}

@@ -28,7 +28,7 @@ IDENTITY = {"model.hidden_size": 64, "tokenizer": "byte", "seed": 0}
 
 
 def state_on(mesh, step=0, size=64) -> TrainState:
-    """A state of random numbers, split over fsdp."""
+    """Make a state of random numbers, split over fsdp."""
     where = NamedSharding(mesh, P("fsdp"))
     w = jax.device_put(jax.random.normal(jax.random.key(step), (size, 8)), where)
     tx = optimizer(OptimConfig(), 1e-3, 10)
@@ -307,7 +307,7 @@ def read_only(checkpoints, monkeypatch):
 
 
 def no_inodes(checkpoints, monkeypatch):
-    """The step's directory can be made, those inside it cannot."""
+    """Fail to create directories inside the directory of the step."""
     mkdir = os.mkdir
 
     def full(path, *args, **kwargs):
@@ -319,7 +319,7 @@ def no_inodes(checkpoints, monkeypatch):
 
 
 def no_threads(checkpoints, monkeypatch):
-    """The first threads of the save start, later ones do not."""
+    """Start the first threads of the save, and fail to start later ones."""
     start, left = threading.Thread.start, [7]
 
     def fail_later(thread):

@@ -102,7 +102,7 @@ def test_choices_are_those_of_the_code():
         ("--grad_clip", "--optim.clip"),
         ("--max_norm", "--optim.clip"),
         ("--gradient_checkpointing", "--remat"),
-        ("--lora_rank", "LoRA is not supported yet"),
+        ("--lora_rank", "take --lora.rank"),
         ("--per_device_train_batch_size", "--batch_size"),
         ("--gradient_accumulation_steps", "--grad_accum"),
         ("--accumulative_counts", "--grad_accum"),

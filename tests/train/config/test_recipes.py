@@ -21,9 +21,21 @@ def test_xtuners_numbers():
     assert (alpaca.seq_len, alpaca.epochs, alpaca.optim.lr) == (2048, 3, 2e-5)
     assert (alpaca.optim.rates, alpaca.optim.weight_decay) == ((0.9, 0.999), 0.0)
     assert (alpaca.optim.warmup_ratio, alpaca.optim.last_ratio) == (0.03, 0.0)
-    assert all(
-        (c.save_every, c.keep_last, c.sample_every) == (500, 2, 500) for c in RECIPES.values()
-    )
+    assert all((c.save_every, c.keep_last) == (500, 2) for c in RECIPES.values())
+    assert {n: c.sample_every for n, c in RECIPES.items() if c.sample_every != 500} == {
+        f"internlm2-{size}-qlora-code-2k": 100 for size in ("1.8b", "7b", "20b")
+    }
+
+
+def test_xtuners_numbers_of_qlora():
+    """They are the numbers of internlm2_chat_7b_qlora_alpaca_e3 and its siblings."""
+    for size in ("1.8b", "7b", "20b"):
+        c = RECIPES[f"internlm2-{size}-qlora-alpaca-2k"]
+        assert (c.seq_len, c.epochs, c.base_dtype) == (2048, 3, "nf4")
+        assert (c.lora.rank, c.lora.alpha, c.lora.dropout) == (64, 16, 0.1)
+        assert (c.optim.lr, c.optim.rates, c.optim.weight_decay) == (2e-4, (0.9, 0.999), 0.0)
+        assert (c.optim.warmup_ratio, c.optim.last_ratio, c.optim.clip) == (0.03, 0.0, 1.0)
+    assert RECIPES["internlm2-7b-qlora-oasst-512"].seq_len == 512
 
 
 @pytest.mark.parametrize(
@@ -71,7 +83,7 @@ def test_list(capsys):
         (["--optim.schedule=steps"], "--optim.schedule=steps must be one of "),
         (["--seed=4294967296"], "--seed=4294967296 must be at least 0 and below 4,294,967,296"),
         (["--dist.timeout_minutes=inf"], "must be above 0 and at most 1,440, a day"),
-        (["--lora_rank=8"], "LoRA is not supported yet"),
+        (["--lora_rank=8"], "take --lora.rank"),
         (
             ["--optim.name=lion", "--optim.moment_dtype=int8"],
             "--optim.moment_dtype=int8 is for adamw only",

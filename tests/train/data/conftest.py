@@ -22,7 +22,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[[str, object], Path]:
-    """Writes a file of a name and content: bytes, str, or rows for .jsonl lines or an array."""
+    """Write a file of a name and content: bytes, str, or rows for .jsonl lines or an array."""
 
     def write_file(name: str, content: object) -> Path:
         path = tmp_path / name
@@ -42,7 +42,7 @@ def write(tmp_path: Path) -> Callable[[str, object], Path]:
 
 @pytest.fixture(scope="session")
 def make_dataset() -> Callable[..., Dataset]:
-    """Makes a dataset without files."""
+    """Make a dataset without files."""
     return _make_dataset
 
 

@@ -54,7 +54,7 @@ def test_packed_rows_equal_single_documents_with_the_kernel(tiny, tmp_path, monk
 
 
 def check(config, tmp_path, attn: str, *, texts: int, place: Callable[[Batch, int], Batch]) -> None:
-    """Compares loss and gradients of packed rows with those of their documents, one a row."""
+    """Compare loss and gradients of packed rows with those of their documents, one a row."""
     rows = [{"question": f"Q{i}", "answer": "answer " * (i % 4 + 1)} for i in range(texts)]
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
@@ -99,7 +99,7 @@ def in_its_place(batch: Batch, number: int) -> Batch:
 
 
 def at_the_beginning(batch: Batch, number: int) -> Batch:
-    """The same, moved to the row's beginning."""
+    """Move the document to the beginning of the row."""
     here = batch.segment_ids[0] == number
     fields = []
     for field in batch:

@@ -20,7 +20,7 @@ def path(write):
 
 @pytest.fixture
 def opened(path, tokenizer):
-    """Opens a loader over 60 chats, 96 tokens a row, batches of 4; takes changes of these."""
+    """Open a loader over 60 chats, 96 tokens a row, batches of 4; takes changes of these."""
     loaders = []
 
     def open_(**changes):

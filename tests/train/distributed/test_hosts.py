@@ -36,7 +36,7 @@ def free_port() -> int:
 
 
 def launch(tiny, out: Path, processes: int, *, which=0, first="", own=()) -> list[int]:
-    """Runs the same 8 steps as `tiny_run` on 8 devices; returns the exit statuses.
+    """Run the same 8 steps as `tiny_run` on 8 devices; return the exit statuses.
 
     `first` is run in process `which` alone, and the last one has flags of its `own`. What they say
     is in <out>.<process>.log.

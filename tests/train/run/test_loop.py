@@ -117,7 +117,7 @@ def test_finished_run_says_so_and_trains_nothing(tiny_run, finished, capsys):
 
 @pytest.fixture
 def nan_in(monkeypatch):
-    """Makes the loss of chosen batches NaN, counted from 1."""
+    """Make the loss of chosen batches NaN, counted from 1."""
     put_batch = train_loop.put_batch
 
     def inject(which) -> None:

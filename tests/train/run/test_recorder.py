@@ -15,7 +15,7 @@ from train.run import loop
 
 @pytest.fixture(scope="module")
 def recorded(tiny_run, tmp_path_factory):
-    """A run of 8 steps that evaluates, samples and saves at 4 and 8, resumed after 4."""
+    """Train 8 steps with evaluation, samples and checkpoints at 4 and 8, resumed after 4."""
     base = tmp_path_factory.mktemp("evidence")
     (base / "held.txt").write_text("No, sir, I do not bite my thumb at you, sir. " * 20)
     config = dataclasses.replace(

@@ -19,7 +19,7 @@ RUN = ["--model=tiny", "--attn=sdpa", "--seq_len=64", "--batch_size=8", "--save_
 
 @pytest.fixture
 def copy(finished, tmp_path):
-    """A copy of the finished run's directory."""
+    """Copy the directory of the finished run."""
     shutil.copytree(finished, tmp_path / "run")
     return tmp_path / "run"
 

@@ -28,7 +28,7 @@ def inputs(dtype=jnp.float32):
 
 @jax.jit
 def dense(x_BTD, w_DV, targets_BT, weights_BT):
-    """The definition, with all logits at once in float32."""
+    """Compute the loss by its definition, with all logits at once in float32."""
     logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD.astype(jnp.float32), w_DV.astype(jnp.float32))
     logp_BTV = jax.nn.log_softmax(logits_BTV)
     picked_BT = jnp.take_along_axis(logp_BTV, targets_BT[..., None], axis=-1)[..., 0]

@@ -52,7 +52,7 @@ class Trainer:
         return self.steps[sizes, grad_accum, attn]
 
     def state(self, like):
-        """The state before the first step."""
+        """Return the state before the first step."""
         copy = jax.tree.map(jnp.array, self.model)  # new_state consumes what it is given
         return new_state(params_of(copy, like), self.tx, like)
 

@@ -82,7 +82,7 @@ ROLES = {
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _THINK = re.compile(r"<think>(.*?)</think>\s*", re.DOTALL)
 
-# Keys that are read, of rows of each format and of what is in them.
+# Keys that are read: of the rows of each format, and of their turns, messages and calls.
 _OF_ROW = frozenset(("system", "tools", "functions", *FLAGS))
 _OF_CONVERSATION = _OF_ROW | {"conversation"}
 _OF_MESSAGES = _OF_ROW | {"messages"}
@@ -105,9 +105,9 @@ class Reading(NamedTuple):
 
     Attributes:
         format: name of its format.
-        example: what is trained on.
+        example: the training example.
         unread: keys with content that are not read, with those of turns as "messages[].key".
-        remarks: what else the data report counts.
+        remarks: further facts that the data report counts, one entry each time.
     """
 
     format: str
@@ -160,7 +160,7 @@ def _format_of(found: tuple[str, ...]) -> str | None:
 
 
 class _Reader:
-    """Reads one row: what all formats share, then one method a format."""
+    """Reader of one row: one method a format, then the parts that all formats share."""
 
     def __init__(self, row: dict[str, Any], reasoning: Reasoning):
         self.row, self.reasoning = row, reasoning

@@ -26,7 +26,7 @@ class Element(NamedTuple):
 
 
 def walk_arrays(text: str) -> Iterator[Element]:
-    """Yield the elements of one array or of several in a row, and then what follows as an error."""
+    """Yield the elements of one or more arrays, and text after the last one as an error."""
     decode = json.JSONDecoder().raw_decode
     at = _skip_space(text, 0)
     while text[at : at + 1] == "[":
@@ -63,7 +63,7 @@ def _skip_space(text: str, at: int) -> int:
 
 
 def _row_begin(text: str, start: int) -> re.Pattern[str]:
-    """Return the pattern of what precedes the next row after a broken one at `start`.
+    """Return the pattern of the text before the next row, after a broken row at `start`.
 
     Rows that begin a line are recognised by the indentation of this one, rows of an array on one
     line by the `}, {` between objects.

@@ -140,7 +140,7 @@ def has_document_per_line(head: bytes) -> bool:
 
 
 class _Reader:
-    """A stream of which the beginning was read."""
+    """A stream whose first bytes (`head`) were already read."""
 
     def __init__(self, stream: Stream, head: bytes):
         self._stream, self._head = stream, head.removeprefix(BOM)

@@ -1,7 +1,7 @@
 """Files to records: chunks of a file, and the parsed rows of a chunk.
 
-A row that cannot be read becomes a `BrokenRecord`, never an exception: the caller decides once
-whether it is skipped or fatal (dataset.py).
+A row that cannot be read becomes a `BrokenRecord`, never an exception: dataset.py skips it or
+stops at it.
 """
 
 import io

@@ -99,7 +99,7 @@ def _batches(path: Path, suffix: str, size: int) -> Generator[Any]:
         return
     ipc = library("pyarrow.ipc", EXTRA, path)
     with library("pyarrow", EXTRA, path).memory_map(str(path)) as file:
-        # Two passes: a stream does not say at its head how many rows it has.
+        # Two passes: the head of a stream does not hold the number of rows.
         yield sum(batch.num_rows for batch in _record_batches(ipc, file))
         for batch in _record_batches(ipc, file):
             step = _rows_at_once(size, batch.nbytes / max(1, batch.num_rows))

@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReadOptions:
-    """How files are read and tokenised.
+    """Options of reading and tokenising files.
 
     Attributes:
         strict: the first broken row is fatal instead of skipped and counted.
@@ -68,7 +68,7 @@ class ReadOptions:
 def open_documents(
     path: Path, tokenizer: Tokenizer, options: ReadOptions, bar: tqdm
 ) -> list[Documents]:
-    """Return the documents of a file, one entry a chunk; tokenise what the cache lacks.
+    """Return the documents of a file, one entry a chunk; tokenise those that are not in the cache.
 
     Args:
         path: the file.
@@ -138,8 +138,8 @@ def _encode(chunk, encode: Encode, bar: tqdm) -> Documents:
 def _key(path: Path, tokenizer: Tokenizer, options: ReadOptions) -> str:
     with path.open("rb") as file:
         data = hashlib.file_digest(file, "sha256").hexdigest()
-    suffix = "".join(path.suffixes[-2:]).lower()  # decides what the bytes mean: .txt or .jsonl
-    # The fingerprint is of how text becomes ids; a tokenizer's config names the one that begins it.
+    suffix = "".join(path.suffixes[-2:]).lower()  # decides the meaning of the bytes: .txt or .jsonl
+    # The fingerprint covers the ids of texts; the id of <s> comes from the tokenizer's config.
     facts = [data, suffix, tokenizer.fingerprint, str(tokenizer.bos_id), options.reasoning]
     return hashlib.blake2b("\n".join(facts).encode(), digest_size=16).hexdigest()
 

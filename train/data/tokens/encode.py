@@ -40,7 +40,7 @@ def encode_chunk(chunk: Chunk, tokenizer: Tokenizer, *, reasoning: Reasoning = "
         examples: list[Example] = []
         for record in records:
             if isinstance(record, BrokenRecord):
-                broken.append(record)
+                broken.append((record.line, record.size, record.reason))
                 continue
             try:
                 name, example, keys, notes = recognise(record.value, reasoning)

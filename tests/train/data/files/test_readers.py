@@ -54,7 +54,7 @@ def test_damaged_arrays_are_read_alike_in_parts(tmp_path_factory, damage, size, 
 
 
 def without_column(row):
-    """The column in an array on one line is that in its part, and lines may not be named."""
+    """Drop the column from the reason: it depends on the chunk for an array on one line."""
     if isinstance(row, Record):
         return row
     return row.line, row.reason.split("(")[0]

@@ -24,7 +24,7 @@ ROWS = [{"question": f"Q{i}", "answer": "ü" * (i % 9 + 1)} for i in range(2500)
 
 @pytest.fixture
 def save(tmp_path):
-    """Saves rows as a .parquet file, an .arrow file, or a directory of `save_to_disk`."""
+    """Save rows as a .parquet file, an .arrow file, or a directory of `save_to_disk`."""
 
     def save_as(kind: str, rows: list, name: str = "a"):
         table = pyarrow.Table.from_pylist(rows)

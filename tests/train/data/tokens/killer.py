@@ -12,6 +12,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,7 @@ PEEK = os.WEXITED | os.WNOHANG | os.WNOWAIT  # whether it has ended, which `ende
 
 
 def forked(child: Callable[[], None], log: Path) -> int:
-    """Starts a process that does this and nothing else."""
+    """Start a process that does this and nothing else."""
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -42,7 +43,7 @@ def forked(child: Callable[[], None], log: Path) -> int:
 
 
 def ended(pid: int) -> int:
-    """The exit status, negative for a signal."""
+    """Return the exit status, negative for a signal."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
@@ -64,7 +65,7 @@ def killed(
 
 
 def load(path: Path, directory: Path | None, log: Path, *, workers: int = 1) -> None:
-    """Writes the hash of every batch, its position first, going on where `log` ends."""
+    """Write the hash of every batch after its position, from the end of `log` on."""
     with opened(path, directory, workers) as loader:
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []
         whole = [line for line in lines if line.endswith("\n")]
@@ -164,6 +165,8 @@ def main() -> None:
     logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stdout)
     # Its thread may hold a lock while we fork, and the child would wait for it.
     tqdm.monitor_interval = 0
+    # tqdm's own lock is shared by forked processes: one that is killed with it never releases it.
+    tqdm.set_lock(threading.RLock())
     what, path, root = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     match what:
         case "building":

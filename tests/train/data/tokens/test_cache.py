@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import multiprocessing.spawn
 import os
 import re
 import signal
@@ -245,8 +244,18 @@ def test_two_builders_make_one_cache(path, tokenizer, tmp_path, caplog):
     assert same(tokenise([path], tokenizer), made[0])
 
 
+class Deadly:
+    """A function that ends the process that it is sent to."""
+
+    def __call__(self, *_, **__):
+        raise AssertionError("not in this process")
+
+    def __reduce__(self):
+        return os._exit, (1,)
+
+
 def test_a_worker_that_dies_is_one_clear_error(path, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(multiprocessing.spawn, "_python_exe", b"/bin/false")
+    monkeypatch.setattr(cache_module, "encode_chunk", Deadly())
     with pytest.raises(OSError, match=r"a process that tokenises died: out of memory\?"):
         tokenise([path], tokenizer, reading(tmp_path / "cache", workers=2))
 

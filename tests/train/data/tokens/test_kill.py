@@ -13,7 +13,7 @@ PROGRAM = Path(__file__).with_name("killer.py")
 
 @pytest.fixture
 def killer(write, tmp_path):
-    """Runs killer.py on a file of 1,500 chats in some hundred parts, and returns what it says."""
+    """Run killer.py on a file of 1,500 chats in some hundred chunks, and return its output."""
     rows = [{"question": f"Q{i}", "answer": "A" * (i % 37 + 1)} for i in range(1500)]
     path = write("a.jsonl", rows)
 

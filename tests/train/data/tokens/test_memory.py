@@ -38,7 +38,7 @@ for path in paths:
 
 @pytest.fixture
 def peaks(tmp_path):
-    """Reads files one after the other in one process: its peak in MiB, and broken rows, after each.
+    """Read files one after the other in one process; peak in MiB and broken rows after each.
 
     Their cache is built in this very process, and every token of it is loaded once.
     """

@@ -29,7 +29,7 @@ def rising(dtype=jnp.bfloat16) -> Problem:
 
 
 def far_below() -> Problem:
-    """A document that begins inside a tile of queries, behind its first keys: all scores -140.
+    """Make a document that begins inside a tile of queries, after its first keys; all scores -140.
 
     An offset of 0 would do for none of its rows.
     """
@@ -42,13 +42,13 @@ def far_below() -> Problem:
 
 
 def ordinary() -> Problem:
-    """Padding and documents inside a tile."""
+    """Make padding and documents inside a tile."""
     ids = documents(((1, 100), (0, 5), (2, 20), (3, 35), (0, 10)))
     return random_problem(2, 1, LENGTH, LENGTH, 2, 2, 64, jnp.bfloat16, ids=ids)
 
 
 def on_the_grid() -> Problem:
-    """A document inside a tile of queries whose first key is the first of a tile of keys."""
+    """Make a document inside a tile of queries whose first key is the first of a tile of keys."""
     ids = documents(((1, 40), (2, 128), (3, 32)))
     return random_problem(3, 1, 200, 200, 2, 2, 64, jnp.bfloat16, ids=ids)
 
