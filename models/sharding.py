@@ -103,12 +103,6 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     return placed
 
 
-def weight_axes(weight: nnx.Variable) -> Axes:
-    """Return the logical axes of a parameter; the leading layer axis of a stack is never split."""
-    axes = weight.get_metadata().get("axes", ())
-    return (None,) * (len(weight.shape) - len(axes)) + axes
-
-
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Reshard an array by its logical axes.
 

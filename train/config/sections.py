@@ -217,7 +217,7 @@ class LoRAConfig:
 
     @property
     def used(self) -> bool:
-        """Whether adapters are trained."""
+        """True if adapters are trained."""
         return self.rank is not None or self.adapter is not None
 
     @property

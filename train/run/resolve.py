@@ -65,7 +65,7 @@ class Run:
     """Why `execution.attn` runs."""
 
     packed: bool
-    """Whether rows may hold several documents, so that attention gets segment ids."""
+    """True if a row may hold several documents, so that attention gets segment ids."""
 
     rows: int
     """Rows of a step; a multiple of grad_accum times the devices that split rows."""
