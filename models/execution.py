@@ -32,13 +32,13 @@ class Execution:
         float32; None: none, and all parameters are trained.
       quantize: storage of the blocks' linear layers, see `models.quantize`; None: param_dtype.
       matmul: "bf16" computes the matrix products of the blocks in `dtype`; "fp8" computes those of
-        `InternLM2.hidden` (training, evaluation) in 8 bits, see `models.fp8`. Generation always
-        uses `dtype`.
+        `InternLM2.hidden` (training, evaluation) in 8 bits, see `models.fp8`. Generation and the
+        products with adapters always use `dtype`.
       deterministic: make the gradients of attention bitwise reproducible, see `jaxattn.attention`.
 
     Raises:
       ValueError: `remat` is not a key of `REMAT`, or saves dequantised weights; or `matmul` is
-        unknown, or "fp8" with adapters.
+        unknown.
       TypeError: a dtype is unknown.
     """
 
@@ -62,8 +62,6 @@ class Execution:
             )
         if self.matmul not in MATMULS:
             raise ValueError(f"matmul={self.matmul!r} must be one of {', '.join(MATMULS)}")
-        if self.matmul == "fp8" and self.lora is not None:
-            raise ValueError("matmul='fp8' does not work with lora: use 'bf16'")
         for name in ("dtype", "param_dtype"):
             object.__setattr__(self, name, jnp.dtype(getattr(self, name)))
 

@@ -31,6 +31,7 @@ References:
 
 import functools
 import math
+import operator
 from typing import NamedTuple
 
 import jax
@@ -111,38 +112,56 @@ def quantise(x: Array, scale: Float[Array, ""], dtype: DTypeLike) -> Quantised:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def product(x: Array, w: Array, bound: Float[Array, ""], out: sharding.Axes) -> Array:
-    """Multiply activations by a weight in 8 bits; the gradients are two more 8-bit products.
+def products(
+    x: Array, weights: tuple[Array, ...], bound: Float[Array, ""], out: sharding.Axes
+) -> tuple[Array, ...]:
+    """Multiply activations by weights in 8 bits; x is quantised once for all of them.
+
+    The gradients are 8-bit products too. XLA removes that of a frozen weight, which nothing uses.
 
     Args:
-      x: [B, T, ...]; all dimensions after T are summed over, and w begins with them.
-      w: weight, in the dtype of x.
+      x: [B, T, ...]; all dimensions after T are summed over, and each weight begins with them.
+      weights: in the dtype of x.
       bound: upper bound of |x|; has no gradient.
-      out: logical axes of the result.
+      out: logical axes of each result.
 
     Returns:
-      [B, T, ...] in the dtype of x, with the last dimensions of w.
+      For each weight [B, T, ...] in the dtype of x, with the last dimensions of the weight.
     """
-    return _product_forward(x, w, bound, out)[0]
+    return _products_forward(x, weights, bound, out)[0]
 
 
-def _product_forward(x, w, bound, out):
+def _products_forward(x, weights, bound, out):
     x_q = quantise(x, scale_of(bound, ACTIVATION), ACTIVATION)
-    w_scale = _scale_of_weight(w)
-    y = _times(x_q, _for_forward(w, w_scale), x.dtype, out)
+    scales = tuple(map(_scale_of_weight, weights))
+    ys = tuple(
+        _times(x_q, _for_forward(w, scale), x.dtype, out)
+        for w, scale in zip(weights, scales, strict=True)
+    )
     # Otherwise XLA adds the residual stream inside the product, in place, to a copy of the stream.
-    return _materialise(y), (_as_bits(x_q), w, w_scale)
+    return _materialise(ys), (_as_bits(x_q), weights, scales)
 
 
-def _product_backward(out, residuals, dy):
-    x_bits, w, w_scale = residuals
+def _products_backward(out, residuals, dys):
+    x_bits, weights, scales = residuals
     x_q = _from_bits(x_bits)
-    dy_q = quantise(dy, scale_of(largest(dy), GRADIENT), GRADIENT)
-    dx = _times_transposed(dy_q, quantise(w, w_scale, ACTIVATION), dy.dtype, like=x_q.values)
-    return dx, _sum_over_tokens(x_q, dy_q, like=w), None
+    dxs, dws = [], []
+    for w, scale, dy in zip(weights, scales, dys, strict=True):
+        dy_q, w_q = (
+            quantise(dy, scale_of(largest(dy), GRADIENT), GRADIENT),
+            quantise(w, scale, ACTIVATION),
+        )
+        dxs.append(_times_transposed(dy_q, w_q, dy.dtype, like=x_q.values))
+        dws.append(_sum_over_tokens(x_q, dy_q, like=w))
+    return functools.reduce(operator.add, dxs), tuple(dws), None
 
 
-product.defvjp(_product_forward, _product_backward)
+products.defvjp(_products_forward, _products_backward)
+
+
+def product(x: Array, w: Array, bound: Float[Array, ""], out: sharding.Axes) -> Array:
+    """Multiply activations by one weight, see `products`."""
+    return products(x, (w,), bound, out)[0]
 
 
 @jax.custom_vjp

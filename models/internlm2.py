@@ -71,7 +71,10 @@ class InternLM2(nnx.Module):
             made = Block(config, rngs=rngs, param_dtype=param_dtype, lora=execution.lora)
             return made if execution.quantize is None else quantize_block(made, execution.quantize)
 
-        self.blocks = jax.vmap(block)(rngs.split(config.num_layers))
+        layers = rngs.split(config.num_layers)
+        # One layer at a time where it is quantised: only its weights are in memory unquantised.
+        one_by_one = execution.quantize is not None
+        self.blocks = jax.lax.map(block, layers) if one_by_one else jax.vmap(block)(layers)
         self.norm_D = constant(1.0, (D,), (None,), param_dtype)
         if not config.tie_word_embeddings:
             self.output_DV = normal(rngs, (D, V), ("embed", "vocab"), std, param_dtype)

@@ -158,23 +158,29 @@ class SwiGLU(nnx.Module):
         Args:
           x_BTD: output of the norm.
           dropout: random keys of the adapters' dropout.
-          bound: upper bound of |x|, for fp8 products (`models.fp8`), without adapters; None:
-            products in the dtype of x.
+          bound: upper bound of |x|, for fp8 products (`models.fp8`); None: products in the dtype
+            of x.
         """
         w1_DF = weight_in_use(self.w1_DF, x_BTD.dtype)
         w3_DF = weight_in_use(self.w3_DF, x_BTD.dtype)
         w2_FD = weight_in_use(self.w2_FD, x_BTD.dtype)
-        if bound is not None:
+        if bound is not None and not self.lora:
             return fp8.swiglu(x_BTD, w1_DF, w3_DF, w2_FD, bound)
         add = functools.partial(add_adapter, self.lora, dropout=dropout)
         stream, hidden = ("batch", None, None), ("batch", None, "ffn")
-        gate_BTF = sharding.einsum("BTD,DF->BTF", x_BTD, w1_DF, out=hidden)
-        up_BTF = sharding.einsum("BTD,DF->BTF", x_BTD, w3_DF, out=hidden)
+        if bound is None:
+            gate_BTF = sharding.einsum("BTD,DF->BTF", x_BTD, w1_DF, out=hidden)
+            up_BTF = sharding.einsum("BTD,DF->BTF", x_BTD, w3_DF, out=hidden)
+        else:
+            gate_BTF, up_BTF = fp8.products(x_BTD, (w1_DF, w3_DF), bound, hidden)
         gate_BTF = add("w1", gate_BTF, "BTD,DF->BTF", x_BTD, x_axes=stream, out=hidden)
         up_BTF = add("w3", up_BTF, "BTD,DF->BTF", x_BTD, x_axes=stream, out=hidden)
         gate_BTF, up_BTF = checkpoint_name((gate_BTF, up_BTF), "gate_up")
         x_BTF = jax.nn.silu(gate_BTF) * up_BTF
-        y_BTD = sharding.einsum("BTF,FD->BTD", x_BTF, w2_FD, out=stream)
+        if bound is None:
+            y_BTD = sharding.einsum("BTF,FD->BTD", x_BTF, w2_FD, out=stream)
+        else:
+            y_BTD = fp8.product(x_BTF, w2_FD, fp8.largest(x_BTF), stream)
         return add("w2", y_BTD, "BTF,FD->BTD", x_BTF, x_axes=hidden, out=stream)
 
 

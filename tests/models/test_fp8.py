@@ -14,6 +14,7 @@ from models.config import PRESETS
 from models.execution import Execution
 from models.internlm2 import InternLM2, init
 from models.layers import rms_norm
+from models.lora import LoRA, LoRAParam
 from models.remat import REMAT
 
 B, T, D, F = 2, 32, 64, 96
@@ -290,3 +291,44 @@ def test_generation_computes_in_its_own_type():
 def test_an_unknown_matmul_is_refused():
     with pytest.raises(ValueError, match="matmul='fp4' must be one of bf16, fp8"):
         Execution(matmul="fp4")
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_adapters_beside_frozen_weights(quantize):
+    """Their gradients are near those of exact products, and no frozen weight gets a gradient."""
+    config = dataclasses.replace(CONFIG, hidden_size=256, num_heads=4, num_kv_heads=2)
+
+    def gradients(matmul):
+        lora = LoRA(rank=4, alpha=8.0)
+        execution = Execution(
+            attn="xla", dtype="float32", lora=lora, quantize=quantize, matmul=matmul
+        )
+        model = InternLM2(config, rngs=nnx.Rngs(params=0), execution=execution)
+        for adapters in (model.blocks.attention.lora, model.blocks.ffn.lora):
+            for adapter in adapters.values():
+                adapter.b[...] = draw(7, adapter.b.shape, 0.1)
+        graphdef, trained, frozen = nnx.split(model, LoRAParam, ...)
+
+        def loss(trained):
+            return jnp.square(nnx.merge(graphdef, trained, frozen).hidden(TOKENS)).mean()
+
+        return jax.make_jaxpr(loss)(trained), jax.grad(loss)(trained)
+
+    (_, exact), (forward, rounded) = gradients("bf16"), gradients("fp8")
+    for got, want in zip(jax.tree.leaves(rounded), jax.tree.leaves(exact), strict=True):
+        assert 0.001 < relative(got, want) < 0.25
+    assert str(forward).count("f8_e4m3fn") > 5
+
+
+def test_a_frozen_weight_costs_no_product_for_its_gradient():
+    """XLA removes it: the compiled gradient by x alone has one product less."""
+    x, w, dy = draw(1, (B, T, D)), draw(2, (D, F)), draw(3, (B, T, F))
+
+    def products(wrt):
+        def loss(*args):
+            return jnp.vdot(fp8.product(*args, fp8.largest(args[0]), OUT), dy)
+
+        compiled = jax.jit(jax.grad(loss, argnums=wrt)).lower(x, w).compile()
+        return compiled.as_text().count(" dot(") + compiled.as_text().count("__onednn$matmul")
+
+    assert products((0,)) == products((0, 1)) - 1

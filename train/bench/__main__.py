@@ -90,6 +90,15 @@ class BenchConfig:
     param_dtype: Literal["fp32", "bf16"] = "fp32"
     """Dtype of the stored weights. PyTorch computes under autocast with fp32."""
 
+    lora_rank: Annotated[int | None, chosen("INT")] = None
+    """Rank of LoRA adapters on all linear layers of the blocks. By default all weights are
+    trained."""
+
+    base_dtype: Annotated[
+        Literal["fp32", "bf16", "nf4", "int8"] | None, chosen("fp32|bf16|nf4|int8")
+    ] = None
+    """Storage of the frozen weights beside adapters, as in train.main."""
+
     optim: BenchOptim = dataclasses.field(default_factory=BenchOptim)
 
     grad_accum: int = 1
@@ -187,6 +196,8 @@ def cells_of(config: BenchConfig, *, on_gpu: bool) -> Iterator[Cell]:
             dtype=config.dtype or ("bfloat16" if on_gpu else "float32"),
             matmul=config.matmul,
             param_dtype=config.param_dtype,
+            lora_rank=config.lora_rank,
+            base_dtype=config.base_dtype,
             optim=config.optim.name,
             state=config.optim.moment_dtype,
             grad_accum=config.grad_accum,

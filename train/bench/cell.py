@@ -27,7 +27,7 @@ from train.step.step import put_batch
 RATE, STEPS = 1e-4, 100  # learning rate and steps of the run; they do not change the time
 OPTIONS = (
     *("attn", "seq_len", "grad_accum", "dtype", "param_dtype", "z_loss", "deterministic", "remat"),
-    *("model", "matmul"),
+    *("model", "matmul", "base_dtype"),
 )
 """Fields of a cell that are flags of train.main."""
 
@@ -53,6 +53,7 @@ class Program:
             steps=STEPS,
             scan_layers=None if cell.remat == "offload" else cell.scan_layers,
             optim=OptimConfig(**optim),
+            lora=cell.lora,
             **options,
         )
         run = resolve(config)

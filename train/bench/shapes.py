@@ -14,6 +14,7 @@ from jaxattn.device import peak_flops
 from models.config import PRESETS
 from models.tokenizer import load_tokenizer
 from train.cache_dirs import token_cache
+from train.config.sections import LoRAConfig
 from train.data import Batch, ReadOptions, open_data
 from train.metrics.flops import causal_pairs, training_flops
 
@@ -69,6 +70,12 @@ class Cell:
     state: Literal["fp32", "bf16", "int8"]
     """Dtype of AdamW's moments."""
 
+    lora_rank: int | None
+    """Rank of adapters on all linear layers of the blocks; None: all weights are trained."""
+
+    base_dtype: Literal["fp32", "bf16", "nf4", "int8"] | None
+    """Storage of the frozen weights beside adapters."""
+
     grad_accum: int
     """Microbatches of a step."""
 
@@ -86,6 +93,11 @@ class Cell:
 
     tokenizer: str
     """Tokenizer of the files."""
+
+    @property
+    def lora(self) -> LoRAConfig:
+        """Return the adapters as flags of train.main."""
+        return LoRAConfig(rank=self.lora_rank)
 
     @property
     def batch_size(self) -> int:
@@ -213,6 +225,6 @@ def outcome(
         "filled": tokens / positions,
     }
     if peak := peak_flops(device):
-        useful = training_flops(PRESETS[cell.model], tokens, pairs) / len(work)
+        useful = training_flops(PRESETS[cell.model], tokens, pairs, lora=cell.lora.lora) / len(work)
         found["mfu"] = useful / seconds / (peak * devices)
     return found

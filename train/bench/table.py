@@ -13,7 +13,10 @@ KEY = (
     *("model", "rows", "data", "seq_len", "tokens", "attn", "remat", "scan_layers"),
     *("dtype", "param_dtype", "optim", "state"),
 )
-LATER = {"grad_accum": 1, "z_loss": 0.0, "deterministic": False, "matmul": "bf16"}
+LATER = {
+    **{"grad_accum": 1, "z_loss": 0.0, "deterministic": False, "matmul": "bf16"},
+    **{"lora_rank": None, "base_dtype": None},
+}
 """Fields that identify a cell, with the values of files without them. A new cell replaces an old
 one with the same fields."""
 ORIGIN = ("device", "versions", "date")
@@ -202,6 +205,9 @@ def _stored(cell: Cell) -> str:
     name = "" if cell["optim"] == "adamw" else f", {cell['optim']}"
     name += "".join(f", {option}" for option in ("z_loss", "deterministic") if cell.get(option))
     name += ", fp8" if cell.get("matmul") == "fp8" else ""
+    if cell.get("lora_rank"):
+        base = cell["base_dtype"] or cell["dtype"]
+        return f"LoRA {cell['lora_rank']} on {base}, {cell['state']}{name}"
     if cell["param_dtype"] == cell["state"]:
         return cell["state"] + name
     return f"{cell['param_dtype']}, {cell['state']}{name}"

@@ -235,10 +235,6 @@ class Config:
                 f"--param_dtype={self.param_dtype} is for trained weights, and adapters are "
                 "float32: take --base_dtype for the frozen ones"
             )
-        if self.matmul == "fp8" and self.lora.used:
-            raise ValueError(
-                "--matmul=fp8 does not work with LoRA adapters: leave out --matmul or --lora.*"
-            )
         if self.base_dtype in ("nf4", "int8") and self.remat == "none":
             raise ValueError(
                 f"--remat=none would keep a dequantised copy of all --base_dtype={self.base_dtype} "

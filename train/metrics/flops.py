@@ -2,8 +2,10 @@
 
     6 * (parameters - embedding table) * tokens + 12 * L * N * H * pairs
 
-where pairs are the causal query-key pairs inside documents. Masked pairs and recomputation in the
-backward pass do not count. The output matrix counts, the look-up in the embedding table does not.
+where pairs are the causal query-key pairs inside documents. With LoRA the factor of the frozen
+parameters is 4, because they have no gradient, and that of the adapters 6. Masked pairs and
+recomputation in the backward pass do not count. The output matrix counts, the look-up in the
+embedding table does not.
 
 References:
     "PaLM", Chowdhery et al. 2022, appendix B, for MFU; there pairs are all T * T.
@@ -13,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from models.config import ModelConfig
+from models.lora import LoRA, adapter_params_count
 
 
 def causal_pairs(segment_ids_BT: Int[np.ndarray | Array, "B T"]) -> int:
@@ -28,15 +31,21 @@ def causal_pairs(segment_ids_BT: Int[np.ndarray | Array, "B T"]) -> int:
     return pairs
 
 
-def training_flops(config: ModelConfig, tokens: int, pairs: int) -> float:
+def training_flops(
+    config: ModelConfig, tokens: int, pairs: int, *, lora: LoRA | None = None
+) -> float:
     """Return the floating-point operations of a forward and a backward pass.
 
     Args:
         config: the model.
         tokens: number of tokens without padding.
         pairs: from `causal_pairs`.
+        lora: adapters, if only they are trained.
     """
     table = config.vocab_size * config.hidden_size
     looked_up = 0 if config.tie_word_embeddings else table
     attention = 12 * config.num_layers * config.num_heads * config.head_dim
-    return 6.0 * (config.num_params() - looked_up) * tokens + float(attention) * pairs
+    products = (6.0 if lora is None else 4.0) * (config.num_params() - looked_up)
+    if lora is not None:
+        products += 6.0 * adapter_params_count(lora, config)
+    return products * tokens + float(attention) * pairs

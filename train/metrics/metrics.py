@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from jaxattn.device import peak_flops
 from models.config import ModelConfig
+from models.lora import LoRA
 from train.metrics.flops import training_flops
 from train.metrics.records import Records
 
@@ -55,6 +56,7 @@ class Metrics:
         steps: int,
         log_every: int,
         positions: int,
+        lora: LoRA | None = None,
         sinks: Sequence[Sink] = (),
     ):
         """Open metrics.jsonl; lines after `start`, of a run that was killed, are dropped.
@@ -62,6 +64,7 @@ class Metrics:
         Args:
             path: of metrics.jsonl.
             model: architecture, for the FLOPs.
+            lora: adapters, if only they are trained, for the FLOPs.
             start: step the run resumes from.
             steps: optimizer steps of the whole run.
             log_every: steps between lines; the last step always has a line.
@@ -71,7 +74,7 @@ class Metrics:
         Raises:
             OSError: the file cannot be written.
         """
-        self._model, self._steps, self._every = model, steps, log_every
+        self._model, self._lora, self._steps, self._every = model, lora, steps, log_every
         self._positions, self._sinks = positions, sinks
         self._devices = jax.local_devices()
         peak = peak_flops(self._devices[0])
@@ -135,7 +138,7 @@ class Metrics:
         line["loss_tokens_per_second"] = line["loss_tokens"] / training
         line["all_tokens_per_second"] = self._positions / training
         if self._peak is not None:
-            flops = training_flops(self._model, int(line["tokens"]), pairs)
+            flops = training_flops(self._model, int(line["tokens"]), pairs, lora=self._lora)
             line["mfu"] = flops / training / self._peak
         line["peak_memory_bytes"] = peak_memory(self._devices)
         last = step == self._steps

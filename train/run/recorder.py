@@ -71,6 +71,7 @@ class Recorder:
         self._metrics = Metrics(
             out / "metrics.jsonl",
             model=run.model,
+            lora=run.execution.lora,
             start=start,
             steps=run.steps,
             log_every=config.log_every,

@@ -3,6 +3,7 @@
 import numpy as np
 
 from models.config import PRESETS
+from models.lora import LoRA, adapter_params_count
 from train.metrics.flops import causal_pairs, training_flops
 
 
@@ -25,3 +26,9 @@ def test_dense_32k_step_of_the_1_8b_model():
     products = training_flops(config, T, 0)
     assert products == 6 * 1_699_579_904 * T
     assert training_flops(config, T, pairs) - products == 12 * 24 * 2048 * pairs
+
+
+def test_frozen_weights_have_no_gradient():
+    config, lora = PRESETS["internlm2-1.8b"], LoRA(rank=8, alpha=16.0)
+    full, adapters = training_flops(config, 10, 0), training_flops(config, 10, 0, lora=lora)
+    assert adapters == full * 4 / 6 + 60 * adapter_params_count(lora, config)
