@@ -90,26 +90,40 @@ def attention_rate() -> None:
 
 
 def loss_curves() -> None:
-    """Plot the loss of 200 steps with weights and moments in fp32, bf16 and int8."""
-    folder = RESULTS / "train" / "h200"
-    runs = {
-        "fp32 weights and moments": "curve_fp32",
-        "int8 moments": "curve_int8",
-        "bf16 weights": "curve_bf16_weights",
-    }
+    """Plot the loss over steps: storage of weights and moments, fp8 products, and adapters."""
+    scratch = "InternLM2-1.8B from random weights, {} of 4,096 tokens a step"
+    _curves(
+        "loss_curves",
+        {
+            "fp32 weights and moments": "curve_fp32",
+            "int8 moments": "curve_int8",
+            "bf16 weights": "curve_bf16_weights",
+        },
+        title=scratch.format("2 rows"),
+        date="2026-11-22 and 23",
+    )
+    runs = {"bf16 products": "loss_bf16", "fp8 products": "loss_fp8"}
+    _curves("fp8_loss", runs, title=scratch.format("1 row"), date="2026-11-30")
+    _curves(
+        "lora_loss",
+        {"full fine-tuning": "chat_full", "LoRA": "chat_lora", "QLoRA": "chat_qlora"},
+        title="InternLM2-1.8B after 500 steps on text, then chats, 2 rows of 2,048 tokens a step",
+        date="2026-11-30",
+    )
+
+
+def _curves(name: str, runs: dict[str, str], *, title: str, date: str) -> None:
+    """Plot the losses of runs, by their label, of files in results/train/h200."""
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
     window = 20
-    for label, color in zip(runs, ("#000000", "#0072B2", "#D55E00"), strict=True):
-        lines = [json.loads(line) for line in (folder / f"{runs[label]}.jsonl").open()]
-        loss = np.convolve([line["loss"] for line in lines], np.full(window, 1 / window), "valid")
-        axes.plot(range(window, len(lines) + 1), loss, color=color, label=label, linewidth=1)
+    for label, color in zip(runs, ("#000000", "#0072B2", "#D55E00"), strict=False):
+        file = RESULTS / "train" / "h200" / f"{runs[label]}.jsonl"
+        losses = [json.loads(line)["loss"] for line in file.open()]
+        mean = np.convolve(losses, np.full(window, 1 / window), "valid")
+        axes.plot(range(window, len(losses) + 1), mean, color=color, label=label, linewidth=1)
     axes.set(xlabel="step", ylabel=f"loss, mean of {window} steps")
-    axes.set_title(
-        "InternLM2-1.8B from random weights, 2 rows of 4,096 tokens a step\n"
-        "1 x NVIDIA H200, jax 0.11.2, 2026-11-22 and 23",
-        fontsize=10,
-    )
-    _finish(figure, axes, "loss_curves")
+    axes.set_title(f"{title}\n1 x NVIDIA H200, jax 0.11.2, {date}", fontsize=10)
+    _finish(figure, axes, name)
 
 
 def _finish(figure, axes, name: str) -> None:

@@ -36,10 +36,12 @@ def load(
     mesh: Mesh | None = None,
     progress: bool = False,
     adapter: Path | None = None,
+    seed: int = 0,
 ) -> InternLM2:
     """Load a HF directory (`load_hf`) or an orbax directory (`load_orbax`), with their arguments.
 
     With `adapter`, a PEFT directory, the model has its adapters: `execution.lora` is then replaced.
+    Otherwise `execution.lora` gets new adapters, which are drawn from `seed`.
 
     Raises:
       ValueError: the directory is a training run or a LoRA adapter; or as for `load_hf` and
@@ -53,7 +55,7 @@ def load(
         lora, params = load_adapter(adapter, config)
         execution = dataclasses.replace(execution, lora=lora)
     loader = load_orbax if is_orbax(directory) else load_hf
-    model = loader(directory, execution=execution, mesh=mesh, progress=progress)
+    model = loader(directory, execution=execution, mesh=mesh, progress=progress, seed=seed)
     return model if params is None else with_adapter_params(model, params)
 
 
@@ -84,6 +86,7 @@ def load_hf(
     execution: Execution = INFERENCE,
     mesh: Mesh | None = None,
     progress: bool = False,
+    seed: int = 0,
 ) -> InternLM2:
     """Load a local HF InternLM2 checkpoint: config.json and weights, one file or sharded.
 
@@ -95,6 +98,7 @@ def load_hf(
         param_dtype="float32".
       mesh: devices to shard the weights over; None: the default device.
       progress: show a progress bar.
+      seed: of the new adapters, if `execution.lora` asks for adapters.
 
     Returns:
       The model.
@@ -121,7 +125,7 @@ def load_hf(
         weight, i = rows[name]
         slots[weight.path].put(x, 0 if i is None else i)
     model = fill(model, {path: slot.value for path, slot in slots.items()})
-    return with_new_adapters(model, mesh=mesh)
+    return with_new_adapters(model, seed=seed, mesh=mesh)
 
 
 def hf_parameters(

@@ -55,6 +55,7 @@ def load_orbax(
     execution: Execution = INFERENCE,
     mesh: Mesh | None = None,
     progress: bool = False,
+    seed: int = 0,
 ) -> InternLM2:
     """Load an orbax directory that models.convert wrote; arguments as for `load_hf`.
 
@@ -72,7 +73,7 @@ def load_orbax(
     )
     like = named_params(model)
     values = {path: quantize_stack(like[path], value) for path, value in parameters}
-    return with_new_adapters(fill(model, values), mesh=mesh)
+    return with_new_adapters(fill(model, values), seed=seed, mesh=mesh)
 
 
 def orbax_parameters(

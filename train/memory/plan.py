@@ -152,9 +152,11 @@ def plan(
     )
     if lora is None:
         return always
-    # The adapters alone have moments, gradients and sums, all of them float32.
+    # The adapters alone have moments, gradients and sums, all of them float32. A frozen weight is
+    # copied only to another dtype: layers are used in place in their stacks.
     trained = adapter_params_count(lora, model) // (fsdp * tensor)
-    stored = {"nf4": NF4_BYTES, "int8": 1.0, None: param_itemsize + copied * itemsize}[quantize]
+    cast = 0 if itemsize == param_itemsize else itemsize
+    stored = {"nf4": NF4_BYTES, "int8": 1.0, None: param_itemsize + cast}[quantize]
     linear = int(parameters * in_blocks)
     frozen = linear * stored + (parameters - linear) * param_itemsize
     return dataclasses.replace(
@@ -165,8 +167,10 @@ def plan(
         gathered=(of_block * itemsize + itemsize * table // tensor) if fsdp > 1 else 0,
         logits=chunk * (8 + itemsize),
         gradients=trained * 4,
-        # One layer's weights at a time in the compute type, and their float32 factors.
-        block=always.block + (of_block * (itemsize + 4) if quantize else 0),
+        # The outputs of adapters of gate and up; one layer's weights in the compute type.
+        block=always.block
+        + tokens * 2 * itemsize * model.intermediate_size // tensor
+        + (of_block * itemsize if quantize else 0),
     )
 
 

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from models import load
-from models.internlm2 import InternLM2, init, with_new_adapters
+from models.internlm2 import InternLM2, init
 from models.lora import with_adapter_params
 from models.tokenizer import Tokenizer
 from models.weights.adapter_files import load_adapter, save_adapter
@@ -129,8 +129,7 @@ def initial_params(run: Run, like: TrainState) -> Params:
     if run.weights is None:
         model = init(run.model, seed=seed, mesh=mesh, execution=execution)
     else:
-        model = load(run.weights, execution=execution, mesh=mesh)
-        model = with_new_adapters(model, seed=seed, mesh=mesh)
+        model = load(run.weights, execution=execution, mesh=mesh, seed=seed)
         log.info(f"loaded the weights of {run.weights}")
     if adapter := run.config.lora.adapter:
         _, params = load_adapter(Path(adapter), run.model)

@@ -25,6 +25,7 @@ from models import internlm2
 from models.config import PRESETS
 from models.execution import Execution
 from models.internlm2 import InternLM2
+from models.lora import LoRA
 from models.remat import REMAT
 from train.config.sections import MeshConfig, OptimConfig
 from train.distributed.mesh import make_mesh
@@ -84,6 +85,22 @@ def test_what_the_compiler_needs(model, kwargs, gib):
     """XLA's own count (jax 0.11.2, for an H200) of the step at 32k, each layer on its own."""
     total = plan(PRESETS[model], scan=False, **kwargs).total / GiB
     assert total == pytest.approx(gib, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("model", "kwargs", "gib"),
+    [
+        ("internlm2-7b", {"rows": 8, "remat": "attention"}, 41.4),
+        ("internlm2-7b", {"rows": 1, "quantize": "nf4"}, 9.02),
+        ("internlm2-7b", {"rows": 8, "quantize": "nf4"}, 22.83),
+        ("internlm2-20b", {"rows": 8, "quantize": "nf4"}, 41.98),
+    ],
+)
+def test_measured_peaks_with_adapters(model, kwargs, gib):
+    """Rank 64 on all layers, on an H200 (results/train/h200/bench_fp8_lora.json)."""
+    options = {"seq_len": 4096, "scan": False, "param_itemsize": 2} | kwargs
+    total = plan(PRESETS[model], lora=LoRA(rank=64, alpha=16.0), **options).total / GiB
+    assert total == pytest.approx(gib, rel=0.1)
 
 
 @pytest.mark.parametrize(
