@@ -251,7 +251,7 @@ class LoRAConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GuardConfig:
-    """Skip-step guard. Steps with a non-finite loss, gradient or update are always skipped."""
+    """Skip steps whose loss or gradient is not finite, or whose gradient is far above normal."""
 
     spike: float = 10.0
     """Skip a step whose gradient norm exceeds this multiple of its running mean, from the 20th

@@ -50,7 +50,8 @@ class Skips:
             return
         what = self.write(line, position)
         if line["in_a_row"] < self._patience:
-            log.info(f"step {line['step']} skipped: {what}")
+            part = "partly " if line["not_finite"] else ""
+            log.info(f"step {line['step']} {part}skipped: {what}")
             return
         raise FloatingPointError(
             f"{line['in_a_row']:.0f} steps in a row were skipped (--guard.patience="
@@ -62,6 +63,8 @@ class Skips:
     def write(self, line: dict[str, Any], position: dict[str, Any]) -> str:
         """Record a skipped step; return the reason and some of its documents."""
         reason = f"loss {line['loss']:.4g}, gradient norm {line['grad_norm']:.4g}"
+        if line["not_finite"]:
+            reason += f", update not finite for {line['not_finite']:,.0f} weights, which were kept"
         documents = self._loader.documents(position)
         if self._records is not None:
             wrong = {"step": line["step"], "reason": reason, "documents": documents}

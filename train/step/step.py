@@ -54,7 +54,9 @@ def make_step(
         (state, batch [A, B, T]) -> (new state, metrics). Metrics are float32 scalars: loss, the
         mean cross-entropy over the step's loss tokens; z_loss, the mean of the z-loss term, if
         there is one; grad_norm before clipping; lr; loss_tokens; tokens without padding; skipped,
-        steps skipped so far; in_a_row, steps skipped since the last update.
+        steps skipped so far; not_finite, weights that kept their values in this step because their
+        update was not finite; in_a_row, steps since the last one that was neither skipped nor had
+        such weights.
     """
     loss = functools.partial(_microbatch_loss, graphdef, z_loss)
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
@@ -85,14 +87,20 @@ def make_step(
             "loss_tokens": loss_tokens,
             "tokens": _count_tokens(batch),
             "skipped": guard.skipped.astype(jnp.float32),
-            "in_a_row": guard.in_a_row.astype(jnp.float32),
         }
-        # Whether the new weights are finite is not checked here: no weight could be written before
-        # all are computed, and the old and new ones would be in memory together. Checkpoints are
-        # checked when they are saved.
         old = state.params, state.opt_state
-        new = _apply(tx, grads, *old)
-        params, opt_state = jax.tree.map(functools.partial(jnp.where, good), new, old)
+        params, opt_state = _apply(tx, grads, *old)
+        # A finite gradient can still give an update that is not. Only the weights concerned keep
+        # their values: skipping the whole step would take the memory of a second set of weights.
+        finite = jax.tree.map(jnp.isfinite, params)
+        counts = [jnp.sum(~ok, dtype=jnp.float32) for ok in jax.tree.leaves(finite)]
+        broken = jnp.where(good, sum(counts), 0.0)
+        guard = guard._replace(
+            in_a_row=jnp.where(broken > 0, state.guard.in_a_row + 1, guard.in_a_row)
+        )
+        metrics |= {"in_a_row": guard.in_a_row.astype(jnp.float32), "not_finite": broken}
+        params = jax.tree.map(lambda ok, *p: jnp.where(good & ok, *p), finite, params, old[0])
+        opt_state = jax.tree.map(functools.partial(jnp.where, good), opt_state, old[1])
         return TrainState(state.step + 1, params, opt_state, guard, state.frozen), metrics
 
     return step

@@ -18,8 +18,17 @@ class Documents(Loader):
         return [f"data.json:{state['row'] + i}" for i in range(self.count)]
 
 
-def line(step: int, in_a_row: int) -> dict:
-    return {"step": step, "in_a_row": float(in_a_row), "loss": float("nan"), "grad_norm": 3.0}
+def line(step: int, in_a_row: int, not_finite=0.0) -> dict:
+    values = {"step": step, "in_a_row": float(in_a_row), "loss": float("nan"), "grad_norm": 3.0}
+    return values | {"not_finite": not_finite}
+
+
+def test_weights_that_kept_their_values_are_counted(tmp_path, caplog):
+    caplog.set_level("INFO", "train")
+    skips = Skips(tmp_path / "skipped.jsonl", Documents(1), patience=3, start=0)
+    skips.look(line(2, 1, 1234.0), {"row": 10})
+    wanted = "step 2 partly skipped: loss nan, gradient norm 3, update not finite for 1,234 weights"
+    assert wanted in caplog.text
 
 
 def test_a_skip_is_logged_and_recorded_with_all_documents(tmp_path, caplog):

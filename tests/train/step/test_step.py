@@ -163,6 +163,27 @@ def test_a_skipped_step_is_as_if_its_batch_had_not_been(trainer):
     jax.tree.map(np.testing.assert_array_equal, ends["with"], ends["without"])
 
 
+def test_a_weight_whose_update_is_not_finite_keeps_its_value(tiny_model, packed_rows):
+    """One element of one matrix; all other weights are updated, and the step counts as bad."""
+    trainer = Trainer(tiny_model, packed_rows)
+
+    def spoil(updates, params):
+        table = updates["embed_VD"]
+        return updates | {"embed_VD": table.at[3, 5].set(jnp.nan).at[4, 0].set(jnp.inf)}
+
+    trainer.tx = optax.chain(trainer.tx, optax.stateless(spoil))
+    step, like = trainer.step(ONE)
+    state = trainer.state(like)
+    before = jax.tree.map(np.asarray, state.params)
+    batch = put_batch(packed_rows, grad_accum=1, mesh=like.mesh)
+    for n in (1, 2):
+        state, metrics = step(state, batch)
+        assert (metrics["not_finite"], metrics["in_a_row"], metrics["skipped"]) == (2, n, 0)
+    table, old = np.asarray(state.params["embed_VD"]), before["embed_VD"]
+    assert table[3, 5] == old[3, 5] and table[4, 0] == old[4, 0]
+    assert np.isfinite(table).all() and (table[3] != old[3]).sum() == old.shape[1] - 1
+
+
 def test_skipping_keeps_no_second_state(trainer, monkeypatch):
     """The step with its guard against one that always updates.
 
