@@ -290,7 +290,7 @@ def describe(impl: str, q: Shaped, k: Shaped, mask: Mask) -> Dispatch:
         tiles, skipped = pallas.describe(mask, q_rows, k_rows, **_kernels(name))
     elif name == "xla":
         size, count = xla.slices(batch, t, num_heads, s)
-        tiles = f"{count} slices of {size} queries x {s} keys"
+        tiles = f"{count} slice{'s' if count > 1 else ''} of {size} queries x {s} keys"
     elif name == "eager":
         tiles = f"none, the whole {t} x {s} matrix"
     else:

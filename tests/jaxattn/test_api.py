@@ -424,7 +424,7 @@ def test_describe_on_a_cpu():
     line = str(describe("auto", q, k, Mask(window=5)))
     assert line.startswith("xla (auto: a cpu device, where the kernels cannot run) on cpu; tiles ")
     assert line.endswith(
-        "1 slices of 16 queries x 16 keys; mask causal + window 5; 0.0% of tiles skipped"
+        "1 slice of 16 queries x 16 keys; mask causal + window 5; 0.0% of tiles skipped"
     )
     assert "none, the whole 16 x 16 matrix" in str(describe("eager", q, k, Mask()))
 

@@ -8,6 +8,7 @@ CELL = Cell(
     seq_len=32,
     tokens=64,
     rows="dense",
+    mesh=None,
     remat="full",
     scan_layers=True,
     dtype="float32",

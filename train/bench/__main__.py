@@ -20,7 +20,7 @@ import tyro
 from jaxattn.bench import harness
 from models.config import PRESETS
 from train.bench.run import compile_first, has_torch, run_cell
-from train.bench.shapes import TORCH, Cell, RowKind
+from train.bench.shapes import TORCH, Cell, RowKind, parse_mesh
 from train.bench.table import HEADER, key, line, read, write
 from train.config.cli import fail, parse
 from train.config.config import Remat
@@ -70,6 +70,10 @@ class BenchConfig:
 
     seq_lens: Annotated[tuple[int, ...] | None, chosen("INT...")] = None
     """Row lengths in tokens. By default 512 2048 4096 8192 16384 32768 on a GPU, less elsewhere."""
+
+    mesh: Annotated[tuple[str, ...], tyro.conf.arg(metavar="MESH...", help_behavior_hint="")] = ()
+    """Device meshes, such as fsdp=1 fsdp=8 fsdp=4,tensor=2, each on as many of the devices as it
+    needs; the table compares them. By default fsdp over all devices."""
 
     tokens: Annotated[int | None, chosen("INT")] = None
     """Tokens of a step per GPU: rows = tokens / seq_len. By default 32,768 on a GPU, less
@@ -137,6 +141,8 @@ class BenchConfig:
         for flag in ("repeats", "grad_accum"):
             if getattr(self, flag) < 1:
                 raise ValueError(f"--{flag}={getattr(self, flag)} must be at least 1")
+        for text in self.mesh:
+            parse_mesh(text)
         if self.jobs < 1:
             raise ValueError(f"--jobs={self.jobs} must be at least 1: 1 compiles no cell ahead")
         if ("data" in self.rows) != bool(self.data):
@@ -178,14 +184,16 @@ def cells_of(config: BenchConfig, *, on_gpu: bool) -> Iterator[Cell]:
     """Yield the cells of the flags, implementation by implementation."""
     defaults: dict[str, Any] = ON_GPU if on_gpu else ON_CPU
     attns = config.attn or ((*OURS, *TORCH) if has_torch() else OURS)
-    for model, rows, attn, seq_len, remat in itertools.product(
+    for model, rows, attn, seq_len, remat, mesh in itertools.product(
         config.model or defaults["model"],
         config.rows,
         attns,
         config.seq_lens or defaults["seq_lens"],
         config.remat or (None,),
+        config.mesh or (None,),
     ):
         yield Cell(
+            mesh=mesh,
             model=model,
             attn=attn,
             seq_len=seq_len,

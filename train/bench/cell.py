@@ -14,9 +14,18 @@ import jax
 
 from jaxattn.bench import harness
 from jaxattn.device import GiB
-from train.bench.shapes import Cell, batches, cell_of, outcome, time_steps
+from train.bench.shapes import (
+    FIRST_LOSSES,
+    Cell,
+    batches,
+    cell_of,
+    device_count,
+    outcome,
+    parse_mesh,
+    time_steps,
+)
 from train.config.config import Config
-from train.config.sections import OptimConfig
+from train.config.sections import MeshConfig, OptimConfig
 from train.distributed import device
 from train.metrics.metrics import peak_memory
 from train.run.build import abstract_training, compile_training, initial_params
@@ -48,15 +57,24 @@ class Program:
         """
         options: Any = {name: getattr(cell, name) for name in OPTIONS}
         optim: Any = {"name": cell.optim, "moment_dtype": cell.state, "lr": RATE}
+        mesh, devices = MeshConfig(), jax.devices()
+        if cell.mesh is not None:
+            mesh = parse_mesh(cell.mesh)
+            if (count := device_count(mesh)) > len(devices):
+                raise ValueError(
+                    f"--mesh={cell.mesh} needs {count} devices, and there are {len(devices)}"
+                )
+            devices = devices[:count]
         config = Config(
-            batch_size=cell.batch_size * jax.device_count(),
+            batch_size=cell.batch_size * mesh.data * (mesh.fsdp or len(devices)),
             steps=STEPS,
+            mesh=mesh,
             scan_layers=None if cell.remat == "offload" else cell.scan_layers,
             optim=OptimConfig(**optim),
             lora=cell.lora,
             **options,
         )
-        run = resolve(config)
+        run = resolve(config, devices)
         if run.execution.attn == "cudnn" and cell.rows != "dense":
             raise NotImplementedError("cudnn has no document mask, take --rows=dense")
         self.run = dataclasses.replace(run, packed=cell.rows != "dense")
@@ -86,7 +104,8 @@ class Program:
 
         Returns:
             The results of `shapes.outcome` and `compile`, and: first_step_seconds;
-            peak_memory_bytes; plan_bytes; xla_bytes, the compiler's estimate of memory; loss.
+            peak_memory_bytes; plan_bytes; xla_bytes, the compiler's estimate of memory; loss;
+            first_losses.
 
         Raises:
             jax.errors.JaxRuntimeError: out of memory, among others.
@@ -94,12 +113,13 @@ class Program:
         mesh = self.run.real_mesh
         work = batches(self.cell, self.run.rows)
         compiled, compiling = self.compile()
-        state, values = self.first_state(), {}
+        state, values, losses = self.first_state(), {}, []
         on_device = [put_batch(batch, grad_accum=self.cell.grad_accum, mesh=mesh) for batch in work]
 
         def step(i: int):
             nonlocal state, values
             state, values = compiled(state, on_device[i % len(work)])
+            losses.append(values["loss"])
             return state, values
 
         first, seconds = time_steps(step, jax.block_until_ready, self.cell.repeats)
@@ -111,6 +131,7 @@ class Program:
             "plan_bytes": self.run.plan.total,
             "xla_bytes": _needed(compiled),
             "loss": float(values["loss"]),
+            "first_losses": [float(loss) for loss in losses[:FIRST_LOSSES]],
         }
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from jaxattn.device import peak_flops
 from models.config import PRESETS
 from models.tokenizer import load_tokenizer
 from train.cache_dirs import token_cache
-from train.config.sections import LoRAConfig
+from train.config.sections import LoRAConfig, MeshConfig
 from train.data import Batch, ReadOptions, open_data
 from train.metrics.flops import causal_pairs, training_flops
 
@@ -25,6 +26,9 @@ TORCH = {"torch_sdpa": "sdpa", "torch_eager": "eager"}
 
 STEPS = 3
 """Steps between two waits for the device, queued as in training."""
+
+FIRST_LOSSES = 10
+"""Losses of a cell that are recorded, at most, to compare meshes and implementations."""
 
 LONG_STEP = 2.0
 """Seconds of a step from which a timed run is one step: queueing no longer matters."""
@@ -45,6 +49,9 @@ class Cell:
 
     tokens: int
     """Tokens of a step, per device that holds rows; at least one row each."""
+
+    mesh: str | None
+    """Device mesh, such as "fsdp=4,tensor=2", on the first devices; None: fsdp over all."""
 
     rows: RowKind
     """One document each, documents of log-normal length, or packed files."""
@@ -103,6 +110,30 @@ class Cell:
     def batch_size(self) -> int:
         """Return the rows of a step per device that holds rows: a multiple of grad_accum."""
         return max(1, self.tokens // self.seq_len // self.grad_accum) * self.grad_accum
+
+
+def parse_mesh(text: str) -> MeshConfig:
+    """Return the mesh of a text such as "fsdp=4,tensor=2"; axes that are not named have size 1.
+
+    Raises:
+        ValueError: an axis is unknown, or a size is no number of at least 1.
+    """
+    axes = {field.name for field in dataclasses.fields(MeshConfig)}
+    sizes: dict[str, int] = {"fsdp": 1}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in axes or not size.isdecimal() or int(size) < 1:
+            raise ValueError(
+                f"--mesh={text} must be AXIS=SIZE,... of the axes {', '.join(sorted(axes))} with "
+                "sizes of at least 1, such as fsdp=4,tensor=2"
+            )
+        sizes[axis] = int(size)
+    return MeshConfig(**sizes)
+
+
+def device_count(mesh: MeshConfig) -> int:
+    """Return the number of devices of a mesh of `parse_mesh`."""
+    return math.prod(dataclasses.asdict(mesh).values())
 
 
 def cell_of(fields: dict[str, Any]) -> Cell:

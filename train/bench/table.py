@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jaxattn.bench.harness import Cell, markdown_table, read_cells, write_cells
 from jaxattn.device import GiB
-from train.bench.shapes import TORCH
+from train.bench.shapes import TORCH, device_count, parse_mesh
 
 RESULTS, TABLE = "bench.json", "table.md"
 KEY = (
@@ -15,7 +15,7 @@ KEY = (
 )
 LATER = {
     **{"grad_accum": 1, "z_loss": 0.0, "deterministic": False, "matmul": "bf16"},
-    **{"lora_rank": None, "base_dtype": None},
+    **{"lora_rank": None, "base_dtype": None, "mesh": None},
 }
 """Fields that identify a cell, with the values of files without them. A new cell replaces an old
 one with the same fields."""
@@ -38,6 +38,7 @@ def line(cell: Cell) -> str:
         f"{cell['tokens_per_second']:>9,.0f} {_mfu(cell):>6} {_gib(cell, 'peak_memory_bytes'):>8} "
         f"{_gib(cell, 'plan_bytes'):>6} {_gib(cell, 'xla_bytes'):>6} "
         f"{_seconds(cell, 'compile_seconds'):>9} {_seconds(cell, 'cached_compile_seconds'):>6}"
+        + (f"  {cell['mesh']}" if cell.get("mesh") else "")
     )
 
 
@@ -88,8 +89,9 @@ def write(cells: list[Cell], out: Path) -> None:
 
 
 def markdown(cells: list[Cell]) -> str:
-    """Return three parts: implementations at their fastest, every cell, reasons of the others."""
-    return "\n".join([_origin(cells) + "\n", _side_by_side(cells), _every(cells), _reasons(cells)])
+    """Return the tables: implementations at their fastest, meshes, every cell; then the reasons."""
+    parts = (_side_by_side(cells), _meshes(cells), _every(cells), _reasons(cells))
+    return "\n".join([_origin(cells) + "\n", *filter(None, parts)])
 
 
 def plot(cells: list[Cell], path: Path) -> None:
@@ -140,6 +142,42 @@ def _side_by_side(cells: list[Cell]) -> str:
         lines.append(texts)
     head = "ms a step (tokens/s), each implementation with its fastest remat.\n\n"
     return head + markdown_table(lines)
+
+
+def _meshes(cells: list[Cell]) -> str:
+    """Return the speed of each mesh, beside the first mesh of the same model and rows."""
+    meshed = [cell for cell in cells if cell.get("mesh") and "ms" in cell]
+    if not meshed:
+        return ""
+    lines = [
+        ["rows", "mesh", "GPUs", "tokens/s", "of each GPU", "of the first mesh", "loss off by"]
+    ]
+    for _, group in _groups(meshed, "model", "rows", "attn", "remat", "seq_len"):
+        first = group[0]
+        for cell in group:
+            count = device_count(parse_mesh(cell["mesh"]))
+            each = cell["tokens_per_second"] / count
+            of_first = first["tokens_per_second"] / device_count(parse_mesh(first["mesh"]))
+            off = "-"
+            if cell["batch_size"] == first["batch_size"]:
+                pairs = zip(cell["first_losses"], first["first_losses"], strict=False)
+                off = f"{max(abs(a / b - 1) for a, b in pairs):.1e}"
+            lines.append(
+                [
+                    f"{cell['model']}, {cell['rows']}, {cell['seq_len']:,} x {cell['batch_size']}",
+                    cell["mesh"],
+                    f"{count}",
+                    f"{cell['tokens_per_second']:,.0f}",
+                    f"{each:,.0f}",
+                    f"{each / of_first:.1%}",
+                    off,
+                ]
+            )
+    return (
+        "Meshes. The last columns compare with the first mesh of the same rows: tokens/s of each "
+        "GPU, and the largest relative difference of the first losses where a step has the same "
+        "rows.\n\n" + markdown_table(lines)
+    )
 
 
 def _every(cells: list[Cell]) -> str:
@@ -205,6 +243,7 @@ def _stored(cell: Cell) -> str:
     name = "" if cell["optim"] == "adamw" else f", {cell['optim']}"
     name += "".join(f", {option}" for option in ("z_loss", "deterministic") if cell.get(option))
     name += ", fp8" if cell.get("matmul") == "fp8" else ""
+    name += f", {cell['mesh']}" if cell.get("mesh") else ""
     if cell.get("lora_rank"):
         base = cell["base_dtype"] or cell["dtype"]
         return f"LoRA {cell['lora_rank']} on {base}, {cell['state']}{name}"

@@ -172,3 +172,21 @@ def test_an_out_without_permission_is_refused_before_measuring(capsys, no_cells)
                 os.setresuid(0, 0, 0)
         error = capsys.readouterr().err
         assert "Permission denied" in error and name in error and error.count("\n") == 1
+
+
+def test_meshes_on_simulated_devices(tmp_path, capsys, monkeypatch, without_torch):
+    """Each mesh takes the devices that it needs; the losses of equal rows are equal."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    flags = ["--seq_lens", "32", "--tokens", "64", "--repeats", "1", f"--out={tmp_path}"]
+    meshes = ["fsdp=1", "tensor=2", "fsdp=4,tensor=2", "fsdp=16"]
+    flags += ["--attn", "xla", "--rows", "packed", "--no_cached", "--mesh", *meshes]
+    assert bench.main(flags) == 0
+    one, tensor, both, large = json.loads((tmp_path / "bench.json").read_text())["cells"]
+    assert [cell["batch_size"] for cell in (one, tensor, both)] == [2, 2, 8]
+    np.testing.assert_allclose(one["first_losses"], tensor["first_losses"], rtol=1e-5)
+    assert large["why"] == "--mesh=fsdp=16 needs 16 devices, and there are 8"
+    table = (tmp_path / "table.md").read_text()
+    assert "| nano, packed, 32 x 2 | tensor=2 | 2 |" in table
+    assert bench.main([*flags[:-4], "--mesh", "rows=2"]) == 2
+    assert "--mesh=rows=2 must be AXIS=SIZE,..." in capsys.readouterr().err
