@@ -67,7 +67,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _has_gpu_compiler() -> bool:
-    """Whether jax's CUDA plugin, ptxas and nvdisasm are installed; no GPU is needed."""
+    """Return True if jax's CUDA plugin, ptxas and nvdisasm are installed; no GPU is needed."""
     if not all(map(importlib.util.find_spec, ("jax_plugins", "jax_cuda13_plugin", "nvidia"))):
         return False
     nvidia = importlib.util.find_spec("nvidia").submodule_search_locations

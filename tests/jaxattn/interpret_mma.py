@@ -1,4 +1,4 @@
-"""What the mma.sync kernels do per thread, as formulas on whole tiles, for jax's interpreter.
+"""Interpret the per-thread operations of the mma.sync kernels as formulas on whole tiles.
 
 Copies are complete when they are started, so a missing `wait` or `barrier` is invisible here, and
 layouts of registers are: `-m gpu` shows those. One warpgroup only, because the stand-in for

@@ -1,4 +1,4 @@
-"""What jax's interpreter of Mosaic GPU lacks for our kernels; `interpret.py` puts it in place.
+"""Add to jax's interpreter of Mosaic GPU what our kernels need; `interpret.py` installs it.
 
 All of it leans on private code of jax: import it only with the versions it was checked with.
 """

@@ -1,4 +1,4 @@
-"""What attention must compute, in float64 and from its definition, and how wrong it may be.
+"""Compute attention in float64 from its definition, and the error that a result may have.
 
 Nothing here is shared with the implementations: the mask is a rule for one pair of tokens, and the
 gradients are written out by hand.
@@ -74,7 +74,7 @@ def documents(*rows: tuple[tuple[int, int], ...]) -> np.ndarray:
 
 
 def sees(i, j, query_id, key_id, causal: bool, window: int | None):
-    """Whether query i of document query_id sees key j of document key_id, from the definition."""
+    """Return True if query i of document query_id sees key j of document key_id."""
     answer = (query_id == key_id) & (query_id != 0)
     if causal:
         answer &= i >= j

@@ -71,7 +71,7 @@ def test_value_and_gradient(impl, deterministic):
 
 @pytest.mark.parametrize("impl", ["eager", "xla"])
 def test_forward_mode(impl):
-    """What sees nothing stays as it is, whatever q and k do; the others' tangents are finite."""
+    """Queries without a visible key have a constant result; all tangents are finite."""
     problem = _problem(np.float32)
     q, k, v = (jnp.asarray(x) for x in (problem.q, problem.k, problem.v))
 

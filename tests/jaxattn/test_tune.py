@@ -222,7 +222,7 @@ def test_row_is_written_and_used(monkeypatch, tmp_path):
 
 
 def test_kernels_run_with_a_plan_for_other_tiles():
-    """What the tuner times is the kernel with the candidate's tiles, and it is right."""
+    """The tuner times the kernel with the tiles of the candidate, and its result is right."""
     arrays = tune.inputs(SMALL)
     rule = tiles.rule_tiles(*LAYOUT)
     other = dataclasses.replace(

@@ -1,4 +1,4 @@
-"""What the tests of the models floor share: the golden checkpoint and meshes."""
+"""Fixtures of the tests of models: the golden checkpoint and meshes."""
 
 from pathlib import Path
 

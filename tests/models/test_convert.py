@@ -142,7 +142,7 @@ def test_too_little_memory_is_one_line_and_nothing_is_written(
 
 
 def test_params_in_one_checkpoint_are_refused(source, tmp_path, capsys):
-    """What earlier versions wrote; a parameter that is missing is named."""
+    """Directories of earlier versions load; a missing parameter is named."""
     orbax = tmp_path / "orbax"
     assert convert.main([str(source), str(orbax)]) == 0
     shutil.rmtree(orbax / "params" / "blocks.ffn.w1_DF")

@@ -238,7 +238,7 @@ def test_the_model_in_fp8_stays_near_itself_and_rounds():
 
 @pytest.mark.parametrize("remat", [name for name in REMAT if name != "offload"])
 def test_gradients_do_not_depend_on_remat(remat):
-    """What is kept and what is computed again are the same bits, numbers up to 448 among them."""
+    """Saved and recomputed values are the same bits, also numbers from 240 to 448."""
 
     def block(x, w, w1, w3, w2):
         y = fp8.product(x, w, fp8.largest(x), OUT)

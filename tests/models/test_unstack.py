@@ -76,7 +76,7 @@ def test_gradients_are_formed_together_and_are_the_same():
 
 
 def test_every_layer_forms_its_grad_barrier(model):
-    """Where each is compiled on its own: else XLA puts those of the weights off."""
+    """Of layers that are compiled one by one: otherwise XLA delays the gradients of weights."""
     model.execution = dataclasses.replace(model.execution, scan=False)
     tokens = jnp.arange(8)[None]
     program = jax.make_jaxpr(jax.grad(lambda m: m.hidden(tokens).astype(jnp.float32).sum()))

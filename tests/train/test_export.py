@@ -80,6 +80,6 @@ def raw_params(step):
 
 
 def test_the_layout_is_the_one_that_training_writes(finished):
-    """What train.checkpoint.checkpoints finds is what models.weights.train_checkpoint finds."""
+    """train.checkpoint.checkpoints and models.weights.train_checkpoint find the same checkpoint."""
     found = find_checkpoint(finished)
     assert found is not None and int(found.name) == Checkpoints(finished, keep_last=2).latest

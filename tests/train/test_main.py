@@ -1,4 +1,4 @@
-"""What a person gets wrong: one line on stderr, an exit status, and nothing half-written."""
+"""User errors: one line on stderr, an exit status, and no partial output."""
 
 import contextlib
 import dataclasses

@@ -13,7 +13,7 @@ SMALL = {
 
 @pytest.mark.parametrize("shape", SMALL.values(), ids=SMALL)
 def test_pairs_are_the_visible_ones(shape):
-    """What counts as useful is what the mask shows, no more."""
+    """Useful pairs are exactly those that the mask shows."""
     visible = shape.mask().visible(shape.length, shape.length)
     assert shape.pairs() == int(np.broadcast_to(visible, (shape.batch, *visible.shape[1:])).sum())
 

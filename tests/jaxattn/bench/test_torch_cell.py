@@ -45,7 +45,7 @@ def test_oracle_is_attention(shape, monkeypatch):
 
 
 def test_sdpa_is_causal_attention_of_groups():
-    """What is timed as SDPA is the causal attention of grouped heads that the oracle computes."""
+    """The SDPA cell computes causal attention of grouped heads, as the oracle does."""
     shape = SHAPES["causal"]
     generator = torch.Generator().manual_seed(0)
     q, k, v = (

@@ -1,4 +1,4 @@
-"""What is stored thread by thread lies where Pallas and wgmma look for it (on a Hopper GPU)."""
+"""Values stored thread by thread are where Pallas and wgmma read them (on a Hopper GPU)."""
 
 import jax
 import jax.experimental.pallas as pl

@@ -49,7 +49,7 @@ def write(tmp_path, tiny_dir):
 
 
 def same_as(model, tensors):
-    """Whether every parameter is exactly its HF tensor, rounded to the model's stored type."""
+    """Return True if every parameter is exactly its HF tensor, rounded to the stored dtype."""
     for name, weight, i in hf_tensors(model.config):
         leaf = model
         for part in weight.path.split("."):

@@ -211,7 +211,7 @@ def lose_directory(checkpoint):
     ],
 )
 def test_a_damaged_checkpoint_is_quarantined(tmp_path, mesh, damage, caplog):
-    """The one before it is restored, in one line, and a new one of that step can be written."""
+    """The checkpoint before it is restored, with one log line, and that step can be saved again."""
     saved(tmp_path, mesh, [3, 6], size=4096)
     damage(tmp_path / "checkpoints" / "6")
     caplog.clear()

@@ -1,4 +1,4 @@
-"""What the compiler is asked for, and that it reaches the programs of a run."""
+"""Compiler options, and that they reach the programs of a run."""
 
 import dataclasses
 

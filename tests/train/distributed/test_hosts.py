@@ -106,7 +106,7 @@ def test_four_processes_stop_for_one_signal_and_resume(tiny, finished, tmp_path)
 
 @pytest.mark.slow
 def test_process_0_killed(tiny, tmp_path):
-    """The one that the others meet at: they end too, in bounded time."""
+    """The coordinator is killed: the other processes end too, in bounded time."""
     out = tmp_path / "out"
     begun = time.monotonic()
     kill = SIGNAL_AT.format(step=5, signal="SIGKILL")
@@ -285,7 +285,7 @@ def test_a_host_name_that_resolves_to_loopback_is_bound_on_all_interfaces(monkey
 
 
 def test_no_socket_of_its_own_listens(monkeypatch):
-    """What a port scanner connects to is jax's service, which does not wait for it."""
+    """A silent connection to the open port, which is jax's, delays nothing."""
     monkeypatch.setattr(socket.socket, "listen", lambda *_: pytest.fail("listens"))
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("connects"))
     bind_address(f"localhost:{free_port()}")

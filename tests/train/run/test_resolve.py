@@ -1,4 +1,4 @@
-"""What is chosen where nothing is said, and what is refused before any work."""
+"""Defaults of flags that are not given, and refusals before any work."""
 
 import dataclasses
 import json

@@ -89,7 +89,7 @@ def test_what_is_held_out_has_no_weight_and_is_chosen_in_each_file_anew(write, t
 
 
 def test_a_share_of_a_file_that_is_named_twice_is_refused(paths, tokenizer):
-    """What the one holds out the other would train on."""
+    """Documents held out of one source would be trained on in the other."""
     a, b = paths
     link = Path(a).with_name("link.jsonl")
     link.symlink_to(a)

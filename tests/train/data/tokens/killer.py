@@ -50,7 +50,7 @@ def ended(pid: int) -> int:
 def killed(
     child: Callable[[], None], log: Path, seconds: float, begun: Callable[[], bool] | None = None
 ) -> bool:
-    """Whether SIGKILL so long after the start, or after it had `begun`, was in time.
+    """Return True if SIGKILL after this delay came before the end.
 
     What does not begin in `PATIENCE` is killed all the same.
     """
