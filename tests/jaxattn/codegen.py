@@ -1,14 +1,19 @@
 """Compiles the kernels for a GPU on a machine without one; the compiler's dumps go to stdout.
 
     python -m tests.jaxattn.codegen HEADS KV_HEADS HEAD_DIM causal|documents [CAPABILITY] [FAMILY]
+        [CUDA]
 
 CAPABILITY is a compute capability, 9.0 by default, and FAMILY wgmma (default) or mma, whose dq
-kernel is compiled, too. A process of its own, because it is the compiler, beneath Python, that
-prints ptxas' report and the SASS. Needs the `codegen` extra; `make codegen` sets it up.
+kernel is compiled, too. CUDA is 13 (default) or 12, whose ptxas compiles the kernels. A process of
+its own, because it is the compiler, beneath Python, that prints ptxas' report and the SASS. Needs
+the `codegen` extra; `make codegen` sets it up.
 """
 
+import importlib.util
 import os
+import pathlib
 import sys
+import tempfile
 
 # The CUDA plugin is registered, but no driver is looked for.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -62,8 +67,11 @@ def main(
     kind: str,
     capability: str = "9.0",
     family: str = "wgmma",
+    cuda: str = "13",
 ) -> None:
-    """Compiles the forward and backward pass of one row of 32k tokens."""
+    """Compile the forward and backward pass of one row of 32k tokens."""
+    if cuda == "12":
+        use_cuda_12(tempfile.mkdtemp())
     major, minor = map(int, capability.split("."))
     chip = CHIPS[capability]
     target = TARGET.format(
@@ -104,6 +112,17 @@ def main(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_gpu), (q, k, k, mask, q)
     )
     jax.jit(both).trace(*args).lower().compile()
+
+
+def use_cuda_12(root: str) -> None:
+    """Make Mosaic GPU use ptxas of CUDA 12, which is installed beside that of CUDA 13."""
+    [nvidia] = importlib.util.find_spec("nvidia").submodule_search_locations
+    tools = pathlib.Path(root, "bin")
+    tools.mkdir()
+    (tools / "ptxas").symlink_to(pathlib.Path(nvidia, "cuda_nvcc/bin/ptxas"))
+    (tools / "nvdisasm").symlink_to(pathlib.Path(nvidia, "cu13/bin/nvdisasm"))
+    (tools.parent / "nvvm").symlink_to(pathlib.Path(nvidia, "cuda_nvcc/nvvm"))
+    os.environ["MOSAIC_GPU_CUDA_ROOT"] = root
 
 
 if __name__ == "__main__":
