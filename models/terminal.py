@@ -13,6 +13,11 @@ def escape_control(text: str) -> str:
     return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number with a noun, such as "1 row" or "12,000 rows"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def escape_unencodable() -> None:
     """Let stdout and stderr write characters that their encoding lacks as backslash escapes."""
     for stream in (sys.stdout, sys.stderr):

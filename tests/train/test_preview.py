@@ -107,7 +107,7 @@ def test_every_row_is_shown_once_and_text_that_cannot_be_is_escaped(tmp_path):
         output, errors = shown.communicate()
     assert (shown.returncode, errors) == (0, b"")
     assert output.count(b"=== row") == 1
-    assert rb"na\xefve" in output and rb"caf\udce9.jsonl: 1 rows" in output
+    assert rb"na\xefve" in output and rb"caf\udce9.jsonl: 1 row (" in output
 
 
 def test_bad_flags_and_data_are_one_line(capsys, tmp_path):

@@ -4,6 +4,8 @@ import collections
 import dataclasses
 import re
 
+from models.terminal import counted
+
 _LINES = 3  # line numbers that are named of problems of one kind
 _KINDS = 6  # kinds of problems that are named for a file; the rest are counted
 _KEYS = 12  # unread keys that are named for a file; the rest are counted
@@ -52,7 +54,7 @@ class FileReport:
     def __str__(self) -> str:
         formats = ", ".join(f"{count:,} {name}" for name, count in self.formats.items())
         broken = self.rows - self.documents
-        return f"{self.file}: {self.rows:,} rows ({formats}, {broken:,} broken)"
+        return f"{self.file}: {counted(self.rows, 'row')} ({formats}, {broken:,} broken)"
 
     def notes(self) -> list[str]:
         """Return a line for the keys that are not read, and one for each remark."""
@@ -121,9 +123,9 @@ class Report:
         without = f", {self.efficiency_before_tail:.1%} without the emptiest row"
         without = without if self.rows > 1 else ""
         return (
-            f"{self.documents:,} documents ({self.split:,} split, {truncated:,} truncated,"
+            f"{counted(self.documents, 'document')} ({self.split:,} split, {truncated:,} truncated,"
             f" {dropped:,} dropped, {broken:,} broken{left_out}), {self.tokens:,} tokens,"
-            f" {self.loss_tokens:,} with loss, in {self.rows:,} rows of {self.seq_len:,}"
+            f" {self.loss_tokens:,} with loss, in {counted(self.rows, 'row')} of {self.seq_len:,}"
             f" ({self.efficiency:.1%} full{without})"
         )
 

@@ -38,8 +38,8 @@ def test_it_reads_in_one_line_each(write, tokenizer):
     path = write("a.jsonl", [*broken, {"question": "Q", "answer": "A"}])
     report = open_data([path], tokenizer, **PARTS).report
     assert str(report) == (
-        "1 documents (0 split, 0 truncated, 0 dropped, 5 broken), 24 tokens, 2 with loss,"
-        " in 1 rows of 64 (37.5% full)"
+        "1 document (0 split, 0 truncated, 0 dropped, 5 broken), 24 tokens, 2 with loss,"
+        " in 1 row of 64 (37.5% full)"
     )
     assert str(report.files[0]) == f"{path}: 6 rows (1 qa, 5 broken)"
     assert report.notes() == [
