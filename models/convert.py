@@ -29,7 +29,7 @@ from models.weights.orbax_checkpoint import is_orbax, orbax_parameters, save_orb
 from models.weights.orbax_errors import quiet_orbax
 from models.weights.run_layout import find_checkpoint
 from models.weights.save import MAX_SHARD_BYTES, write_hf
-from models.weights.train_checkpoint import read_checkpoint
+from models.weights.train_checkpoint import find_run, read_checkpoint
 
 
 def convert(
@@ -51,8 +51,8 @@ def convert(
       layout: layout of a HF destination, see `save_hf`. With a layout, a HF source becomes HF
         again. None: orbax for a HF source, else "internlm2".
       assets_from: directory whose tokenizer, code and other files are copied; None: source.
-      merge: HF directory of the base model, whose weights the adapters of a run, or of a PEFT
-        directory, are added to; its tokenizer and code are copied.
+      merge: base model, a HF directory or a run, whose weights the adapters of a run, or of a PEFT
+        directory, are added to; the tokenizer and code of a HF directory are copied.
       progress: show progress bars.
       **kwargs: dtype and max_shard_bytes of `save_hf`, for a HF destination.
 
@@ -141,7 +141,10 @@ def _convert_adapter(
     **kwargs: Any,
 ) -> str:
     """Write the adapters of a run as a PEFT directory, or merge adapters into their base."""
-    if base is not None:
+    base_run = None if base is None else find_run(base)
+    if base_run is not None:
+        assets_from = None if assets_from == base else assets_from
+    elif base is not None:
         check_loadable(base)
     with jax.default_device(jax.local_devices(backend="cpu")[0]), quiet_orbax():
         if found is not None:
@@ -156,9 +159,13 @@ def _convert_adapter(
         elif base is None:
             raise ValueError(f"{source} is a LoRA adapter: add --merge BASE_DIR, its base model")
         else:
-            config = ModelConfig.from_hf(read_json(base / "config.json"))
+            hf = base / "config.json"
+            config = base_run.config if base_run else ModelConfig.from_hf(read_json(hf))
             lora, params = load_adapter(source, config)
-        of_base, stored, parameters = hf_parameters(base, progress=False)
+        if base_run is not None:
+            of_base, stored, parameters = base_run.config, "float32", base_run.parameters()
+        else:
+            of_base, stored, parameters = hf_parameters(base, progress=False)
         if of_base != config:
             changed = [f for f, v in vars(config).items() if v != getattr(of_base, f)]
             raise ValueError(
@@ -219,7 +226,7 @@ def _convert(
       layout: Write HF weights in this layout; llama: wqkv split, names of LlamaForCausalLM.
       assets_from: HF directory whose tokenizer, code and other files are copied. Default: SRC; a
         training run has none of these files.
-      merge: HF directory of the base model: add the LoRA adapters of SRC, a run or a PEFT
+      merge: Base model, a HF directory or a run: add the LoRA adapters of SRC, a run or a PEFT
         directory, to its weights.
       dtype: Dtype of the HF weights. Default: the stored dtype.
       max_shard_gb: Largest HF file in GB (10^9 bytes).

@@ -30,6 +30,7 @@ from models.tokenizer import Tokenizer, load_tokenizer
 from models.unstack import unstack_layers
 from models.weights.hf_files import eos_ids
 from models.weights.load import check_loadable, load
+from models.weights.train_checkpoint import find_run
 
 NOT_FINITE = -1  # id of a row whose logits have no finite maximum
 
@@ -175,7 +176,8 @@ def _generate(
     """Continue a prompt with an InternLM2 checkpoint.
 
     Args:
-      dir: HF directory, or orbax directory from models.convert.
+      dir: HF directory, orbax directory from models.convert, or a training run, whose latest
+        checkpoint is taken, or one of its checkpoints.
       prompt: Text to continue.
       chat: The prompt is the message of a user in a chat.
       max_new_tokens: Upper bound of the new tokens.
@@ -185,21 +187,13 @@ def _generate(
       seed: Seed of the sampling.
       attn: Attention implementation of the prefill.
       dtype: Dtype of weights and activations.
-      tokenizer: byte, a tokenizer.model, or a directory. Default: DIR.
-      adapter: PEFT directory of a LoRA adapter for DIR.
+      tokenizer: byte, a tokenizer.model, or a directory. Default: DIR, or that of the run.
+      adapter: PEFT directory of a LoRA adapter for DIR, or a run that trained one.
     """
     if not dir.is_dir():
-        raise ValueError(f"{dir} does not exist: give a HF directory or models.convert's")
-    check_loadable(dir)
+        raise ValueError(f"{dir} does not exist: give a HF directory, or a training run")
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k)
-    try:
-        tok = load_tokenizer(tokenizer or dir)
-    except FileNotFoundError as error:
-        if tokenizer is not None:
-            raise
-        raise ValueError(
-            f"{error}: name one with --tokenizer ('byte' for a model that was trained on bytes)"
-        ) from error
+    tok = _tokenizer(dir, tokenizer)
     execution = Execution(attn=attn, dtype=dtype, param_dtype=dtype)
     model = load(dir, execution=execution, adapter=adapter)
     if tok.vocab_size > model.config.vocab_size:
@@ -228,6 +222,28 @@ def _generate(
             print(show(text[len(shown) :]), end="", flush=True)
             shown = text
     print(show(tok.decode(new, skip_special=True)[len(shown) :]))
+
+
+def _tokenizer(directory: Path, spec: str | None) -> Tokenizer:
+    """Load --tokenizer, or the tokenizer of the directory or the run."""
+    run = find_run(directory)
+    if run is None:
+        check_loadable(directory)
+    own = directory if run is None else run.tokenizer_spec or directory
+    try:
+        tokenizer = load_tokenizer(spec or own)
+    except FileNotFoundError as error:
+        if spec is not None:
+            raise
+        raise ValueError(
+            f"{error}: name one with --tokenizer ('byte' for a model that was trained on bytes)"
+        ) from error
+    if run is not None and run.tokenizer not in (None, tokenizer.fingerprint):
+        raise ValueError(
+            f"tokenizer {tokenizer.name} is not the one that {directory} was trained with, which "
+            f"was {own}: name that one with --tokenizer"
+        )
+    return tokenizer
 
 
 @functools.partial(jax.jit, static_argnames=("capacity", "sampling"))

@@ -1,5 +1,6 @@
 """`python -m train.main`: train a model. User errors are one line on stderr, not a traceback."""
 
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -7,13 +8,16 @@ import jax
 
 from jaxattn.errors import first_line, is_out_of_memory
 from train.config.cli import fail
-from train.config.recipes import check_recipe, parse_flags, recipe_list
+from train.config.command_line import check_complete, config_notes, parse_flags
+from train.config.recipes import recipe_list
+from train.config.words import flatten_config
 from train.distributed import device
 from train.distributed.hosts import RESTART, check_same, connect, leave
 from train.log import safe_console, set_up_logging
-from train.run.dry_run import dry_run
+from train.run.dry_run import dry_run, print_config
 from train.run.loop import run
-from train.run.summary import flatten_config
+
+log = logging.getLogger("train.main")  # also as __main__
 
 USER_ERRORS = (ValueError, NotImplementedError, OSError, FloatingPointError)
 
@@ -35,14 +39,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.recipe == "list":
             print(recipe_list())
             return 0
-        check_recipe(config)
-    except ValueError as error:
+        notes = config_notes(config)
+        check_complete(config)
+    except (ValueError, OSError) as error:
         return fail(error, 2)
     try:
         connect(config.dist)
         device.set_up(keep_compiled=True)
-        set_up_logging("debug" if config.verbose else config.log_level)
+        quiet = "error" if config.print_config else config.log_level
+        set_up_logging("debug" if config.verbose else quiet)
         check_same(flatten_config(config))
+        for line in notes:
+            log.info(line)
+        if config.print_config:
+            print_config(config, notes)
+            return 0
         if config.dry_run:
             return 0 if dry_run(config) else 1
         run(config)

@@ -18,13 +18,13 @@ from models.execution import INFERENCE, Execution
 from models.files import read_json
 from models.internlm2 import InternLM2, with_new_adapters
 from models.lora import with_adapter_params
-from models.quantize import is_quantized, quantize_like
-from models.weights.abstract import abstract, fill
-from models.weights.adapter_files import load_adapter
+from models.quantize import is_quantized, quantize_like, quantize_stack
+from models.weights.abstract import abstract, fill, named_params
 from models.weights.hf_files import BIN_INDEX, BIN_SINGLE, INDEX, SINGLE, HFDirectory
 from models.weights.orbax_checkpoint import is_orbax, load_orbax
 from models.weights.run_layout import find_checkpoint
 from models.weights.table import Weight, find_param, hf_tensors, is_known_extra, table
+from models.weights.train_checkpoint import TrainCheckpoint, find_run, read_adapter
 
 MOST_NAMED = 20  # tensors in an error message
 
@@ -38,25 +38,59 @@ def load(
     adapter: Path | None = None,
     seed: int = 0,
 ) -> InternLM2:
-    """Load a HF directory (`load_hf`) or an orbax directory (`load_orbax`), with their arguments.
+    """Load a HF directory (`load_hf`), an orbax directory (`load_orbax`), or a training run.
 
-    With `adapter`, a PEFT directory, the model has its adapters: `execution.lora` is then replaced.
-    Otherwise `execution.lora` gets new adapters, which are drawn from `seed`.
+    The weights of a run are those of its latest checkpoint; a run with adapters is loaded with its
+    base model. With `adapter`, a PEFT directory or a run, the model has its adapters:
+    `execution.lora` is then replaced. Otherwise `execution.lora` gets new adapters, which are drawn
+    from `seed`.
 
     Raises:
-      ValueError: the directory is a training run or a LoRA adapter; or as for `load_hf` and
-        `load_orbax`.
+      ValueError: the directory is a LoRA adapter, or a run whose base model is not there; or as for
+        `load_hf` and `load_orbax`.
     """
     directory = Path(directory)
-    check_loadable(directory)
+    run = None if is_orbax(directory) else find_run(directory)
+    if run is not None and run.lora is not None:
+        base = _base(directory, run, adapter)
+        return load(base, execution=execution, mesh=mesh, progress=progress, adapter=directory)
+    if run is None:
+        check_loadable(directory)
     params = None
     if adapter is not None:
-        config = ModelConfig.from_hf(read_json(directory / "config.json"))
-        lora, params = load_adapter(adapter, config)
+        hf = directory / "config.json"
+        config = ModelConfig.from_hf(read_json(hf)) if run is None else run.config
+        lora, params = read_adapter(adapter, config)
         execution = dataclasses.replace(execution, lora=lora)
-    loader = load_orbax if is_orbax(directory) else load_hf
-    model = loader(directory, execution=execution, mesh=mesh, progress=progress, seed=seed)
+    if run is not None:
+        model = _load_run(run, execution=execution, mesh=mesh, seed=seed)
+    else:
+        loader = load_orbax if is_orbax(directory) else load_hf
+        model = loader(directory, execution=execution, mesh=mesh, progress=progress, seed=seed)
     return model if params is None else with_adapter_params(model, params)
+
+
+def _base(directory: Path, run: TrainCheckpoint, adapter: Path | None) -> Path:
+    """Return the directory of the base model of a run with adapters."""
+    if adapter is not None:
+        raise ValueError(f"{directory} has adapters of its own: give the base model {run.base}")
+    if run.base is None or not Path(run.base).is_dir():
+        raise ValueError(
+            f"{directory} has adapters only, and no directory {run.base} is here, which is their "
+            f"base model: give the base model, and {directory} as its adapter"
+        )
+    return Path(run.base)
+
+
+def _load_run(
+    run: TrainCheckpoint, *, execution: Execution, mesh: Mesh | None, seed: int
+) -> InternLM2:
+    model = abstract(run.config, execution, mesh=mesh)
+    stored = abstract(run.config, dataclasses.replace(execution, quantize=None), mesh=mesh)
+    like = named_params(model)
+    parameters = run.parameters(named_params(stored))
+    values = {path: quantize_stack(like[path], value) for path, value in parameters}
+    return with_new_adapters(fill(model, values), seed=seed, mesh=mesh)
 
 
 def check_loadable(directory: Path) -> None:

@@ -16,6 +16,7 @@ from models.files import read_json
 from models.lora import LoRA, adapter_params
 from models.weights import run_layout
 from models.weights.abstract import abstract, named_params
+from models.weights.adapter_files import AdapterParams, load_adapter
 from models.weights.orbax_errors import cause
 
 
@@ -29,6 +30,7 @@ class TrainCheckpoint:
       tokenizer: fingerprint of the run's tokenizer, or None if the run does not name it.
       lora: adapters, whose arrays are then the only weights in the checkpoint; None: all weights.
       base: the model that the adapters belong to, as the run's --model named it.
+      tokenizer_spec: the run's tokenizer as `models.tokenizer.load_tokenizer` takes it.
     """
 
     path: Path
@@ -36,16 +38,22 @@ class TrainCheckpoint:
     tokenizer: str | None
     lora: LoRA | None = None
     base: str | None = None
+    tokenizer_spec: str | None = None
 
-    def parameters(self) -> Generator[tuple[str, jax.Array]]:
-        """Yield (path, parameter in float32 on the default device), one after the other.
+    def parameters(
+        self, like: Mapping[str, jax.ShapeDtypeStruct] | None = None
+    ) -> Generator[tuple[str, jax.Array]]:
+        """Yield (path, parameter), one after the other.
+
+        Args:
+          like: dtypes and shardings by path; None: float32 on the default device.
 
         Raises:
           ValueError: the checkpoint is damaged, or does not fit the configuration.
 
         Memory: one parameter, and the copies that orbax makes of it.
         """
-        yield from self._read(named_params(abstract(self.config)))
+        yield from self._read(like or named_params(abstract(self.config)))
 
     def adapter(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Return (A [L, *in, R], B [L, R, *out]) by target, float32, of a run with adapters.
@@ -67,6 +75,18 @@ class TrainCheckpoint:
             return arrays[f"blocks.{LINEAR[target][0]}.lora.{target}.{name}"]
 
         return {target: (of(target, "a"), of(target, "b")) for target in self.lora.targets}
+
+    def check_base(self, config: ModelConfig) -> None:
+        """Check that the adapters belong to a base model.
+
+        Raises:
+          ValueError: names the fields in which the architectures differ.
+        """
+        mine = dataclasses.asdict(self.config)
+        if changed := [n for n, v in dataclasses.asdict(config).items() if v != mine[n]]:
+            raise ValueError(
+                f"{self.path} has adapters of another base model: {', '.join(changed)} differ"
+            )
 
     def _read(self, paths: Mapping[str, Any]) -> Generator[tuple[str, jax.Array]]:
         """Yield (path, array) for structs by path."""
@@ -119,8 +139,43 @@ def read_checkpoint(path: Path) -> TrainCheckpoint:
             targets=tuple(fields["targets"]),
             rslora=fields["rslora"],
         )
-    base = flags.get("model") if isinstance(flags, dict) else None
-    return TrainCheckpoint(path, config, tokenizer, lora, base)
+    flags = flags if isinstance(flags, dict) else {}
+    return TrainCheckpoint(
+        path, config, tokenizer, lora, flags.get("model"), flags.get("tokenizer")
+    )
+
+
+def find_run(directory: Path) -> TrainCheckpoint | None:
+    """Read the latest checkpoint of a run, or a checkpoint directory itself; None for others.
+
+    Raises:
+      FileNotFoundError, ValueError: as of `read_checkpoint`.
+    """
+    found = run_layout.find_checkpoint(directory)
+    return read_checkpoint(found) if found else None
+
+
+def read_adapter(directory: Path, config: ModelConfig) -> tuple[LoRA, AdapterParams]:
+    """Read the adapters in a PEFT directory, or of a training run.
+
+    Args:
+      directory: PEFT directory, run, or checkpoint of a run.
+      config: the architecture of the base model.
+
+    Returns:
+      As `load_adapter`.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: a file is damaged, the run has no adapters, or they belong to another base model.
+    """
+    run = find_run(directory)
+    if run is None:
+        return load_adapter(directory, config)
+    params = run.adapter()  # raises if there are none
+    assert run.lora is not None
+    run.check_base(config)
+    return run.lora, params
 
 
 def _nested(path: str, value: Any) -> dict[str, Any]:

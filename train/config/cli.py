@@ -55,7 +55,8 @@ def parse[C](
             raise
         raise ValueError(_message(said.getvalue())) from stop
     if unknown and not ignore_unknown:
-        raise ValueError(_unknown(unknown[0], flags(config), synonyms or {}))
+        flag = unknown[0].split("=")[0]
+        raise ValueError(f"unknown argument {flag}{nearest(flag, flags(config), synonyms or {})}")
     return parsed
 
 
@@ -94,12 +95,13 @@ def _join_help(config: type) -> None:
             field.metadata = types.MappingProxyType({**field.metadata, "help": text})
 
 
-def _unknown(argument: str, known: list[str], synonyms: Mapping[str, str]) -> str:
-    flag = argument.split("=")[0]
-    if hint := synonyms.get(flag.lstrip("-").replace("-", "_").lower()):
-        return f"unknown argument {flag}: {hint}"
-    near = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
-    return f"unknown argument {flag}{f'; the nearest is {near[0]}' if near else ''}; see --help"
+def nearest(name: str, known: Sequence[str], synonyms: Mapping[str, str]) -> str:
+    """Return what to take instead of an unknown flag or key, as the end of a message."""
+    plain = name.lstrip("-").replace("-", "_").lower()
+    if hint := synonyms.get(plain) or synonyms.get(plain.rpartition(".")[2]):
+        return f": {hint}"
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; the nearest is {near[0]}; see --help" if near else "; see --help"
 
 
 _KINDS = {"int()": "INT", "float()": "FLOAT", "string to float": "FLOAT"}

@@ -38,15 +38,25 @@ class Config:
     recipe: Annotated[str | None, chosen("NAME|list")] = None
     """Recipe whose values the other flags override; "list" shows all recipes."""
 
-    model: Annotated[str | None, chosen("NAME|DIR")] = None
-    """Preset (nano, internlm2-1.8b, internlm2-7b, internlm2-20b; random weights) or a directory of
-    Hugging Face weights. By default nano, or internlm2-1.8b on a GPU with enough memory."""
+    config: Annotated[str | None, chosen("FILE|DIR")] = None
+    """File with flags, which the flags of the command line override: .yaml or .json, with the
+    flags as keys, such as `optim: {lr: 2e-5}`; the directory of a run, for the flags of that run;
+    or a config of XTuner, .py, which is read but not executed."""
+
+    print_config: bool = False
+    """Print the flags that repeat this run as YAML, for --config, and exit."""
+
+    model: Annotated[str | None, chosen("NAME|DIR|FILE")] = None
+    """Preset with random weights (nano, internlm2-1.8b, internlm2-7b, internlm2-20b), a config.json
+    of Hugging Face for random weights of another size, a directory of Hugging Face weights, or the
+    directory of a run or of one of its checkpoints. By default nano, or internlm2-1.8b on a GPU
+    with enough memory. The vocabulary of nano is that of the tokenizer."""
 
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
 
     tokenizer: Annotated[str | None, chosen("byte|FILE|DIR")] = None
     """Tokenizer: "byte", a SentencePiece tokenizer.model, or a directory with a tokenizer. By
-    default the one in the directory of --model, else byte."""
+    default the one in the directory of --model, or of the run, else byte."""
 
     attn: Impl = "auto"
     """Attention implementation. pallas (or flash_attention_2) takes the kernels for the GPU: wgmma
@@ -69,6 +79,10 @@ class Config:
     batch_size: Annotated[int | None, chosen("INT")] = None
     """Rows of an optimizer step, over all devices and microbatches. By default as many as hold
     2,048 tokens, or 32,768 tokens for each GPU."""
+
+    rows_per_device: Annotated[int | None, chosen("INT")] = None
+    """Rows of an optimizer step for each device (with --mesh.tensor for each tensor-parallel
+    group), over all microbatches, instead of --batch_size."""
 
     grad_accum: int = 1
     """Gradient-accumulation microbatches of an optimizer step. More microbatches need less
@@ -195,6 +209,7 @@ class Config:
         for name, least in (
             ("seq_len", 2),
             ("batch_size", 1),
+            ("rows_per_device", 1),
             ("grad_accum", 1),
             ("steps", 1),
             ("save_every", 1),
@@ -240,11 +255,15 @@ class Config:
                 f"--remat=none would keep a dequantised copy of all --base_dtype={self.base_dtype} "
                 "weights: take --remat=dots"
             )
-        if self.batch_size is not None and self.batch_size % self.grad_accum:
+        if self.batch_size is not None and self.rows_per_device is not None:
             raise ValueError(
-                f"--batch_size={self.batch_size} must be a multiple of "
-                f"--grad_accum={self.grad_accum}"
+                f"--batch_size={self.batch_size} and --rows_per_device={self.rows_per_device} "
+                "contradict: leave one out"
             )
+        for name in ("batch_size", "rows_per_device"):
+            rows = getattr(self, name)
+            right = rows is None or rows % self.grad_accum == 0
+            require(right, f"--{name}", rows, f"a multiple of --grad_accum={self.grad_accum}")
 
     def check_profile(self, steps: int) -> None:
         """Check that the run reaches the end of --profile, once its steps are known.

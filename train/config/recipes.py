@@ -12,14 +12,8 @@ References:
     code_alpaca}_e3.
 """
 
-import dataclasses
-from collections.abc import Sequence
-
-from models.config import PRESETS
-from train.config.cli import parse
 from train.config.config import Config
 from train.config.sections import LoRAConfig, OptimConfig
-from train.config.synonyms import SYNONYMS
 
 PROMPTS = ("请给我介绍五个上海的景点", "Please tell me five scenic spots in Shanghai")
 """Prompts of XTuner, for samples during training."""
@@ -91,58 +85,6 @@ RECIPES |= {f"{size}-qlora-alpaca-2k": _qlora(size, 2_048) for size in _SIZES}
 RECIPES |= {f"{size}-qlora-oasst-2k": _qlora(size, 2_048) for size in _SIZES}
 RECIPES |= {f"{size}-qlora-oasst-512": _qlora(size, 512) for size in _SIZES}
 RECIPES |= {f"{size}-qlora-code-2k": _qlora(size, 2_048, CODE_PROMPTS, 100) for size in _SIZES}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Given:
-    """The flags that decide on the defaults of the others."""
-
-    recipe: str | None = None
-    steps: int | None = None
-    epochs: float | None = None
-
-
-def parse_flags(argv: Sequence[str]) -> Config:
-    """Parse the flags of train.main, over the values of --recipe.
-
-    Args:
-        argv: Words of the command line.
-
-    Raises:
-        ValueError: A flag is wrong, there is no such recipe, or --steps and --epochs are both
-            given.
-    """
-    given = parse(_Given, argv, "train.main", ignore_unknown=True)
-    if given.steps is not None and given.epochs is not None:
-        raise ValueError(
-            f"--steps={given.steps} and --epochs={given.epochs:g} contradict: leave one out"
-        )
-    default = None
-    if given.recipe not in (None, "list"):
-        if given.recipe not in RECIPES:
-            known = ", ".join(RECIPES)
-            raise ValueError(f"--recipe={given.recipe} must be one of {known}, or list")
-        default = RECIPES[given.recipe]
-        if given.steps is not None:
-            default = dataclasses.replace(default, epochs=None)
-    return parse(Config, argv, "train.main", default=default, synonyms=SYNONYMS)
-
-
-def check_recipe(config: Config) -> None:
-    """Check that a recipe has data to train on, and weights or a tokenizer.
-
-    Raises:
-        ValueError: They are missing.
-    """
-    if config.recipe is None or config.dry_run:
-        return
-    if not config.data.files:
-        raise ValueError(f"--recipe={config.recipe} needs --data: files to train on")
-    if config.model in PRESETS and config.tokenizer is None:
-        raise ValueError(
-            f"--recipe={config.recipe} needs --model DIR, trained weights: --model={config.model} "
-            "begins with random ones, for which --tokenizer must be given"
-        )
 
 
 def recipe_list() -> str:

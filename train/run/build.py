@@ -17,7 +17,8 @@ from models import load
 from models.internlm2 import InternLM2, init
 from models.lora import with_adapter_params
 from models.tokenizer import Tokenizer
-from models.weights.adapter_files import load_adapter, save_adapter
+from models.weights.adapter_files import save_adapter
+from models.weights.train_checkpoint import read_adapter
 from train.config.sections import DataConfig
 from train.data import (
     Loader,
@@ -132,7 +133,7 @@ def initial_params(run: Run, like: TrainState) -> Params:
         model = load(run.weights, execution=execution, mesh=mesh, seed=seed)
         log.info(f"loaded the weights of {run.weights}")
     if adapter := run.config.lora.adapter:
-        _, params = load_adapter(Path(adapter), run.model)
+        _, params = read_adapter(Path(adapter), run.model)
         model = with_adapter_params(model, params)
         log.info(f"loaded the adapter {adapter}")
     return params_of(model, like)

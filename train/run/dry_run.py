@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-import shlex
 import time
+from collections.abc import Sequence
 
 import jax
 
@@ -12,8 +12,9 @@ from train.config.config import Config
 from train.distributed import device
 from train.memory.plan import Plan
 from train.run.build import abstract_training, compile_training
+from train.run.repeat import as_command, as_yaml
 from train.run.resolve import Run, resolve
-from train.run.summary import describe_run, flatten_config
+from train.run.summary import describe_run
 
 
 def dry_run(config: Config) -> bool:
@@ -25,16 +26,25 @@ def dry_run(config: Config) -> bool:
     Raises:
         ValueError, NotImplementedError, OSError: As in the run itself.
     """
-    name = config.dry_run_device
-    run = resolve(config, None if name is None else device_spec(name))
+    name, run = config.dry_run_device, _resolve(config)
     fits = run.memory_advice is None
-    _print(paste(run), *describe_run(run), *plan_lines(run.plan, run.memory))
+    _print(as_command(run), *describe_run(run), *plan_lines(run.plan, run.memory))
     _print("it fits" if fits else f"it does not fit: {run.memory_advice}")
     if name is not None:
         _print(f"not compiled: this machine has {jax.devices()[0].device_kind}")
     elif fits:
         _print(*_compare(run))
     return fits
+
+
+def print_config(config: Config, notes: Sequence[str]) -> None:
+    """Print the flags that repeat a run as YAML, with notes as comments; errors as in `dry_run`."""
+    _print(*(f"# {note}" for note in notes), as_yaml(_resolve(config)).rstrip())
+
+
+def _resolve(config: Config) -> Run:
+    name = config.dry_run_device
+    return resolve(config, None if name is None else device_spec(name))
 
 
 def _print(*lines: str) -> None:
@@ -59,24 +69,6 @@ def device_spec(name: str) -> DeviceSpec:
             f"--dry_run_device={name} must be one of {', '.join(GPUS)}, or a number of GiB"
         ) from None
     return dataclasses.replace(spec, memory_fraction=device.SHARE)
-
-
-def paste(run: Run) -> str:
-    """Return a command line for this run, with every choice that depends on device and model."""
-    defaults, chosen, words = flatten_config(Config()), run.chosen(), []
-    for flag, value in (flatten_config(run.config) | chosen).items():
-        same = value == defaults[flag] and flag not in chosen
-        if same or value is None or flag.startswith(("dry_run", "verbose", "recipe")):
-            continue
-        name = "data" if flag == "data.files" else flag
-        if isinstance(value, tuple):
-            words.append(f"--{name} {shlex.join(map(str, value))}")
-        elif isinstance(value, bool) and defaults[flag] is not None:
-            *section, last = name.split(".")
-            words.append("--" + ".".join([*section, last if value else f"no_{last}"]))
-        else:
-            words.append(f"--{name}={shlex.quote(str(value))}")
-    return " \\\n  ".join(["python -m train.main", *words]) + "\n"
 
 
 def plan_lines(plan: Plan, memory: int) -> list[str]:

@@ -4,12 +4,12 @@ import dataclasses
 import math
 from pathlib import Path
 
+from models.byte_tokenizer import BYTE
 from models.config import PRESETS, ModelConfig, RopeScaling
 from models.files import read_json
 from models.lora import LoRA
 from models.tokenizer import Tokenizer, load_tokenizer
-from models.weights.adapter_files import load_adapter
-from models.weights.run_layout import find_checkpoint
+from models.weights.train_checkpoint import find_run, read_adapter
 from train.config.sections import DataConfig, LoRAConfig
 from train.data.files.readers import check_path
 from train.data.pack.mixture import parse_source
@@ -19,23 +19,60 @@ def read_model(name: str) -> tuple[ModelConfig, Path | None]:
     """Return the architecture, and the directory of its weights if there is one.
 
     Args:
-        name: --model, a preset or a directory.
+        name: --model: a preset, a config.json, a directory of HF or orbax weights, a training run
+            or one of its checkpoints. The weights of a run are those of its latest checkpoint.
 
     Raises:
-        ValueError: There is no such preset, and no directory with a readable config.json.
+        ValueError: There is no such preset or path, or it has no readable architecture; or the run
+            has adapters, whose base model must be named.
     """
     if name in PRESETS:
         return PRESETS[name], None
-    directory = Path(name)
-    if directory.is_dir() and find_checkpoint(directory) is not None:
-        raise ValueError(
-            f"--model={name} is the directory of a training run: convert it first, with "
-            f"python -m models.convert {name} DIR --assets_from HF_DIR, and give --model=DIR"
-        )
-    if not (directory / "config.json").exists():
-        what = "a directory without config.json" if directory.is_dir() else "no directory"
-        raise ValueError(f"--model={name} is no preset ({', '.join(PRESETS)}) and {what}")
-    return ModelConfig.from_hf(read_json(directory / "config.json")), directory
+    path = Path(name)
+    if path.is_file() and path.suffix == ".json":
+        return ModelConfig.from_hf(read_json(path)), None
+    run = find_run(path)
+    if run is not None:
+        if run.lora is not None:
+            raise ValueError(
+                f"--model={name} is a run with adapters: to train them on, take --model={run.base} "
+                f"--lora.adapter={name}; to begin from the merged weights, first python -m "
+                f"models.convert {name} DIR --merge {run.base}"
+            )
+        return run.config, run.path
+    if not (path / "config.json").exists():
+        raise ValueError(f"--model={name} is no preset ({', '.join(PRESETS)}) and {_missing(path)}")
+    return ModelConfig.from_hf(read_json(path / "config.json")), path
+
+
+def _missing(path: Path) -> str:
+    """Say why a path is no model."""
+    if path.is_dir():
+        return "a directory without config.json"
+    of_hub = len(path.parts) == 2 and not path.is_absolute() and not path.parent.exists()
+    hint = f": hf download {path} --local-dir {path} gets it from the hub" if of_hub else ""
+    return f"no directory{hint}"
+
+
+def default_tokenizer(model: str, weights: Path | None) -> str:
+    """Return the --tokenizer that a model has by itself: "byte" for random weights.
+
+    Args:
+        model: --model.
+        weights: Directory of the model's weights, if there is one.
+    """
+    if weights is not None:
+        run = find_run(weights)
+        return run and run.tokenizer_spec or str(weights)
+    beside = Path(model).parent
+    files = ("tokenizer.json", "tokenizer.model")
+    own = model not in PRESETS and any((beside / file).exists() for file in files)
+    return str(beside) if own else BYTE
+
+
+def with_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """Return a small model with rows of the embedding for each token, a multiple of 64."""
+    return dataclasses.replace(model, vocab_size=-(-tokenizer.vocab_size // 64) * 64)
 
 
 def extend_rope(model: ModelConfig, factor: float | None, seq_len: int) -> ModelConfig:
@@ -67,39 +104,43 @@ def read_lora(config: LoRAConfig, model: ModelConfig) -> LoRA | None:
     """
     if config.adapter is None:
         return config.lora
-    lora, _ = load_adapter(Path(config.adapter), model)
+    lora, _ = read_adapter(Path(config.adapter), model)
     return dataclasses.replace(lora, dropout=config.dropout)
 
 
-def read_tokenizer(
-    spec: str | None, weights: Path | None, model: ModelConfig, name: str
-) -> Tokenizer:
-    """Load --tokenizer, or the tokenizer beside the weights; bytes for random weights.
+def read_tokenizer(spec: str | None, weights: Path | None, model: str) -> Tokenizer:
+    """Load --tokenizer, or the tokenizer of the model.
 
     Args:
         spec: --tokenizer.
         weights: Directory of the model's weights, if there is one.
-        model: Architecture, for the size of its vocabulary.
-        name: Name of the model.
+        model: --model.
 
     Raises:
-        ValueError: The tokenizer is larger than the vocabulary, or the weights have none.
+        ValueError: The weights have no tokenizer.
         OSError: The tokenizer cannot be read.
     """
     try:
-        tokenizer = load_tokenizer(spec or weights or "byte")
+        return load_tokenizer(spec or default_tokenizer(model, weights))
     except FileNotFoundError as error:
         if spec is not None:
             raise
         raise ValueError(
             f"{error}: name one with --tokenizer ('byte' for a model that was trained on bytes)"
         ) from error
+
+
+def check_vocabulary(tokenizer: Tokenizer, model: ModelConfig, name: str) -> None:
+    """Check that the model has a row of the embedding for every token.
+
+    Raises:
+        ValueError: The tokenizer is larger.
+    """
     if tokenizer.vocab_size > model.vocab_size:
         raise ValueError(
             f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, more than the "
             f"{model.vocab_size} of {name}: choose another --tokenizer or --model"
         )
-    return tokenizer
 
 
 def check_files(data: DataConfig) -> None:

@@ -19,11 +19,21 @@ from models.config import PRESETS, ModelConfig
 from models.execution import Execution
 from models.tokenizer import Tokenizer
 from models.weights.abstract import abstract
+from models.weights.run_layout import find_checkpoint
 from train.config.config import MOST_STEPS, Config
 from train.distributed.mesh import abstract_mesh, check_rows, make_mesh, row_shards
 from train.memory.plan import Plan
 from train.memory.sizing import REMAT_BY_SPEED, Sizing, in_scan, quantize_kind, stored_dtype
-from train.run.inputs import check_files, extend_rope, read_lora, read_model, read_tokenizer
+from train.run.inputs import (
+    check_files,
+    check_vocabulary,
+    default_tokenizer,
+    extend_rope,
+    read_lora,
+    read_model,
+    read_tokenizer,
+    with_vocabulary,
+)
 
 GPU_MODEL, CPU_MODEL = "internlm2-1.8b", "nano"
 GPU_TOKENS = 32_768
@@ -47,7 +57,7 @@ class Run:
     """Architecture."""
 
     weights: Path | None
-    """Directory of HF or orbax weights to load; None: random weights."""
+    """Directory of HF or orbax weights to load, or a run's checkpoint; None: random weights."""
 
     tokenizer: Tokenizer
     """Tokenizer, whose vocabulary fits the model's."""
@@ -136,9 +146,10 @@ class Run:
         config, optim = self.config, self.config.optim
         return {
             "model": self.name,
-            "tokenizer": config.tokenizer or str(self.weights or "byte"),
+            "tokenizer": config.tokenizer or default_tokenizer(self.name, self.weights),
             "attn": self.execution.attn,
             "batch_size": self.rows,
+            "rows_per_device": None,
             "steps": self.steps or None,
             "out": str(self.out),
             "remat": self.execution.remat,
@@ -191,6 +202,9 @@ def resolve(config: Config, devices: Sequence[jax.Device] | DeviceSpec | None = 
         name, why = choose_model(need, memory if on_gpu else None, device.device_kind)
         notes.append(f"model {name}: {why}")
     model, weights = read_model(name)
+    tokenizer = read_tokenizer(config.tokenizer, weights, name)
+    model = with_vocabulary(model, tokenizer) if name == CPU_MODEL else model
+    check_vocabulary(tokenizer, model, name)
     model = extend_rope(model, config.rope_factor, config.seq_len)
     attn, reason = _attention(config, model, mesh, device, rows, dtype)
 
@@ -213,7 +227,6 @@ def resolve(config: Config, devices: Sequence[jax.Device] | DeviceSpec | None = 
         matmul=config.matmul,
     )
     abstract(model, execution, mesh=mesh)  # raises where the mesh does not divide the model
-    tokenizer = read_tokenizer(config.tokenizer, weights, model, name)
     check_files(config.data)
     return Run(
         config=config,
@@ -263,7 +276,7 @@ def default_out(config: Config, name: str, weights: Path | None) -> str:
 
     Data and tokenizers of the same name in other directories get another hash.
     """
-    short = weights.resolve().name if weights else name
+    short = _short_name(name, weights)
     files = [str(Path(file).resolve()) for file in config.data.files or ()]
     key = [str(weights.resolve()) if weights else None, files, config.tokenizer]
     if key == [None, [], None]:
@@ -273,10 +286,24 @@ def default_out(config: Config, name: str, weights: Path | None) -> str:
     return f"runs/{short}{data}-{config.seq_len}-{digest}"
 
 
+def _short_name(name: str, weights: Path | None) -> str:
+    """Return a name for directories: a preset, a run, or a directory or file of a model."""
+    if name in PRESETS:
+        return name
+    if weights is not None and find_checkpoint(weights) is not None:
+        return weights.resolve().parents[1].name  # <run>/checkpoints/<step>
+    path = (weights or Path(name)).resolve()
+    if path.name == "config.json":
+        return path.parent.name
+    return path.stem if path.suffix == ".json" else path.name
+
+
 def _rows(config: Config, mesh: Mesh | AbstractMesh, *, on_gpu: bool) -> int:
-    """Return the rows of a step: --batch_size, or as many as divide over the devices."""
+    """Return the rows of a step: as given, or as many as divide over the devices."""
     if config.batch_size is not None:
         return config.batch_size
+    if config.rows_per_device is not None:
+        return config.rows_per_device * row_shards(mesh)
     at_least = row_shards(mesh) * config.grad_accum
     tokens = GPU_TOKENS * row_shards(mesh) if on_gpu else CPU_TOKENS
     return max(1, tokens // config.seq_len // at_least) * at_least

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,24 +14,13 @@ from jax.sharding import NamedSharding
 import jaxattn
 from models.sharding import spec
 from train.atomic import replace_text
+from train.config.words import flatten_config
 from train.data import Batch, Loader, Report
 from train.metrics.evaluate import Sets
 from train.run.resolve import Run
 from train.version import code_version
 
 log = logging.getLogger(__name__)
-
-
-def flatten_config(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the value of every flag of a dataclass and of its sections, by flag."""
-    flat = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            flat |= flatten_config(value, f"{prefix}{field.name}.")
-        else:
-            flat[f"{prefix}{field.name}"] = value
-    return flat
 
 
 def describe_run(run: Run) -> list[str]:
@@ -81,13 +71,18 @@ def log_dispatch(run: Run, batch: Batch) -> None:
 def log_end(run: Run, seconds: float) -> None:
     """Log the files of a finished run, its time, and the commands that come next."""
     out = run.out
-    log.info(f"done in {timedelta(seconds=round(seconds))}: {out}/metrics.jsonl, sample.txt")
+    took = timedelta(seconds=round(seconds))
+    log.info(f"done in {took}: {out} has checkpoints, metrics.jsonl, config.json, sample.txt")
+    chat = " --chat" if run.config.chat else ""
+    log.info(f'try it:  python -m models.generate {out}{chat} --prompt "..."')
+    log.info(f"curves:  python -m train.report {out}")
     if run.execution.lora is not None:
-        convert = f"adapter: python -m models.convert {out} {out}/adapter"
+        log.info(f"adapter: python -m models.convert {out} {out}/adapter")
     else:
-        assets = "" if run.weights is None else f" --assets_from {run.weights}"
-        convert = f"weights: python -m models.convert {out} {out}/hf{assets}"
-    log.info(f"{convert}; curves: python -m train.report {out}")
+        tokenizer = Path(run.chosen()["tokenizer"])
+        assets = tokenizer.parent if tokenizer.name == "tokenizer.model" else tokenizer
+        assets = f" --assets_from {assets}" if assets.is_dir() else ""
+        log.info(f"weights: python -m models.convert {out} {out}/hf{assets}")
 
 
 def flags_in_use(run: Run) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def test_flags_as_people_type_them():
     ("argv", "message"),
     [
         (["--seq_lne=3"], "unknown argument --seq_lne; the nearest is --seq_len; see --help"),
-        (["--optim.learning_rate", "3"], "unknown argument --optim.learning_rate; the nearest is"),
+        (["--optim.learning_rate", "3"], "unknown argument --optim.learning_rate: take --optim.lr"),
         (["--xyzzy"], "unknown argument --xyzzy; see --help"),
         (["stray"], "unknown argument stray"),
         (["--seq_len=1"], "^--seq_len=1 must be at least 2"),

@@ -9,7 +9,7 @@ import pytest
 from train.config.cli import parse
 from train.config.config import Config
 from train.main import main
-from train.run.dry_run import paste
+from train.run.repeat import as_command
 from train.run.resolve import resolve
 
 
@@ -48,7 +48,7 @@ def test_the_printed_command_is_the_same_run(flags, tiny, tmp_path, monkeypatch)
     for file in ("a b.txt", "c.txt"):
         (tmp_path / file).write_text("text")
     run = resolve(parse(Config, ["--model=tiny", *flags], "train.main"))
-    again = resolve(pasted(paste(run)))
+    again = resolve(pasted(as_command(run)))
     for field in dataclasses.fields(run):
         if field.name not in ("config", "notes", "attn_reason", "tokenizer"):
             assert getattr(again, field.name) == getattr(run, field.name), field.name

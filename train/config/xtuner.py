@@ -1,0 +1,496 @@
+"""Read a config of XTuner 0.1: the flags that its settings become, and what has no flag.
+
+The file is not executed. Settings are the variables of the file; where a variable has a name of its
+own, the place in the nested dicts that takes it decides. Values that are written into the dicts
+themselves, such as those of LoRA, are read from there.
+
+References:
+    InternLM/xtuner v0.1.23, xtuner/configs/internlm/internlm2*; xtuner/dataset/huggingface.py and
+    xtuner/engine/hooks for the meaning of the settings.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from train.config.config import Config
+from train.config.plain_python import Constant, Leaf, Name, PlainPython, Unread, read_plain_python
+from train.config.words import flag_kinds, flag_words, shell
+
+
+class Outcome(NamedTuple):
+    """What became of a setting: flags, or the reason why it has none."""
+
+    flags: Mapping[str, Any] = {}
+    reason: str = ""
+    lost: bool = False
+    source: str = ""  # instead of the name of the setting
+
+
+Facts = Mapping[str, Any]
+"""Values of all settings by the keys of `RULES`."""
+
+Rule = Callable[[Any, Facts, str], Outcome | None]
+"""(value, facts, type of the dict that has it) -> outcome; None: a default without meaning here."""
+
+
+@dataclasses.dataclass
+class XTunerConfig:
+    """What an XTuner config says.
+
+    Attributes:
+      flags: values by flag.
+      became: (flag, setting) for each setting that became a flag.
+      unneeded: (setting, reason) for each that needs no flag.
+      lost: (setting, reason) for each that could not be mapped.
+    """
+
+    flags: dict[str, Any] = dataclasses.field(default_factory=dict)
+    became: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    unneeded: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    lost: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+
+    def set(self, flag: str, value: Any, source: str) -> None:
+        """Set a flag; a later setting replaces an earlier one, except for files, which add up."""
+        if flag == "data.files" and flag in self.flags:
+            value = (*self.flags[flag], *value)
+            source = f"{dict(self.became)[flag]}, {source}"
+        self.became = [pair for pair in self.became if pair[0] != flag] + [(flag, source)]
+        self.flags[flag] = value
+
+    def report(self, in_use: Mapping[str, Any]) -> list[str]:
+        """Return one line for each setting.
+
+        Args:
+            in_use: Values by flag of the run, which the command line may have replaced.
+        """
+        kinds, lines = flag_kinds(Config), []
+        for flag, source in self.became:
+            text = _shown(shell(flag_words(flag, kinds[flag], self.flags[flag])))
+            replaced = ", replaced" if in_use[flag] != self.flags[flag] else ""
+            lines.append(f"{text:<40} from {source}{replaced}")
+        plain = [setting for setting, reason in self.unneeded if not reason]
+        lines += [f"no flag needed: {s}: {reason}" for s, reason in self.unneeded if reason]
+        if plain:
+            lines.append(f"no flag needed: {', '.join(plain)}")
+        return lines + [f"not mapped: {setting}: {reason}" for setting, reason in self.lost]
+
+
+def read_xtuner(path: Path) -> XTunerConfig:
+    """Read an XTuner config.
+
+    Raises:
+        ValueError: The file is not Python, or no config for supervised fine-tuning or pre-training.
+        OSError: The file cannot be read.
+    """
+    try:
+        file = read_plain_python(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: {error}") from error
+    _check_kind(file)
+    settings = [_of_constant(name, c) for name, c in file.constants.items()]
+    settings += [_of_leaf(leaf) for leaves in file.parts.values() for leaf in leaves]
+    facts = {s.key: s.value for s in settings if s.key and not _has_unread(s.value)}
+    found = XTunerConfig()
+    for setting in settings:
+        outcome = _outcome(setting, facts)
+        if outcome is None:
+            continue
+        if outcome.flags:
+            source = outcome.source or setting.name
+            for flag, value in outcome.flags.items():
+                found.set(flag, value, source)
+        else:
+            shown = f"{setting.name}={_shown(setting.value)}"
+            (found.lost if outcome.lost else found.unneeded).append((shown, outcome.reason))
+    if "optim_wrapper" in file.parts and "param_scheduler" not in file.parts:
+        found.set("optim.schedule", "constant", "no param_scheduler")
+        found.set("optim.warmup_ratio", 0.0, "no param_scheduler")
+    found.lost += [(line, "a statement that is not a plain assignment") for line in file.unread]
+    return found
+
+
+@dataclasses.dataclass
+class _Setting:
+    name: str
+    value: Any
+    key: str  # of RULES; "" if there is none
+    owner: str = ""
+    used_in: str = ""
+
+
+def _of_constant(name: str, constant: Constant) -> _Setting:
+    keys = filter(None, (_key(place) for place in (name, *constant.used_at)))
+    return _Setting(name, constant.value, next(keys, ""), used_in=", ".join(constant.used_in))
+
+
+def _of_leaf(leaf: Leaf) -> _Setting:
+    return _Setting(leaf.place, leaf.value, _key(leaf.place), owner=leaf.owner)
+
+
+def _key(place: str) -> str:
+    """Return the longest end of a dotted place that has a rule."""
+    parts = place.split(".")
+    ends = (".".join(parts[i:]) for i in range(len(parts)))
+    return next((end for end in ends if end in RULES), "")
+
+
+def _outcome(setting: _Setting, facts: Facts) -> Outcome | None:
+    """Return what became of a setting; None for one of the nested dicts that means nothing here."""
+    nested = "." in setting.name
+    if nested and setting.name.partition(".")[0] in _WITHOUT_MEANING:
+        return None
+    if not setting.key:
+        reason = f"used in {setting.used_in}" if setting.used_in else "not a setting known here"
+        return Outcome(reason=reason, lost=not setting.used_in)
+    rule = RULES[setting.key]
+    if _has_unread(setting.value) and rule is not _ignore:
+        return Outcome(reason="not a plain constant: give the flag yourself", lost=True)
+    try:
+        outcome = rule(setting.value, facts, setting.owner)
+    except (TypeError, ValueError, AttributeError):
+        return Outcome(reason="not a value that is known here", lost=True)
+    return Outcome() if outcome is None and not nested else outcome
+
+
+def _has_unread(value: Any) -> bool:
+    items = value if isinstance(value, list | tuple) else [value]
+    return any(isinstance(item, Unread) for item in items)
+
+
+def _shown(value: Any) -> str:
+    text = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    text = " ".join(text.split())
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _check_kind(file: PlainPython) -> None:
+    for leaf in file.parts.get("model", ()):
+        if leaf.place == "model.type" and Name(leaf.value).last != "SupervisedFinetune":
+            raise ValueError(
+                f"model.type={leaf.value} is not supported: supervised fine-tuning and "
+                "pre-training (SupervisedFinetune) are"
+            )
+    if not file.constants.keys() & RULES.keys() and "model" not in file.parts:
+        raise ValueError("no setting of an XTuner config is in this file")
+
+
+# Rules.
+
+
+def _flag(name: str, convert: Callable[[Any], Any] = lambda value: value) -> Rule:
+    return lambda value, facts, owner: Outcome({name: convert(value)})
+
+
+def _unneeded(reason: str = "") -> Rule:
+    return lambda value, facts, owner: Outcome(reason=reason)
+
+
+def _lost(reason: str) -> Rule:
+    return lambda value, facts, owner: Outcome(reason=reason, lost=True)
+
+
+def _only(*values: Any, otherwise: Rule) -> Rule:
+    """Return a rule for settings that mean nothing here with their usual values."""
+    return lambda value, facts, owner: (
+        None if value in values or _last(value) in values else otherwise(value, facts, owner)
+    )
+
+
+def _ignore(value: Any, facts: Facts, owner: str) -> None:
+    return None
+
+
+def _last(value: Any) -> Any:
+    return Name(value).last if isinstance(value, str) else value
+
+
+def _rows(value: int, facts: Facts, owner: str) -> Outcome:
+    """Rows of a step: accumulative_counts is multiplied by the sequence-parallel size."""
+    groups = facts.get("sequence_parallel_size", 1)
+    rows = value * facts.get("accumulative_counts", 1)
+    if rows % groups:
+        return Outcome(reason=f"times accumulative_counts is no multiple of {groups}", lost=True)
+    source = f"batch_size={value} x accumulative_counts"
+    return Outcome({"rows_per_device": rows // groups}, source=source)
+
+
+def _accumulate(value: int, facts: Facts, owner: str) -> Outcome:
+    groups = facts.get("sequence_parallel_size", 1)
+    if value % groups:
+        return Outcome(reason=f"no multiple of sequence_parallel_size={groups}", lost=True)
+    return Outcome({"grad_accum": value // groups})
+
+
+def _sequence_parallel(value: int, facts: Facts, owner: str) -> Outcome:
+    if value == 1:
+        return Outcome()
+    return Outcome(reason="sequence parallelism is not supported yet", lost=True)
+
+
+def _optimizer(value: Any, facts: Facts, owner: str) -> Outcome:
+    name = str(_last(value))
+    if name in ("AdamW", "PagedAdamW", "PagedAdamW32bit"):
+        return Outcome({"optim.name": "adamw"})
+    if name in ("AdamW8bit", "PagedAdamW8bit"):
+        return Outcome({"optim.name": "adamw", "optim.moment_dtype": "int8"})
+    if name in ("Lion", "Adafactor"):
+        return Outcome({"optim.name": name.lower()})
+    return Outcome(reason="another optimizer: see --optim.name", lost=True)
+
+
+def _dtype(value: Any, facts: Facts, owner: str) -> Outcome | None:
+    name = str(_last(value))
+    if owner.endswith("OptimWrapper") and _last(facts.get("torch_dtype")) == name:
+        return None
+    if name in ("bfloat16", "float32"):
+        return Outcome({"dtype": name})
+    return Outcome(reason="float16 is not supported; bfloat16 is used on a GPU", lost=True)
+
+
+def _last_rate(value: float, facts: Facts, owner: str) -> Outcome:
+    rate = facts.get("lr")
+    if not rate:
+        return Outcome(reason="lr is not known: give --optim.min_lr_ratio", lost=True)
+    return Outcome({"optim.min_lr_ratio": float(f"{value / rate:.6g}")})
+
+
+def _scheduler(value: Any, facts: Facts, owner: str) -> Outcome | None:
+    name = str(_last(value))
+    if name == "LinearLR":
+        return None  # the warm-up
+    if name == "CosineAnnealingLR":
+        return Outcome({"optim.schedule": "cosine"})
+    return Outcome(reason="another schedule: see --optim.schedule", lost=True)
+
+
+def _end(value: float, facts: Facts, owner: str) -> Outcome | None:
+    """End of a scheduler, in epochs."""
+    epochs = facts.get("max_epochs")
+    if owner != "LinearLR":
+        return None if value == epochs else Outcome(reason="not the last epoch", lost=True)
+    if not epochs:
+        return Outcome(reason="max_epochs is not known: give --optim.warmup_ratio", lost=True)
+    if value in [facts.get(key, 0) * epochs for key in ("warmup_ratio", "warm_up_ratio")]:
+        return None
+    return Outcome({"optim.warmup_ratio": float(f"{value / epochs:.6g}")})
+
+
+def _begin(value: float, facts: Facts, owner: str) -> Outcome | None:
+    if owner == "LinearLR" and value:
+        return Outcome(reason="a warm-up begins at the first step", lost=True)
+    return None
+
+
+def _keep(value: int, facts: Facts, owner: str) -> Outcome:
+    if value < 1:
+        return Outcome(reason="all checkpoints: give a large --keep_last", lost=True)
+    return Outcome({"keep_last": value})
+
+
+def _prompts(value: Any, facts: Facts, owner: str) -> Outcome:
+    chat = {"chat": True} if "prompt_template" in facts else {}
+    return Outcome({"prompts": tuple(value), **chat})
+
+
+def _system(value: Any, facts: Facts, owner: str) -> Outcome:
+    if value in (None, ""):
+        return Outcome()
+    return Outcome(reason="samples have no system message; training rows keep theirs", lost=True)
+
+
+def _template(value: Any, facts: Facts, owner: str) -> Outcome:
+    if _last(value) == "internlm2_chat":
+        return Outcome(reason="chats are written in this form")
+    return Outcome(reason="chats are written in the form internlm2_chat", lost=True)
+
+
+def _dataset(value: Any, facts: Facts, owner: str) -> Outcome | None:
+    if value == "json":
+        return None  # data_files has the files
+    if Path(str(value)).is_file():
+        return Outcome({"data.files": (str(value),)})
+    get = f"hf download {value} --repo-type dataset --local-dir {value}"
+    return Outcome(reason=f"a dataset of the hub: {get}, then give its file by --data", lost=True)
+
+
+def _files(value: Any, facts: Facts, owner: str) -> Outcome:
+    return Outcome({"data.files": (value,) if isinstance(value, str) else tuple(value)})
+
+
+def _map_fn(value: Any, facts: Facts, owner: str) -> Outcome | None:
+    name = str(_last(value))
+    if value is None or name in ("alpaca_map_fn", "openai_map_fn", "pretrain_map_fn"):
+        return None  # rows are recognised by their keys
+    return Outcome(
+        reason="rows must be conversation, messages or instruction and output: write them so",
+        lost=True,
+    )
+
+
+def _lora(value: Any, facts: Facts, owner: str) -> Outcome | None:
+    if _last(value) != "LoraConfig":
+        return Outcome(reason="not a kind of adapter that is known here", lost=True)
+    if "target_modules" in facts:
+        return None
+    return Outcome(reason="XTuner adapts the output layer, too, which is frozen here", lost=True)
+
+
+def _quantized(bits: int) -> Rule:
+    def rule(value: Any, facts: Facts, owner: str) -> Outcome | None:
+        if not value:
+            return None
+        return Outcome({"base_dtype": "nf4" if bits == 4 else "int8"})
+
+    return rule
+
+
+_UNKNOWN = _lost("another value than the usual one: not supported")
+_WITHOUT_MEANING = ("env_cfg", "log_processor")
+
+RULES: dict[str, Rule] = {
+    # Model
+    "pretrained_model_name_or_path": _flag("model"),
+    "tokenizer.pretrained_model_name_or_path": lambda value, facts, owner: (
+        None
+        if value == facts.get("pretrained_model_name_or_path")
+        else Outcome({"tokenizer": value})
+    ),
+    "attn_implementation": _flag("attn"),
+    "use_varlen_attn": _unneeded("documents of one row never attend to each other"),
+    "max_position_embeddings": _lost("the scaling of the weights is used; see --rope_factor"),
+    "torch_dtype": _dtype,
+    "trust_remote_code": _ignore,
+    "padding_side": _ignore,
+    "model.type": _ignore,
+    "llm.type": _ignore,
+    "tokenizer.type": _ignore,
+    # LoRA
+    "lora.type": _lora,
+    "r": _flag("lora.rank"),
+    "lora_alpha": _flag("lora.alpha", float),
+    "lora_dropout": _flag("lora.dropout", float),
+    "target_modules": _flag("lora.targets", tuple),
+    "use_rslora": _flag("lora.rslora"),
+    "bias": _only("none", otherwise=_UNKNOWN),
+    "task_type": _ignore,
+    # Quantisation
+    "load_in_4bit": _quantized(4),
+    "load_in_8bit": _quantized(8),
+    "bnb_4bit_quant_type": _only("nf4", otherwise=_lost("4-bit weights are nf4")),
+    "bnb_4bit_use_double_quant": _only(True, otherwise=_lost("the scales are quantised, too")),
+    "bnb_4bit_compute_dtype": _ignore,
+    "llm_int8_threshold": _only(6.0, otherwise=_lost("int8 products are computed in --dtype")),
+    "llm_int8_has_fp16_weight": _only(False, otherwise=_UNKNOWN),
+    "quantization_config.type": _only("BitsAndBytesConfig", otherwise=_UNKNOWN),
+    # Data
+    "data_files": _files,
+    "data_files.train": _files,
+    "dataset.path": _dataset,
+    "dataset.dataset_name": _dataset,
+    "type": _only(
+        *("process_hf_dataset", "process_ms_dataset", "ConcatDataset", "build_packed_dataset"),
+        otherwise=_UNKNOWN,
+    ),
+    "dataset_cfg.folder": _lost(
+        "a folder of InternEvo: rename its .bin files, which are JSON lines, to .jsonl and give "
+        "them by --data"
+    ),
+    "dataset_cfg.type": _ignore,
+    "dataset_cfg.file_type": _ignore,
+    "dataset_cfg.min_length": _only(0, otherwise=_UNKNOWN),
+    "dataset_cfg.data_order_path": _only(None, otherwise=_UNKNOWN),
+    "dataset.type": _only("load_dataset", "load", otherwise=_UNKNOWN),
+    "datasets": _ignore,
+    "prompt_template": _template,
+    "template_map_fn.template": _template,
+    "template_map_fn": _ignore,
+    "template_map_fn.type": _ignore,
+    "dataset_map_fn": _map_fn,
+    "max_length": _flag("seq_len"),
+    "packed_length": _flag("seq_len"),
+    "pack_to_max_length": lambda value, facts, owner: Outcome(
+        reason="rows are always packed" + ("" if value else ", with several documents each"),
+        lost=not value,
+    ),
+    "remove_unused_columns": _ignore,
+    "shuffle_before_pack": _ignore,
+    "max_dataset_length": _lost("give a part of a file by --data FILE:0.3"),
+    "map_num_proc": _ignore,
+    "sampler": _ignore,
+    "sampler.type": _only(
+        *("DefaultSampler", "InternRepoSampler", "SequenceParallelSampler"), otherwise=_UNKNOWN
+    ),
+    "sampler.shuffle": _only(True, otherwise=_lost("rows are always shuffled, by --seed")),
+    "sampler.seed": _ignore,
+    "train_dataset.seed": _ignore,
+    "batch_sampler.type": _ignore,
+    "batch_sampler.drop_last": _ignore,
+    "batch_sampler.batch_size": _ignore,
+    "collate_fn.type": _ignore,
+    "dataloader_num_workers": _unneeded(),
+    "train_dataloader.num_workers": _ignore,
+    "sequence_parallel_size": _sequence_parallel,
+    # Steps and optimizer
+    "batch_size": _rows,
+    "accumulative_counts": _accumulate,
+    "max_epochs": _flag("epochs", float),
+    "max_iters": _flag("steps"),
+    "optim_type": _optimizer,
+    "optimizer.type": _optimizer,
+    "lr": _flag("optim.lr", float),
+    "betas": _flag("optim.betas", tuple),
+    "weight_decay": _flag("optim.weight_decay", float),
+    "max_norm": _flag("optim.clip", float),
+    "clip_grad.error_if_nonfinite": _ignore,
+    "optim_wrapper.type": _only("AmpOptimWrapper", "OptimWrapper", otherwise=_UNKNOWN),
+    "optim_wrapper.dtype": _dtype,
+    "loss_scale": _ignore,
+    "warmup_ratio": _flag("optim.warmup_ratio", float),
+    "warm_up_ratio": _flag("optim.warmup_ratio", float),
+    "param_scheduler.type": _scheduler,
+    "param_scheduler.eta_min": _last_rate,
+    "param_scheduler.start_factor": _ignore,
+    "param_scheduler.begin": _begin,
+    "param_scheduler.end": _end,
+    "param_scheduler.by_epoch": _only(True, otherwise=_lost("the schedule counts epochs")),
+    "param_scheduler.convert_to_iter_based": _ignore,
+    "train_cfg.type": _ignore,
+    "train_cfg.by_epoch": _ignore,
+    # Checkpoints, samples, log
+    "save_steps": _flag("save_every"),
+    "checkpoint.interval": _flag("save_every"),
+    "checkpoint.by_epoch": _only(False, otherwise=_lost("checkpoints are counted in steps")),
+    "save_total_limit": _keep,
+    "checkpoint.max_keep_ckpts": _keep,
+    "evaluation_freq": _flag("sample_every"),
+    "custom_hooks.every_n_iters": _flag("sample_every"),
+    "evaluation_inputs": _prompts,
+    "SYSTEM": _system,
+    "custom_hooks.system": _system,
+    "custom_hooks.is_intern_repo_dataset": _ignore,
+    "custom_hooks.type": _only(
+        *("DatasetInfoHook", "EvaluateChatHook", "ThroughputHook"),
+        "VarlenAttnArgsToMessageHubHook",
+        otherwise=_lost("hooks of one's own are not run"),
+    ),
+    "logger.interval": _flag("log_every"),
+    "logger.log_metric_by_epoch": _ignore,
+    **{
+        f"default_hooks.{name}.type": _ignore
+        for name in ("checkpoint", "logger", "param_scheduler", "sampler_seed", "timer")
+    },
+    "visualizer": _only(None, otherwise=_lost("see --log")),
+    "log_level": _ignore,
+    "load_from": _only(None, otherwise=_lost("a run resumes by --out, or begins by --model RUN")),
+    "resume": _only(False, otherwise=_lost("a run resumes by the same --out")),
+    # Randomness
+    "randomness.seed": lambda value, facts, owner: (
+        None if value is None else Outcome({"seed": value})
+    ),
+    "randomness.deterministic": lambda value, facts, owner: (
+        Outcome({"deterministic": True}) if value else None
+    ),
+}
+"""Rules by the end of the dotted place of a setting."""
