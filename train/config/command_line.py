@@ -121,8 +121,13 @@ def _check_rivals(values: Values) -> None:
     for one, other in RIVALS.items():
         if {one, other} <= values.keys():
             raise ValueError(
-                f"--{one}={values[one]} and --{other}={values[other]} contradict: leave one out"
+                f"--{one}={_number(values[one])} and --{other}={_number(values[other])} contradict: "
+                "leave one out"
             )
+
+
+def _number(value: object) -> object:
+    return f"{value:g}" if isinstance(value, float) else value
 
 
 def _recipe(name: str | None, given: Values) -> Config | None:

@@ -56,6 +56,8 @@ class XTunerConfig:
         if flag == "data.files" and flag in self.flags:
             value = (*self.flags[flag], *value)
             source = f"{dict(self.became)[flag]}, {source}"
+        elif flag in self.flags:
+            self.unneeded.append((dict(self.became)[flag], f"{source} replaces it"))
         self.became = [pair for pair in self.became if pair[0] != flag] + [(flag, source)]
         self.flags[flag] = value
 

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from train.config.command_line import parse_flags
 from train.config.config import Config
-from train.config.recipes import RECIPES, parse_flags
+from train.config.recipes import RECIPES
 from train.main import main
 
 
