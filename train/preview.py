@@ -17,10 +17,12 @@ import tyro
 
 from models.tokenizer import Tokenizer, load_tokenizer
 from train.config.cli import fail, parse
-from train.config.sections import DataConfig, require
+from train.config.command_line import check_complete, parse_flags
+from train.config.sections import DataConfig, chosen, require
 from train.data import Batch, Loader
 from train.log import escape_control
 from train.run.build import open_packed
+from train.run.inputs import default_tokenizer, read_model
 
 LOSS, MARK, PLAIN = "\033[32m", "\033[1;34m", "\033[0m"
 _BAR_COLUMNS = 40  # of the longest bar of the histogram
@@ -29,6 +31,10 @@ _BAR_COLUMNS = 40  # of the longest bar of the histogram
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreviewConfig:
     """Show the rows of a run with the same data, tokenizer, row length and seed."""
+
+    config: Annotated[str | None, chosen("FILE|DIR")] = None
+    """File of train.main's --config: its data, tokenizer (also that of its model), row length and
+    seed are taken, and the other flags override them."""
 
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
 
@@ -64,8 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the preview; return the exit status: 0; 1 for bad data; 2 for wrong flags."""
     try:
         given = sys.argv[1:] if argv is None else argv
-        config = parse(PreviewConfig, given, "train.preview")
-    except ValueError as error:
+        config = parse(PreviewConfig, given, "train.preview", default=_defaults(given))
+        if config.config is not None and config.data.files is None:
+            check_complete(parse_flags([f"--config={config.config}"]))
+    except (ValueError, OSError) as error:
         return fail(error, 2)
     if isinstance(sys.stdout, io.TextIOWrapper):  # for characters outside the encoding
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -80,6 +88,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return fail(error, 1)
     return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _File:
+    config: str | None = None
+
+
+def _defaults(argv: Sequence[str]) -> PreviewConfig | None:
+    """Return the values of --config; None without it."""
+    file = parse(_File, argv, "train.preview", ignore_unknown=True).config
+    if file is None:
+        return None
+    run = parse_flags([f"--config={file}"])
+    weights = read_model(run.model)[1] if run.model else None
+    return PreviewConfig(
+        data=run.data,
+        tokenizer=run.tokenizer or default_tokenizer(run.model or "nano", weights),
+        seq_len=run.seq_len,
+        seed=run.seed,
+    )
 
 
 def show_row(batch: Batch, row: int, tokenizer: Tokenizer, *, color: bool) -> str:

@@ -123,16 +123,6 @@ def test_a_cache_that_does_not_fit_is_one_line(directory, capsys):
     assert err.startswith("error: out of memory") and err.count("\n") == 1
 
 
-def test_a_training_run_has_to_be_converted(directory, tmp_path, capsys):
-    (tmp_path / "run" / "checkpoints" / "8").mkdir(parents=True)
-    argv = [str(tmp_path / "run"), "--prompt=a", "--tokenizer=byte"]
-    assert command.main(argv) == 1
-    assert (
-        "run is a training run: convert it with `python -m models.convert"
-        in capsys.readouterr().err
-    )
-
-
 @pytest.fixture
 def directory(tiny_dir, tmp_path):
     shutil.copytree(tiny_dir, tmp_path / "model")
@@ -188,10 +178,10 @@ def test_no_tokenizer_is_one_line_with_a_remedy(tiny_dir, tmp_path, capsys):
     assert "name one with --tokenizer ('byte' for" in capsys.readouterr().err
 
 
-def test_a_run_is_named_before_its_lack_of_a_tokenizer(tmp_path, capsys):
+def test_a_damaged_run_is_one_line(tmp_path, capsys):
     (tmp_path / "run" / "checkpoints" / "8").mkdir(parents=True)
     assert command.main([str(tmp_path / "run"), "--prompt=a"]) == 1
-    assert "run is a training run" in capsys.readouterr().err
+    assert "checkpoints/8/run/metadata is missing" in capsys.readouterr().err
 
 
 def test_a_lora_adapter_is_named(tmp_path, capsys):

@@ -75,6 +75,19 @@ def test_color_by_default_on_a_terminal_only(path, capsys, monkeypatch):
         assert ("\033[32m" in capsys.readouterr().out) == terminal
 
 
+def test_the_file_of_a_run(tmp_path, capsys):
+    """Its data and row length; flags override them; an XTuner config without a file is refused."""
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "abc " * 20}))
+    (tmp_path / "run.yaml").write_text(f"data: {tmp_path / 'a.jsonl'}\nseq_len: 64\nsteps: 9")
+    (tmp_path / "xtuner.py").write_text("max_length = 64")
+    assert main([f"--config={tmp_path / 'run.yaml'}", "--no_color"]) == 0
+    assert "in 2 rows of 64" in capsys.readouterr().out
+    assert main([f"--config={tmp_path / 'run.yaml'}", "--seq_len=32", "--no_color"]) == 0
+    assert "in 3 rows of 32" in capsys.readouterr().out
+    assert main([f"--config={tmp_path / 'xtuner.py'}"]) == 2
+    assert "needs --data: files to train on" in capsys.readouterr().err
+
+
 def test_escape_sequences_in_data_do_not_reach_the_terminal(tmp_path, capsys):
     """Clear-screen and title sequences, as ESC and as 8-bit control characters, bell, return."""
     path = tmp_path / "a.jsonl"

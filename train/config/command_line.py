@@ -120,10 +120,8 @@ def _read(path: Path) -> Values:
 def _check_rivals(values: Values) -> None:
     for one, other in RIVALS.items():
         if {one, other} <= values.keys():
-            raise ValueError(
-                f"--{one}={_number(values[one])} and --{other}={_number(values[other])} contradict: "
-                "leave one out"
-            )
+            pair = (f"--{name}={_number(values[name])}" for name in (one, other))
+            raise ValueError(f"{' and '.join(pair)} contradict: leave one out")
 
 
 def _number(value: object) -> object:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -122,8 +123,12 @@ def test_an_adapter_is_exported_merged_and_continued(config, base, tiny, tmp_pat
     for weight in table(tiny):
         pair = (getattr(*find_param(m, weight.path)).get_value() for m in (merged, again))
         np.testing.assert_array_equal(*map(np.asarray, pair))
-    more = tmp_path / "more"
-    run(config(more, lora=LoRAConfig(adapter=str(tmp_path / "adapter")), steps=1))
+    of_run = load(out, execution=options)  # the adapters with their base
+    np.testing.assert_array_equal(np.asarray(of_run(tokens)), np.asarray(both(tokens)))
+    more, advice = tmp_path / "more", f"take --model={base / 'one'} --lora.adapter={out};"
+    with pytest.raises(ValueError, match=f"is a run with adapters: .*{re.escape(advice)}"):
+        run(config(more, model=str(out)))
+    run(config(more, lora=LoRAConfig(adapter=str(out)), steps=1))
     assert losses(more)[0] < losses(out)[0]
     assert json.loads((more / "config.json").read_text())
 
