@@ -51,7 +51,7 @@ class Run:
     """The flags, as given."""
 
     name: str
-    """Preset, or directory of the weights."""
+    """Preset, config.json, or directory of the weights."""
 
     model: ModelConfig
     """Architecture."""
@@ -202,6 +202,7 @@ def resolve(config: Config, devices: Sequence[jax.Device] | DeviceSpec | None = 
         name, why = choose_model(need, memory if on_gpu else None, device.device_kind)
         notes.append(f"model {name}: {why}")
     model, weights = read_model(name)
+    name = str(weights) if weights else name  # of a run the checkpoint, which adapters belong to
     tokenizer = read_tokenizer(config.tokenizer, weights, name)
     model = with_vocabulary(model, tokenizer) if name == CPU_MODEL else model
     check_vocabulary(tokenizer, model, name)

@@ -26,6 +26,7 @@ HARMLESS = (
     *("recipe", "model", "tokenizer", "out", "resume", "save_", "keep_", "log", "verbose", "dry_"),
     *("eval_every", "prompts", "sample_every", "chat", "profile", "traceback", "dist.", "mesh."),
     *("epochs", "remat", "scan_layers", "data.val", "data.cache", "data.stall", "data.strict"),
+    *("config", "print_config", "rows_per_device"),
 )
 """Beginnings of flags that a resumed run may change without a line in the log: they change no
 number of the training, or are compared elsewhere."""

@@ -29,7 +29,8 @@ def test_a_run_begins_from_the_weights_of_a_run(part, finished, tiny):
         "byte",
     )
     assert str(run.out).startswith("runs/finished-64-") and run.lr == 2e-5
-    assert run.chosen()["tokenizer"] == "byte"
+    chosen = run.chosen()
+    assert (chosen["model"], chosen["tokenizer"]) == (str(run.weights), "byte")
     if not part:
         _, _, like = abstract_training(run)
         begun = jax.tree.map(np.asarray, initial_params(run, like))
