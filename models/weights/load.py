@@ -77,7 +77,7 @@ def _base(directory: Path, run: TrainCheckpoint, adapter: Path | None) -> Path:
     if run.base is None or not Path(run.base).is_dir():
         raise ValueError(
             f"{directory} has adapters only, and no directory {run.base} is here, which is their "
-            f"base model: give the base model, and {directory} as its adapter"
+            f"base model: python -m models.generate BASE --adapter {directory}"
         )
     return Path(run.base)
 

@@ -16,7 +16,8 @@ SYNONYMS = {
         "take --optim.moment_dtype=int8": "adam8bit use_8bit_adam optim_8bit paged_adamw_8bit",
         "take --remat": "gradient_checkpointing use_grad_checkpoint activation_checkpoint "
         "activation_checkpoint.mode act_checkpoint selective_recompute recompute",
-        "take --batch_size, rows of a step over all devices": "per_device_train_batch_size "
+        "take --batch_size, rows of a step over all devices, or --rows_per_device": ""
+        "per_device_train_batch_size per_device_batch_size device_batch_size "
         "train_batch_size global_batch_size micro_batch_size training.local_batch_size "
         "training.global_batch_size",
         "take --grad_accum; --batch_size counts the rows of all of them": "accumulative_counts "
@@ -36,7 +37,8 @@ SYNONYMS = {
         "take --param_dtype=bf16": "pure_bf16 bf16_params",
         "take --attn": "attn_implementation flash_attn use_flash_attention flash_attention "
         "attention attn_impl",
-        "take --data": "dataset dataset_name_or_path train_file dataset_path data_path "
+        "take --config": "config_file cfg cfg_file yaml job.config_file",
+        "take --data": "data.files dataset dataset_name_or_path train_file dataset_path data_path "
         "training.dataset",
         "take --data.val": "val_size eval_dataset validation_file val_data",
         "take --data.packing": "packing pack_to_max_length neat_packing pack",
