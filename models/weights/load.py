@@ -22,7 +22,6 @@ from models.quantize import is_quantized, quantize_like, quantize_stack
 from models.weights.abstract import abstract, fill, named_params
 from models.weights.hf_files import BIN_INDEX, BIN_SINGLE, INDEX, SINGLE, HFDirectory
 from models.weights.orbax_checkpoint import is_orbax, load_orbax
-from models.weights.run_layout import find_checkpoint
 from models.weights.table import Weight, find_param, hf_tensors, is_known_extra, table
 from models.weights.train_checkpoint import TrainCheckpoint, find_run, read_adapter
 
@@ -94,10 +93,10 @@ def _load_run(
 
 
 def check_loadable(directory: Path) -> None:
-    """Check that a directory is not one that people take for weights by mistake.
+    """Check that a directory is not a LoRA adapter, which people take for weights by mistake.
 
     Raises:
-      ValueError: the directory is a training run, or a LoRA adapter.
+      ValueError: it is one.
     """
     names = {p.name for p in directory.iterdir()} if directory.is_dir() else set()
     if "adapter_config.json" in names and not names & {SINGLE, INDEX, BIN_SINGLE, BIN_INDEX}:
@@ -105,12 +104,6 @@ def check_loadable(directory: Path) -> None:
             f"{directory} contains a LoRA adapter (adapter_config.json), not the weights of a "
             "model: merge the adapter into its base model (peft: merge_and_unload) and take the "
             "result"
-        )
-    if not is_orbax(directory) and find_checkpoint(directory) is not None:
-        raise ValueError(
-            f"{directory} is a training run: convert it with `python -m models.convert {directory} "
-            "DIR --assets_from HF_DIR` (without --assets_from if it was trained on bytes) and take "
-            "DIR"
         )
 
 

@@ -113,7 +113,7 @@ def _message(box: str) -> str:
     lines = [line.strip("│ ") for line in box.splitlines()][1:]  # the first one is a title
     if lines and not lines[0].strip("-"):
         del lines[0]
-    end = next((i for i, line in enumerate(lines) if not line.strip("─-")), None)
+    end = next((i for i, line in enumerate(lines) if not line.strip("─-╰╯")), None)
     text = re.sub(r"(\d,) (?=\d{3})", r"\1", " ".join(lines[:end]))  # tyro breaks lines in 1,440
     if found := re.match(
         r"Error parsing (\S+): no type matching (.+) could .* from \[(.*)\]", text

@@ -209,8 +209,8 @@ class LoRAConfig:
     """Divide alpha by the square root of the rank instead of the rank."""
 
     adapter: Annotated[str | None, chosen("DIR")] = None
-    """PEFT directory of an adapter to continue to train. Its rank, alpha, targets and rslora are
-    used, and those flags are left out."""
+    """Adapter to continue to train: a PEFT directory, or a run with adapters. Its rank, alpha,
+    targets and rslora are used, and those flags are left out."""
 
     export: bool = False
     """Write the adapter as a PEFT directory, <out>/adapters/<step>, with every checkpoint."""

@@ -100,7 +100,7 @@ def read_xtuner(path: Path) -> XTunerConfig:
         if outcome is None:
             continue
         if outcome.flags:
-            source = outcome.source or setting.name
+            source = outcome.source or ".".join(setting.name.split(".")[-2:])
             for flag, value in outcome.flags.items():
                 found.set(flag, value, source)
         else:

@@ -120,6 +120,21 @@ def test_files_of_another_kind(name, text, message, tmp_path, capsys):
     assert message in said and said.count("\n") == 1
 
 
+def test_a_missing_name_of_a_file(capsys):
+    assert main(["--config"]) == 2
+    assert capsys.readouterr().err == (
+        "error: Missing value for argument '--config'. Expected 1 values.\n"
+    )
+
+
+def test_switches_and_lists_of_the_file_can_be_replaced(tmp_path):
+    text = "resume: no\nscan_layers: true\nprompts: [a, b]\ndata: {strict: yes, files: [a, b]}"
+    flags = ["--resume", "--data.no_strict", "--scan_layers=False", "--prompts", "z", "--data", "c"]
+    config = parse_flags([write(tmp_path, text), *flags])
+    assert (config.resume, config.data.strict, config.scan_layers) == (True, False, False)
+    assert (config.prompts, config.data.files) == (("z",), ("c",))
+
+
 def test_a_flag_of_the_command_line_is_not_blamed_on_the_file(tmp_path):
     with pytest.raises(ValueError, match="^--seq_len=1 must be at least 2"):
         parse_flags([write(tmp_path, "seq_len: 64"), "--seq_len=1"])

@@ -97,13 +97,6 @@ def test_other_weights_are_refused(tiny_run, copy, monkeypatch, capsys):
         run(tiny_run(copy))
 
 
-def test_a_run_is_no_model(finished, capsys):
-    assert main([f"--model={finished}", "--out=unused"]) == 1
-    said = capsys.readouterr().err
-    assert "is the directory of a training run: convert it first" in said
-    assert f"python -m models.convert {finished} DIR" in said
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
