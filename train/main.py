@@ -46,14 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         connect(config.dist)
         device.set_up(keep_compiled=True)
-        quiet = "error" if config.print_config else config.log_level
-        set_up_logging("debug" if config.verbose else quiet)
+        set_up_logging("debug" if config.verbose else config.log_level)
         check_same(flatten_config(config))
-        for line in notes:
-            log.info(line)
         if config.print_config:
             print_config(config, notes)
             return 0
+        for line in notes:
+            log.info(line)
         if config.dry_run:
             return 0 if dry_run(config) else 1
         run(config)
