@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from models.llama_config import from_llama
 from models.rope_scaling import RopeScaling, rope_from_hf
 
 # Defaults of the original for keys that config.json lacks. Many differ from the released values;
@@ -146,7 +147,8 @@ class ModelConfig:
         Both formats are accepted: rope_scaling and rope_theta (transformers 4), or rope_parameters
         with both (transformers 5). A missing key means the default of the original's configuration
         class, `HF_DEFAULTS`, not a released value. The dtype of the stored weights (torch_dtype,
-        dtype) is not read: the weights files name the dtype of each tensor.
+        dtype) is not read: the weights files name the dtype of each tensor. The config.json of an
+        InternLM2 in Llama's layout is accepted, see `models.llama_config`.
 
         Args:
           hf: parsed JSON.
@@ -158,8 +160,13 @@ class ModelConfig:
         Raises:
           ValueError: another model_type or activation, or a value that the original refuses.
         """
+        if hf.get("model_type") == "llama":
+            hf = from_llama(hf)
         if (found := hf.get("model_type")) != "internlm2":
-            raise ValueError(f"model_type={found!r} in config.json must be 'internlm2'")
+            raise ValueError(
+                f"model_type={found!r} in config.json must be 'internlm2', or 'llama' for an "
+                "InternLM2 in Llama's layout"
+            )
         value = {**HF_DEFAULTS, **hf}
         if value["hidden_act"] != "silu":
             raise ValueError(f"hidden_act={value['hidden_act']!r} must be 'silu'")

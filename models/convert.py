@@ -23,6 +23,7 @@ from models.files import read_json, write_json
 from models.terminal import escape_unencodable
 from models.weights import sidecar_files
 from models.weights.adapter_files import is_adapter, load_adapter, merge_parameters, save_adapter
+from models.weights.llama import layout_of
 from models.weights.load import check_loadable, hf_parameters
 from models.weights.memory import check_memory
 from models.weights.orbax_checkpoint import is_orbax, orbax_parameters, save_orbax
@@ -49,7 +50,7 @@ def convert(
         A run with LoRA adapters becomes a PEFT directory, or with `merge` whole HF weights.
       destination: directory to create; must not exist. Its parents are created.
       layout: layout of a HF destination, see `save_hf`. With a layout, a HF source becomes HF
-        again. None: orbax for a HF source, else "internlm2".
+        again. None: orbax for a HF source, else the layout of assets_from.
       assets_from: directory whose tokenizer, code and other files are copied; None: source.
       merge: base model, a HF directory or a run, whose weights the adapters of a run, or of a PEFT
         directory, are added to; the tokenizer and code of a HF directory are copied.
@@ -81,7 +82,7 @@ def convert(
             found,
             destination,
             base,
-            layout=layout or "internlm2",
+            layout=layout,
             assets_from=base if assets_from is None else Path(assets_from),
             progress=progress,
             **kwargs,
@@ -121,7 +122,7 @@ def convert(
                     parameters,
                     destination,
                     assets_from=assets_from,
-                    layout=layout or "internlm2",
+                    layout=layout or layout_of(assets_from),
                     progress=progress,
                     **kwargs,
                 )
@@ -134,7 +135,7 @@ def _convert_adapter(
     destination: Path,
     base: Path | None,
     *,
-    layout: str,
+    layout: str | None,
     assets_from: Path | None,
     progress: bool,
     dtype: str | None = None,
@@ -154,6 +155,7 @@ def _convert_adapter(
             config, lora, params = checkpoint.config, checkpoint.lora, checkpoint.adapter()
             if base is None:
                 named = checkpoint.base or "internlm2"
+                layout = layout or layout_of(Path(named))
                 save_adapter(destination, config, lora, params, base=named, layout=layout)
                 return f", a PEFT adapter; --merge BASE_DIR writes whole weights (base: {named})"
         elif base is None:
@@ -179,7 +181,7 @@ def _convert_adapter(
                 destination,
                 dtype=dtype or stored,
                 assets_from=assets_from,
-                layout=layout,
+                layout=layout or layout_of(base),
                 progress=progress,
                 **kwargs,
             )
@@ -224,6 +226,7 @@ def _convert(
       src: HF directory, orbax directory, or training run.
       dst: Directory to create; must not exist.
       layout: Write HF weights in this layout; llama: wqkv split, names of LlamaForCausalLM.
+        Default: that of the base model or of --assets_from, else internlm2.
       assets_from: HF directory whose tokenizer, code and other files are copied. Default: SRC; a
         training run has none of these files.
       merge: Base model, a HF directory or a run: add the LoRA adapters of SRC, a run or a PEFT
@@ -281,7 +284,8 @@ def _write_orbax(
     with sidecar_files.new_directory(destination) as partial:
         save_orbax(parameters, partial)
         sidecar_files.copy_sidecar_files(assets_from, partial)
-        hf = sidecar_files.sidecar_config(assets_from, config, dtype=dtype)
+        layout = layout_of(assets_from)
+        hf = sidecar_files.sidecar_config(assets_from, config, dtype=dtype, layout=layout)
         write_json(partial / sidecar_files.CONFIG, hf)
 
 

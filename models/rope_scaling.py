@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 MAX_FACTOR = 1e6
+TYPES = ("linear", "dynamic")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,8 +26,8 @@ class RopeScaling:
     factor: float
 
     def __post_init__(self):
-        if self.type not in ("linear", "dynamic"):
-            raise ValueError(f"rope_scaling type={self.type!r} must be 'linear' or 'dynamic'")
+        if self.type not in TYPES:
+            raise ValueError(f"rope_scaling type={self.type!r:.40} must be 'linear' or 'dynamic'")
         if not 1 <= self.factor <= MAX_FACTOR:
             raise ValueError(
                 f"rope_scaling factor={self.factor} must be at least 1 and at most {MAX_FACTOR:g}"
@@ -67,11 +68,13 @@ def _parse_rope(name: str, rope: Any) -> tuple[float | None, RopeScaling | None]
     """Read (theta or None, scaling or None) from {type | rope_type, factor, rope_theta}."""
     if not isinstance(rope, Mapping):
         raise ValueError(f"{name}={rope!r} in config.json must be null or a dict {{type, factor}}")
+    kind = rope.get("type", rope.get("rope_type"))
+    if kind not in (None, "default"):
+        RopeScaling(type=str(kind), factor=1.0)  # names the type rather than its further keys
     if unknown := rope.keys() - {"type", "rope_type", "factor", "rope_theta"}:
         raise ValueError(f"{name} in config.json has unknown keys {sorted(unknown)}")
     theta = rope.get("rope_theta")
     theta = None if theta is None else _number(f"{name} rope_theta", theta)
-    kind = rope.get("type", rope.get("rope_type"))
     if rope.get("rope_type", kind) != kind:
         raise ValueError(f"{name}={dict(rope)} in config.json: type and rope_type differ")
     if kind == "default" or (kind is None and "factor" not in rope and theta is not None):

@@ -13,24 +13,11 @@ from typing import Annotated, Any
 
 import tyro
 
-from models.files import read_json
 from train.config.cli import fail, parse
 from train.config.sections import chosen
-from train.metrics.curves import RunRecords, figures
-from train.metrics.records import read_records
-
-TAIL = 50
-"""Steps in the mean loss that is compared."""
-
-PARTS = ("compute", "data", "evaluation", "checkpoint")
-_NUMBER, _MAYBE = (int, float), (int, float, type(None))
-METRICS = {
-    **{"loss": _MAYBE, "lr": _MAYBE, "grad_norm": _MAYBE, "mfu": _MAYBE, "skipped": _MAYBE},
-    **{"seconds": _NUMBER, **{f"{part}_seconds": _NUMBER for part in PARTS}},
-    **{"tokens_per_second": _NUMBER, "peak_memory_bytes": _NUMBER},
-}
-"""Types in a line of metrics.jsonl; null stands for NaN, and for a value that the run lacks."""
-EVALS = {"set": str, "loss": _MAYBE}
+from train.metrics.curves import figures
+from train.metrics.run_records import TAIL, RunRecords, read_run, source_losses
+from train.metrics.summary_table import COLUMNS, cells, markdown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         page = report(runs, Path(config.to or alone))
     except (ValueError, OSError) as error:
         return fail(error, 1)
-    for text in compared(runs):
+    for text in (*markdown(runs), *compared(runs), *by_source(runs)):
         print(text)
     print(f"wrote {page}")
     return 0
@@ -112,34 +99,12 @@ def compared(runs: Sequence[RunRecords]) -> Iterator[str]:
         )
 
 
-def read_run(out: Path) -> RunRecords:
-    """Read the records in a run's directory.
-
-    Raises:
-        ValueError: there are no metrics, or a file is damaged or of something else.
-        OSError: a file cannot be read.
-    """
-    metrics, evals, config = out / "metrics.jsonl", out / "eval.jsonl", out / "config.json"
-    if not metrics.is_file():
-        why = "there is no metrics.jsonl in it" if out.is_dir() else "there is no such directory"
-        raise ValueError(f"{out} is not the directory of a run: {why}")
-    run = RunRecords(
-        name=out.resolve().name,
-        steps=read_records(metrics),
-        evals=read_records(evals),
-        config=read_json(config) if config.is_file() else {},
-    )
-    if not run.steps:
-        raise ValueError(f"{metrics} has no line yet: the run has not made a step")
-    for path, lines, types in ((metrics, run.steps, METRICS), (evals, run.evals, EVALS)):
-        for line in lines:
-            wrong = [n for n in types if not isinstance(line.get(n), types[n])]
-            if wrong:
-                raise ValueError(
-                    f"{path} is no record of a run: the line of step {line['step']} has no valid "
-                    f"'{wrong[0]}'; remove that line, or the file"
-                )
-    return run
+def by_source(runs: Sequence[RunRecords]) -> Iterator[str]:
+    """Yield a line for each run of several training files: the mean loss of each file."""
+    for run in runs:
+        if losses := source_losses(run):
+            parts = (f"{name} {loss:.4f}" for name, loss in losses.items())
+            yield f"{run.name}, loss by training file, last {TAIL} steps: {', '.join(parts)}"
 
 
 def _losses(run: RunRecords) -> dict[int, float]:
@@ -155,11 +120,12 @@ def _of(run: RunRecords, name: str) -> Any:
 
 def _page(runs: Sequence[RunRecords], images: list[tuple[str, bytes]]) -> str:
     rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _summary(run)) + "</tr>"
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells(run)) + "</tr>"
         for run in runs
     )
-    head = "".join(f"<th>{name}</th>" for name in SUMMARY)
-    losses = "".join(f"<p>{html.escape(text)}</p>\n" for text in compared(runs))
+    head = "".join(f"<th>{name}</th>" for name in COLUMNS)
+    texts = (*compared(runs), *by_source(runs))
+    losses = "".join(f"<p>{html.escape(text)}</p>\n" for text in texts)
     plots = "".join(
         f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">\n'
         for name, png in images
@@ -177,36 +143,12 @@ def _page(runs: Sequence[RunRecords], images: list[tuple[str, bytes]]) -> str:
     )
 
 
-SUMMARY = (
-    *("run", "steps", "loss", "best validation", "tokens/s", "MFU", "peak GiB", "skipped"),
-    "time: " + ", ".join(PARTS),
-)
 _STYLE = """
 body { font-family: sans-serif; margin: 2em; max-width: 1500px }
 img { width: 48%; min-width: 420px; margin: .5% }
 td, th { padding: .2em .8em; text-align: right; border-bottom: 1px solid #ccc }
 pre { font-size: 85% }
 """
-
-
-def _summary(run: RunRecords) -> list[str]:
-    """Return the cells under `SUMMARY`; speeds are medians."""
-    last = run.steps[-1]
-    losses = [line["loss"] for line in run.evals if line.get("loss") is not None]
-    mfu = [line["mfu"] for line in run.steps if line.get("mfu") is not None]
-    seconds = sum(line["seconds"] for line in run.steps)
-    parts = (sum(line[f"{part}_seconds"] for line in run.steps) / seconds for part in PARTS)
-    return [
-        run.name,
-        f"{last['step']:,}",
-        "NaN" if last.get("loss") is None else f"{last['loss']:.4f}",
-        f"{min(losses):.4f}" if losses else "-",
-        f"{statistics.median(line['tokens_per_second'] for line in run.steps):,.0f}",
-        f"{statistics.median(mfu):.1%}" if mfu else "-",
-        f"{last['peak_memory_bytes'] / 2**30:.1f}",
-        f"{last.get('skipped') or 0:.0f}",
-        ", ".join(f"{part:.0%}" for part in parts),
-    ]
 
 
 if __name__ == "__main__":

@@ -65,13 +65,31 @@ def save_adapter(
       FileExistsError: the directory exists.
       OSError: the disk is full, or a file cannot be written.
     """
+    with new_directory(directory) as partial:
+        write_adapter(partial, config, lora, params, base=base, layout=layout)
+
+
+def write_adapter(
+    directory: Path,
+    config: ModelConfig,
+    lora: LoRA,
+    params: AdapterParams,
+    *,
+    base: str,
+    layout: str,
+    dtype: str = "float32",
+) -> None:
+    """Write the files of `save_adapter` into an existing directory, in a dtype.
+
+    Raises:
+      OSError: the disk is full, or a file cannot be written.
+    """
     tensors = dict(_tensors(config, lora, params, layout))
     shapes = {name: x.shape for name, x in tensors.items()}
-    with new_directory(directory) as partial:
-        write_json(partial / CONFIG, _peft_config(config, lora, base, layout))
-        with SafetensorsWriter(partial / WEIGHTS, shapes, "float32") as file:
-            for name, x in tensors.items():
-                file.put(name, x)
+    write_json(directory / CONFIG, _peft_config(config, lora, base, layout))
+    with SafetensorsWriter(directory / WEIGHTS, shapes, dtype) as file:
+        for name, x in tensors.items():
+            file.put(name, x.astype(dtype))
 
 
 def load_adapter(directory: Path, config: ModelConfig) -> tuple[LoRA, AdapterParams]:

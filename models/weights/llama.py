@@ -1,4 +1,4 @@
-"""Weights and config of InternLM2 in the layout of Llama, for tools that support only Llama.
+"""Weights and config of InternLM2 in the layout of Llama, which more tools support.
 
 The architectures are the same: wqkv is split into q, k and v, and the other tensors are renamed.
 The rotary halves of a head are in the same order, so no row moves within a head.
@@ -6,12 +6,14 @@ The rotary halves of a head are in the same order, so no row moves within a head
 N query heads, K kv heads, G = N / K, H head dim, D embed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from models.config import ModelConfig
+from models.files import read_json
 
 _NAMES = {
     "model.tok_embeddings": "model.embed_tokens",
@@ -23,6 +25,20 @@ _NAMES = {
     "ffn_norm": "post_attention_layernorm",
     "output": "lm_head",
 }
+
+
+def layout_of(directory: Path | None) -> str:
+    """Return the layout of a directory's weights: "llama" or, also without one, "internlm2"."""
+    config = None if directory is None else directory / "config.json"
+    found = read_json(config) if config and config.exists() else {}
+    return "llama" if found.get("model_type") == "llama" else "internlm2"
+
+
+def layout_shapes(
+    name: str, shape: tuple[int, ...], config: ModelConfig, layout: str
+) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes in a layout of one InternLM2 tensor; arguments as for `shapes`."""
+    return shapes(name, shape, config) if layout == "llama" else {name: shape}
 
 
 def shapes(name: str, shape: tuple[int, ...], config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -56,6 +72,15 @@ def tensors(name: str, x: np.ndarray, config: ModelConfig) -> Iterator[np.ndarra
     split = x.reshape(K, G + 2, H, *x.shape[1:])
     for part in (split[:, :G], split[:, G], split[:, G + 1]):
         yield part.reshape(-1, *x.shape[1:])
+
+
+def join(parts: Sequence[np.ndarray], config: ModelConfig) -> np.ndarray:
+    """Return the InternLM2 tensor of the tensors of `layout_shapes`: the inverse of `tensors`."""
+    if len(parts) == 1:
+        return parts[0]
+    K, H = config.num_kv_heads, config.head_dim
+    split = [part.reshape(K, -1, H, *part.shape[1:]) for part in parts]
+    return np.concatenate(split, axis=1).reshape(-1, *parts[0].shape[1:])
 
 
 def hf_config(config: ModelConfig, *, dtype: str) -> dict[str, Any]:

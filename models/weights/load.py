@@ -1,7 +1,7 @@
 """Loading of HF checkpoints into sharded device arrays, one tensor at a time."""
 
 import dataclasses
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from models.files import read_json
 from models.internlm2 import InternLM2, with_new_adapters
 from models.lora import with_adapter_params
 from models.quantize import is_quantized, quantize_like, quantize_stack
+from models.weights import llama
 from models.weights.abstract import abstract, fill, named_params
 from models.weights.hf_files import BIN_INDEX, BIN_SINGLE, INDEX, SINGLE, HFDirectory
 from models.weights.orbax_checkpoint import is_orbax, load_orbax
@@ -26,6 +27,9 @@ from models.weights.table import Weight, find_param, hf_tensors, is_known_extra,
 from models.weights.train_checkpoint import TrainCheckpoint, find_run, read_adapter
 
 MOST_NAMED = 20  # tensors in an error message
+
+Stored = Mapping[str, Mapping[str, tuple[int, ...]]]
+"""Names and shapes of the tensors in the files by the name of their InternLM2 tensor."""
 
 
 def load(
@@ -117,7 +121,8 @@ def load_hf(
 ) -> InternLM2:
     """Load a local HF InternLM2 checkpoint: config.json and weights, one file or sharded.
 
-    The weights are safetensors or pytorch_model*.bin; no code in them is run.
+    A checkpoint in Llama's layout loads alike: q, k and v of a layer become wqkv. The weights are
+    safetensors or pytorch_model*.bin; no code in them is run.
 
     Args:
       directory: directory of the checkpoint.
@@ -135,18 +140,22 @@ def load_hf(
       ValueError: the config is not of InternLM2, or tensors are missing, unknown or of another
         shape (one message names them), or the mesh does not divide the model.
 
-    Memory: on the host one tensor (on a mesh of several devices, and its shards); on devices the
-    model and one tensor, in its stored and in its final dtype.
+    Memory: on the host one tensor, or q, k and v of a layer (on a mesh of several devices, and its
+    shards); on devices the model and one tensor, in its stored and in its final dtype.
     """
     files = HFDirectory(directory)
     config = ModelConfig.from_hf(files.config)
-    _check_tensors(files, config)
+    stored = _check_tensors(files, config)
     model = abstract(config, execution, mesh=mesh)
     rows = {name: (weight, i) for name, weight, i in hf_tensors(config)}
     slots = {weight.path: _Slot(model, weight, mesh) for weight in table(config)}
     # In the order of the files, because a disk reads best from front to back.
     tensors = tqdm(
-        files.read(rows), desc="loading", total=len(rows), unit="tensor", disable=not progress
+        _read(files, stored, config, rows),
+        desc="loading",
+        total=len(rows),
+        unit="tensor",
+        disable=not progress,
     )
     for name, x in tensors:
         weight, i = rows[name]
@@ -176,7 +185,7 @@ def hf_parameters(
     """
     files = HFDirectory(directory)
     config = ModelConfig.from_hf(files.config)
-    _check_tensors(files, config)
+    stored = _check_tensors(files, config)
     dtypes = set(files.dtypes.values())
     dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
     model = abstract(config, Execution(param_dtype=dtype))
@@ -189,7 +198,7 @@ def hf_parameters(
         with tqdm(desc="loading", total=total, unit="tensor", disable=not progress) as bar:
             for weight, names in layers.items():
                 slot = _Slot(model, weight, None)
-                for name, x in files.read(names):
+                for name, x in _read(files, stored, config, names):
                     slot.put(x, names[name] or 0)
                     bar.update()
                 value = slot.value
@@ -200,9 +209,31 @@ def hf_parameters(
     return config, dtype, parameters()
 
 
-def _check_tensors(files: HFDirectory, config: ModelConfig) -> None:
+def _read(
+    files: HFDirectory, stored: Stored, config: ModelConfig, names: Collection[str]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the InternLM2 tensors of these names, in the order of the files.
+
+    Of Llama's q, k and v, those that are read first wait in memory for the others.
+    """
+    whole = {part: name for name in names for part in stored[name]}
+    waiting: dict[str, np.ndarray] = {}
+    for part, x in files.read(whole):
+        waiting[part] = x
+        del x
+        name = whole[part]
+        if all(part in waiting for part in stored[name]):
+            yield name, llama.join([waiting.pop(part) for part in stored[name]], config)
+
+
+def _check_tensors(files: HFDirectory, config: ModelConfig) -> Stored:
     """Check names and shapes of all tensors; one error names all problems."""
-    expected = {name: weight.hf_shape(config) for name, weight, _ in hf_tensors(config)}
+    layout = llama.layout_of(files.path)
+    stored = {
+        name: llama.layout_shapes(name, weight.hf_shape(config), config, layout)
+        for name, weight, _ in hf_tensors(config)
+    }
+    expected = {name: shape for shapes in stored.values() for name, shape in shapes.items()}
     found = {n: s for n, s in files.shapes.items() if not is_known_extra(n, config)}
     problems = {
         "missing": [f"{n} {list(s)}" for n, s in expected.items() if n not in found],
@@ -216,6 +247,7 @@ def _check_tensors(files: HFDirectory, config: ModelConfig) -> None:
     if any(problems.values()):
         named = "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
         raise ValueError(f"tensors of {files.path} do not fit its config.json; {named}")
+    return stored
 
 
 def _some(names: list[str]) -> str:

@@ -14,6 +14,7 @@ from models.byte_tokenizer import ByteTokenizer
 from models.config import NO_ID, ModelConfig
 from models.files import read_json
 from models.tokenizer import load_tokenizer, save_fast
+from models.weights import llama
 from models.weights.hf_files import eos_ids
 
 log = logging.getLogger(__name__)
@@ -94,7 +95,9 @@ def copy_for_llama(source: Path, destination: Path) -> None:
         save_fast(source, destination)
 
 
-def sidecar_config(source: Path | None, config: ModelConfig, *, dtype: str) -> dict[str, Any]:
+def sidecar_config(
+    source: Path | None, config: ModelConfig, *, dtype: str, layout: str = "internlm2"
+) -> dict[str, Any]:
     """Return the contents of a config.json, with the keys of the source's if the models are equal.
 
     So keys that only transformers reads, and the names of the code, are kept.
@@ -103,13 +106,16 @@ def sidecar_config(source: Path | None, config: ModelConfig, *, dtype: str) -> d
       source: a checkpoint, or None.
       config: the architecture.
       dtype: dtype of the weights.
+      layout: layout of the weights, "internlm2" or "llama".
     """
     found = read_json(source / CONFIG) if source and (source / CONFIG).exists() else {}
-    if found.get("model_type") == "internlm2" and ModelConfig.from_hf(found) == config:
+    if found.get("model_type") == layout and ModelConfig.from_hf(found) == config:
         for name in ("rope_scaling", "rope_parameters"):
             if found.get(name) and "factor" in found[name]:  # the original refuses an integer
                 found[name] = {**found[name], "factor": float(found[name]["factor"])}
         return {**found, "dtype" if "dtype" in found else "torch_dtype": dtype}
+    if layout == "llama":
+        return llama.hf_config(config, dtype=dtype)
     hf = config.to_hf(dtype=dtype)
     hf.pop("auto_map")  # names code that may be missing
     return hf | {key: found[key] for key in ("auto_map",) if key in found}

@@ -100,7 +100,9 @@ def is_known_extra(name: str, config: ModelConfig) -> bool:
     Rotary tables are recomputed; the output matrix of a tied model is its embedding.
     """
     rotary = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
-    return name.endswith(rotary) or (config.tie_word_embeddings and name == _OUTPUT.hf)
+    return name.endswith(rotary) or (
+        config.tie_word_embeddings and name in (_OUTPUT.hf, "lm_head.weight")
+    )
 
 
 def _sizes(config: ModelConfig) -> dict[str, int]:

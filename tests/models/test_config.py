@@ -117,7 +117,12 @@ def test_null_is_no_token(key):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"model_type": "llama"}, "model_type='llama'"),
+        ({"model_type": "qwen2"}, "model_type='qwen2'"),
+        ({"model_type": "llama", "mlp_bias": True}, "mlp_bias=True"),
+        ({"model_type": "llama", "head_dim": 64}, "must be hidden_size / num_attention_heads"),
+        ({"model_type": "llama", "head_dim": "x"}, "head_dim='x'"),
+        ({"model_type": "llama", "hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"rope_scaling": {"rope_type": "llama3", "low_freq_factor": 1}}, "type='llama3'"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"hidden_size": 100}, "hidden_size=100 must be a multiple of num_heads=32"),
         ({"num_key_value_heads": 5}, "num_heads=32 must be a multiple of num_kv_heads=5"),

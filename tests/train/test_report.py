@@ -90,7 +90,7 @@ def test_losses_of_other_data_or_tokens_are_not_compared(run, tmp_path, capsys, 
     one, two = run("one"), run("two", **other)
     assert main([str(one), str(two), f"--to={tmp_path / 'both'}"]) == 0
     output = capsys.readouterr().out
-    assert f"losses of two and one are not compared: {why}\n" in output and "%" not in output
+    assert f"losses of two and one are not compared: {why}\n" in output and "(+" not in output
 
 
 def _lines(drawn):
@@ -114,6 +114,26 @@ def test_a_run_has_one_color_and_nothing_is_cut_off(run):
         for _, _, ys in _lines(figure).values():
             assert low <= min(ys) and max(ys) <= high
         assert all(float(tick).is_integer() for tick in axes.get_xticks())
+
+
+def test_training_files_have_a_curve_and_a_mean_each(run, capsys):
+    """Weighted by tokens; a run's settings are in a Markdown table, that can be pasted."""
+    out = run("one")
+    sources = ({"a": (1.0, 10)}, {"a": (4.0, 5), "b": (3.0, 1)}, {"b": (None, 1)})
+    lines = []
+    for step, of_step in enumerate(sources, 1):
+        of = {name: {"loss": x, "loss_tokens": n} for name, (x, n) in of_step.items()}
+        lines.append({"step": step, **LINE, "sources": of})
+    (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main([str(out)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert "one, loss by training file, last 50 steps: a 2.0000, b 3.0000" in said
+    assert [line.count(" | ") for line in said[:3]] == [14] * 3
+    assert said[2].startswith(f"| one {'| - ' * 5}| 3 | 2.0000 | 1.5000 | 90 | 50.0% | 1.0 | 1 |")
+    curves = _lines(dict(figures([read_run(out)]))["sources"])
+    assert list(curves["one: a"][1]) == [1, 2] and list(curves["one: b"][1]) == [2]
+    (out / "metrics.jsonl").write_text(json.dumps(lines[0] | {"sources": {"a": 3}}) + "\n")
+    assert main([str(out)]) == 1 and "no valid 'sources'" in capsys.readouterr().err
 
 
 def test_steps_whose_loss_is_null_are_left_out(run):

@@ -118,6 +118,21 @@ class Config:
     """Number of further checkpoints to keep: those with the lowest validation loss (mean over the
     sets) among the checkpoints of evaluated steps."""
 
+    export_every: int = 0
+    """Steps between exports: weights for other programs, <out>/export/step-<step>, written while
+    training goes on; 0: no exports. The last step is exported, too. With LoRA the adapter alone is
+    exported, as a PEFT directory."""
+
+    export_dtype: Annotated[Literal["bf16", "fp16", "fp32"] | None, chosen("bf16|fp16|fp32")] = None
+    """Dtype of exports. By default bf16, for adapters fp32."""
+
+    export_layout: Annotated[Literal["internlm2", "llama"] | None, chosen("internlm2|llama")] = None
+    """Names and shapes of exported tensors: InternLM2's, or those of LlamaForCausalLM. By default
+    those of --model's weights, else internlm2."""
+
+    export_keep: int = 2
+    """Number of latest exports to keep."""
+
     log_every: int = 1
     """Steps between lines of metrics.jsonl."""
 
@@ -215,6 +230,8 @@ class Config:
             ("save_every", 1),
             ("keep_last", 1),
             ("keep_best", 0),
+            ("export_every", 0),
+            ("export_keep", 1),
             ("log_every", 1),
             ("eval_every", 1),
             ("sample_every", 0),

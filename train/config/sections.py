@@ -212,9 +212,6 @@ class LoRAConfig:
     """Adapter to continue to train: a PEFT directory, or a run with adapters. Its rank, alpha,
     targets and rslora are used, and those flags are left out."""
 
-    export: bool = False
-    """Write the adapter as a PEFT directory, <out>/adapters/<step>, with every checkpoint."""
-
     @property
     def used(self) -> bool:
         """True if adapters are trained."""
@@ -231,7 +228,7 @@ class LoRAConfig:
         values = {name: getattr(self, name) for name in new}
         if self.rank is not None and self.adapter is None:
             return LoRA(**values)
-        allowed = () if self.adapter is None else ("adapter", "export", "dropout")
+        allowed = () if self.adapter is None else ("adapter", "dropout")
         for field in dataclasses.fields(self):
             if field.name not in allowed and getattr(self, field.name) != field.default:
                 if self.adapter is None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from train.data.loader import Loader, Shard
     from train.data.open import PackingOptions, open_data, read_options
     from train.data.pack.mixture import parse_source
-    from train.data.pack.packing import Batch
+    from train.data.pack.packing import Batch, source_dtype
     from train.data.pack.spans import TooLong
     from train.data.report import Problem, Report
     from train.data.tokens.cache import ReadOptions
@@ -35,6 +35,7 @@ _MODULES = {
     "open_data": "open",
     "parse_source": "pack.mixture",
     "read_options": "open",
+    "source_dtype": "pack.packing",
 }
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "open_data",
     "parse_source",
     "read_options",
+    "source_dtype",
 ]
 
 

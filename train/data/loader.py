@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from train.data.pack.mixture import permutation
-from train.data.pack.packing import Batch, PackedRows, fill
+from train.data.pack.packing import Batch, PackedRows, fill, source_dtype
 from train.data.pack.spans import Spans
 from train.data.report import Report
 from train.data.thread import Thread
@@ -71,6 +71,8 @@ class Loader(Iterator[Batch]):
 
     Attributes:
         report: counts of everything in the data.
+        sources: paths of the sources, of which `Batch.sources` has the indices if there are
+            several.
         batch_size: rows of a batch over all hosts; `next` returns `batch_size / shard.count`.
         fingerprint: hash of all rows and their order; a state fits only the same data.
         wait_seconds: seconds that `next` has waited so far for batches that were not ready.
@@ -85,10 +87,14 @@ class Loader(Iterator[Batch]):
         seq_len: int,
         batch_size: int,
         pad_id: int,
+        sources: tuple[tuple[str, ...], Int64[np.ndarray, " D"]],
         seed: int = 0,
         shard: Shard | None = None,
     ):
         shard = shard or Shard()
+        self.sources, source_of_document = sources
+        dtype = source_dtype(len(self.sources))
+        self._source = None if dtype is None else source_of_document.astype(dtype)
         self._own = shard.rows_of(batch_size)
         self._skipped = shard.index * self._own
         self.report = _report(dataset, spans, rows, seq_len, batch_size)
@@ -218,6 +224,7 @@ class Loader(Iterator[Batch]):
             chosen,
             seq_len=self._seq_len,
             pad_id=self._pad_id,
+            sources=self._source,
         )
 
     def _row_at(self, place: int) -> int:

@@ -11,7 +11,7 @@ from train.cache_dirs import token_cache
 from train.config.sections import DataConfig
 from train.data.corpus import TINY_SHAKESPEARE
 from train.data.loader import Loader, Shard
-from train.data.pack.mixture import Split, parse_source, repeats
+from train.data.pack.mixture import Split, name_sources, parse_source, repeats
 from train.data.pack.packing import pack
 from train.data.pack.spans import TooLong, split_documents
 from train.data.pack.stream import StreamPacking, pack_stream
@@ -106,6 +106,7 @@ def open_data(
         pad_id=tokenizer.pad_id,
         seed=seed,
         shard=shard,
+        sources=name_sources(dataset, sources),
     )
 
 

@@ -1,12 +1,13 @@
 """Plot the records of runs: one figure each for loss, speed, memory and so on, all runs in it."""
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot: no display, no global state
 from matplotlib.ticker import MaxNLocator
+
+from train.metrics.run_records import RunRecords
 
 FIGURES = (  # file name, key of the record, y axis, factor
     ("loss", "loss", "training loss", 1.0),
@@ -19,24 +20,7 @@ FIGURES = (  # file name, key of the record, y axis, factor
     ("skipped", "skipped", "skipped steps", 1.0),
 )
 STYLES = ("-", "--", ":", "-.")
-"""Line styles of the validation sets of a run, in turn."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RunRecords:
-    """Records of one run."""
-
-    name: str
-    """Name of the run's directory."""
-
-    steps: list[dict[str, Any]]
-    """Lines of metrics.jsonl."""
-
-    evals: list[dict[str, Any]]
-    """Lines of eval.jsonl."""
-
-    config: dict[str, Any]
-    """Content of config.json; empty without that file."""
+"""Line styles of the files and validation sets of a run, in turn."""
 
 
 def training_seconds(line: dict[str, Any]) -> float:
@@ -58,16 +42,34 @@ def figures(runs: Sequence[RunRecords]) -> Iterator[tuple[str, Figure]]:
                 axes.set_yscale("log")
             axes.legend(fontsize=8)
             yield name, figure
+    losses = [
+        [{"step": line["step"], "set": name, **of} for line in run.steps for name, of in _by(line)]
+        for run in runs
+    ]
+    if any(losses):
+        yield "sources", _by_set(runs, losses, "training loss by file")
     if any(run.evals for run in runs):
-        figure, axes = _figure("validation loss")
-        for number, run in enumerate(runs):
-            for nth, name in enumerate(dict.fromkeys(line["set"] for line in run.evals)):
-                lines = [line for line in run.evals if line["set"] == name]
-                style = {"marker": "o", "linestyle": STYLES[nth % len(STYLES)]}
-                label = f"{run.name}: {name}"
-                _plot(axes, lines, "loss", 1.0, label=label, color=f"C{number}", **style)
-        axes.legend(fontsize=8)
-        yield "validation", figure
+        lines = [run.evals for run in runs]
+        yield "validation", _by_set(runs, lines, "validation loss", marker="o")
+
+
+def _by(line: dict[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
+    """Return the entries of each training file in a line of metrics.jsonl."""
+    return line.get("sources", {}).items()
+
+
+def _by_set(
+    runs: Sequence[RunRecords], losses: Sequence[list[dict[str, Any]]], title: str, **style
+) -> Figure:
+    """Return a figure with a curve for each "set" in the lines of each run."""
+    figure, axes = _figure(title)
+    for number, (run, of_run) in enumerate(zip(runs, losses, strict=True)):
+        for nth, name in enumerate(dict.fromkeys(line["set"] for line in of_run)):
+            lines = [line for line in of_run if line["set"] == name]
+            style |= {"linestyle": STYLES[nth % len(STYLES)], "label": f"{run.name}: {name}"}
+            _plot(axes, lines, "loss", 1.0, color=f"C{number}", **style)
+    axes.legend(fontsize=8)
+    return figure
 
 
 def _plot(axes: Axes, lines: Sequence[dict[str, Any]], key: str, factor: float, **style) -> None:

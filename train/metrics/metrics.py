@@ -57,6 +57,7 @@ class Metrics:
         log_every: int,
         positions: int,
         lora: LoRA | None = None,
+        sources: Sequence[str] = (),
         sinks: Sequence[Sink] = (),
     ):
         """Open metrics.jsonl; lines after `start`, of a run that was killed, are dropped.
@@ -69,13 +70,14 @@ class Metrics:
             steps: optimizer steps of the whole run.
             log_every: steps between lines; the last step always has a line.
             positions: tokens of a step, padding included.
+            sources: names of the training files, in the order of the step's source_losses.
             sinks: further destinations of each line.
 
         Raises:
             OSError: the file cannot be written.
         """
         self._model, self._lora, self._steps, self._every = model, lora, steps, log_every
-        self._positions, self._sinks = positions, sinks
+        self._positions, self._sources, self._sinks = positions, sources, sinks
         self._devices = jax.local_devices()
         peak = peak_flops(self._devices[0])
         self._peak = None if peak is None else peak * jax.device_count()
@@ -116,17 +118,21 @@ class Metrics:
 
         Args:
             step: optimizer steps done, this one included.
-            values: the step's metrics, float32 scalars on the device.
+            values: the step's metrics on the device, float32: scalars, and source_losses and
+                source_tokens [S] if there are several sources.
             pairs: causal query-key pairs inside its documents.
 
         Returns:
             The line: values; seconds and its parts data_seconds, checkpoint_seconds,
             evaluation_seconds, compute_seconds; tokens_per_second (without padding),
             loss_tokens_per_second, all_tokens_per_second; mfu (if the device's peak is known);
-            peak_memory_bytes.
+            peak_memory_bytes; sources (if there are several), which has loss and loss_tokens of
+            each source with loss tokens in the step, by name.
         """
         line: dict[str, Any] = {"step": step}
-        line |= {name: float(value) for name, value in jax.device_get(values).items()}
+        host = jax.device_get(values)
+        sums, counts = host.pop("source_losses", ()), host.pop("source_tokens", ())
+        line |= {name: float(value) for name, value in host.items()}
         now = time.perf_counter()
         seconds, self._step_end = now - self._step_end, now
         parts, self._parts = self._parts, {}
@@ -141,12 +147,20 @@ class Metrics:
             flops = training_flops(self._model, int(line["tokens"]), pairs, lora=self._lora)
             line["mfu"] = flops / training / self._peak
         line["peak_memory_bytes"] = peak_memory(self._devices)
+        flat = {f"train/{name}": value for name, value in line.items() if name != "step"}
+        if len(sums):
+            line["sources"] = {
+                name: {"loss": float(total) / float(count), "loss_tokens": float(count)}
+                for name, total, count in zip(self._sources, sums, counts, strict=True)
+                if count
+            }
+            flat |= {f"train/loss/{name}": of["loss"] for name, of in line["sources"].items()}
         last = step == self._steps
         if step % self._every == 0 or last:
             if self._records is not None:
                 self._records.write(line)
             for sink in self._sinks:
-                sink.write(step, {f"train/{name}": line[name] for name in line if name != "step"})
+                sink.write(step, flat)
         shown = _describe(line)
         if not self._bar.disable:
             room = shutil.get_terminal_size().columns - BAR_COLUMNS

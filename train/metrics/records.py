@@ -38,10 +38,7 @@ class Records:
         Raises:
             OSError: the file cannot be written; names the file and the remedy.
         """
-        text = "".join(
-            json.dumps({k: _finite(v) for k, v in line.items()}, ensure_ascii=False) + "\n"
-            for line in lines
-        )
+        text = "".join(json.dumps(_finite(dict(line)), ensure_ascii=False) + "\n" for line in lines)
         left = memoryview(text.encode())
         try:
             with self._path.open("ab", buffering=0) as file:
@@ -83,4 +80,6 @@ def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
 
 
 def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(of) for name, of in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

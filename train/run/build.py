@@ -8,16 +8,13 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
 from models import load
 from models.internlm2 import InternLM2, init
 from models.lora import with_adapter_params
 from models.tokenizer import Tokenizer
-from models.weights.adapter_files import save_adapter
 from models.weights.train_checkpoint import read_adapter
 from train.config.sections import DataConfig
 from train.data import (
@@ -139,26 +136,29 @@ def initial_params(run: Run, like: TrainState) -> Params:
     return params_of(model, like)
 
 
-def export_adapter(run: Run, state: TrainState) -> None:
-    """Write the adapters as a PEFT directory, <out>/adapters/<step>, once for each step."""
-    assert run.execution.lora is not None
-    directory = run.out / "adapters" / str(int(state.step))
-    everywhere = NamedSharding(run.real_mesh, PartitionSpec())
-    params = jax.device_put(state.params["blocks"], everywhere)  # all processes take part
-    if jax.process_index() or directory.exists():
-        return
-    adapters = {**params["attention"].get("lora", {}), **params["ffn"].get("lora", {})}
-    pairs = {t: (np.asarray(x["a"]), np.asarray(x["b"])) for t, x in adapters.items()}
-    save_adapter(directory, run.model, run.execution.lora, pairs, base=run.name)
-
-
 def compile_training(
-    run: Run, tx: optax.GradientTransformation, graphdef: nnx.GraphDef, like: TrainState
+    run: Run,
+    tx: optax.GradientTransformation,
+    graphdef: nnx.GraphDef,
+    like: TrainState,
+    sources: int = 1,
 ) -> jax.stages.Compiled:
-    """Compile the training step for the shapes of the run, and log the time that it took."""
+    """Compile the training step for the shapes of the run, and log the time that it took.
+
+    Args:
+        run: The run.
+        tx: From `abstract_training`.
+        graphdef: From `abstract_training`.
+        like: The state, or its structs.
+        sources: Number of sources of the data.
+    """
     config = run.config
     batch = batch_struct(
-        rows=run.rows, seq_len=config.seq_len, grad_accum=config.grad_accum, mesh=run.real_mesh
+        rows=run.rows,
+        seq_len=config.seq_len,
+        grad_accum=config.grad_accum,
+        mesh=run.real_mesh,
+        sources=sources,
     )
     if not run.packed:
         batch = batch._replace(segment_ids=None)
@@ -171,6 +171,7 @@ def compile_training(
         spike=config.guard.spike,
         z_loss=config.z_loss,
         dropout_seed=config.seed if config.lora.dropout else None,
+        sources=sources,
     )
     options = compiler_options(deterministic=config.deterministic, matmul=config.matmul)
     compiled = compile_step(step, like, batch, options)

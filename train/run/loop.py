@@ -4,20 +4,24 @@ import logging
 import time
 from typing import Any
 
+import jax
+
 from train.checkpoint.checkpoints import Checkpoints
+from train.checkpoint.exports import Exports
 from train.config.config import Config
 from train.distributed.device import compiler_options
 from train.metrics.evaluate import Evaluation, OpenSets
 from train.metrics.sinks import check_sinks
+from train.metrics.summary_table import log_table
 from train.run.build import (
     abstract_training,
     check_rows_for_attention,
     compile_training,
-    export_adapter,
     initial_params,
     open_training,
     open_validation,
 )
+from train.run.export import export_assets, take_export
 from train.run.recorder import Recorder, check_recorder
 from train.run.resolve import resolve
 from train.run.resume import check_out, check_resume, check_still_new, identity_of, read_checkpoint
@@ -43,15 +47,19 @@ def run(config: Config) -> None:
     run.check_memory()
     check_sinks(config.log)
     check_recorder(config)
+    assets = export_assets(run)
     for line in describe_run(run):
         log.info(line)
     identity = identity_of(run)
     check_out(run.out)
     with RunLock(run.out) as run_lock:
         run_lock.acquire()
-        with Checkpoints(
-            run.out, keep_last=config.keep_last, keep_best=config.keep_best
-        ) as checkpoints:
+        with (
+            Checkpoints(
+                run.out, keep_last=config.keep_last, keep_best=config.keep_best
+            ) as checkpoints,
+            Exports(run.out, keep=config.export_keep) as exports,
+        ):
             saved = read_checkpoint(run, checkpoints, identity)
             with open_training(run) as loader, OpenSets(open_validation(run)) as validation:
                 log_data(loader, validation.sets)
@@ -77,7 +85,10 @@ def run(config: Config) -> None:
                 if start == run.steps:
                     log.info(f"all {run.steps} steps are done: to train on, give more --steps")
                 else:
-                    step = compile_training(run, tx, graphdef, state)
+                    step = compile_training(run, tx, graphdef, state, len(loader.sources))
+                    exports.begin(start)
+                    if config.export_every:  # compiles, and finds at once what would fail
+                        take_export(run, assets, graphdef, state)
                     run.out.mkdir(parents=True, exist_ok=True)
                     run_lock.acquire()
                     check_still_new(run, saved)
@@ -92,19 +103,24 @@ def run(config: Config) -> None:
                             deterministic=config.deterministic, matmul=config.matmul
                         ),
                     )
-                    recorder = Recorder(run, graphdef, start)
+                    recorder = Recorder(run, graphdef, start, loader.sources)
                     save_config(run)
                     flags = flags_in_use(run)
 
                     def save(state: TrainState, **options: Any) -> None:
                         checkpoints.save(state, identity=identity, config=flags, **options)
-                        if config.lora.export:
-                            export_adapter(run, state)
 
-                    state = train(run, step, state, start, loader, evaluate, recorder, save)
+                    def export(state: TrainState) -> None:
+                        exports.save(
+                            int(state.step), lambda: take_export(run, assets, graphdef, state)
+                        )
+
+                    state = train(run, step, state, start, loader, evaluate, recorder, save, export)
                 batch = next(loader)
     params, done = state.weights, int(state.step) == run.steps
     del state  # the sample can use the memory of the optimizer
     if done:
         write_sample(run, graphdef, params, batch)
         log_end(run, time.monotonic() - begun)
+        if jax.process_index() == 0:
+            log_table(run.out)

@@ -41,13 +41,14 @@ def check_recorder(config: Config) -> None:
 class Recorder:
     """Write metrics.jsonl, samples.jsonl, sinks and a trace; one object for the train loop."""
 
-    def __init__(self, run: Run, graphdef: nnx.GraphDef, start: int):
+    def __init__(self, run: Run, graphdef: nnx.GraphDef, start: int, sources: tuple[str, ...]):
         """Open the files in the run's directory, and drop lines of steps after `start`.
 
         Args:
             run: The run; its directory exists.
             graphdef: From `train.step.state.abstract_state`.
             start: Step from which the run resumes.
+            sources: Names of the training files.
 
         Raises:
             ValueError, OSError: A file cannot be read or written.
@@ -76,6 +77,7 @@ class Recorder:
             steps=run.steps,
             log_every=config.log_every,
             positions=run.rows * config.seq_len,
+            sources=sources,
             sinks=self._sinks,
         )
 

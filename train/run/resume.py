@@ -23,7 +23,8 @@ OURS = {"checkpoints", "metrics.jsonl", "eval.jsonl"}
 LOGS = {".log", ".txt", ".out", ".err"}
 
 HARMLESS = (
-    *("recipe", "model", "tokenizer", "out", "resume", "save_", "keep_", "log", "verbose", "dry_"),
+    *("recipe", "model", "tokenizer", "out", "resume", "save_", "keep_", "export_", "log"),
+    *("verbose", "dry_"),
     *("eval_every", "prompts", "sample_every", "chat", "profile", "traceback", "dist.", "mesh."),
     *("epochs", "remat", "scan_layers", "data.val", "data.cache", "data.stall", "data.strict"),
     *("config", "print_config", "rows_per_device"),

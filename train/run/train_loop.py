@@ -50,6 +50,7 @@ def train(
     evaluate: Evaluation,
     recorder: Recorder,
     save: Callable[..., None],
+    export: Callable[[TrainState], None],
 ) -> TrainState:
     """Train until the last step or a stop request, and save a checkpoint at the end.
 
@@ -62,6 +63,7 @@ def train(
         evaluate: Validation.
         recorder: Metrics and samples; closed at the end.
         save: (state, data=position, loss=validation loss or None) -> None.
+        export: Begins an export of the weights.
 
     Raises:
         FloatingPointError: Too many steps in a row were skipped; saved all the same.
@@ -123,6 +125,10 @@ def train(
                     checkpoint(sum(losses.values()) / len(losses) if losses else None)
                     saved_at = time.monotonic()
                     reduce_request.forget()
+                every = config.export_every
+                if every and (number == run.steps or number % every == 0):
+                    with recorder.timed("checkpoint", after=state):
+                        export(state)
         except FloatingPointError:  # on all processes at the same step
             if pending is not None:  # the step after the last one, skipped as those before
                 line = recorder.record(pending.step, pending.values, pending.pairs)

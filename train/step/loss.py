@@ -45,8 +45,9 @@ def cross_entropy_and_z(
     *,
     z_loss: float = 0.0,
     train_w: bool = True,
+    by_position: bool = False,
     chunk_tokens: int = CHUNK_TOKENS,
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
+) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, "B T"] | None]:
     """Return the total loss (cross-entropy + z-loss) and its z-loss term, summed over positions.
 
     The total is the sum over positions of
@@ -63,10 +64,12 @@ def cross_entropy_and_z(
         weights_BT: float32, 0 where there is no target. Not differentiated.
         z_loss: the second term's factor; 1e-4 in PaLM.
         train_w: compute the gradient of w; without, w is frozen and its gradient is zero.
+        by_position: return the weighted cross-entropy of each position, too.
         chunk_tokens: positions per device and chunk.
 
     Returns:
-        (total, z-loss term), float32 scalars, replicated. Only the total is differentiated.
+        (total, z-loss term), float32 scalars, replicated; and losses_BT, float32, split as x, or
+        None. Only the total is differentiated.
 
     Raises:
         ValueError: chunk_tokens is not positive.
@@ -77,7 +80,7 @@ def cross_entropy_and_z(
     """
     if chunk_tokens < 1:
         raise ValueError(f"{chunk_tokens=} must be at least 1")
-    local = functools.partial(_sums, chunk_tokens, z_loss, train_w)
+    local = functools.partial(_sums, chunk_tokens, z_loss, train_w, by_position)
     batch = _batch_axes(x_BTD)
     if not batch:
         return local(x_BTD, w_DV, targets_BT, weights_BT)
@@ -86,31 +89,33 @@ def cross_entropy_and_z(
         # Marking w as varying over devices puts the all-reduce of its gradient after the loop over
         # chunks, once, instead of into every iteration.
         w_DV = jax.lax.pcast(w_DV, batch, to="varying")
-        return jax.lax.psum(local(x_BTD, w_DV, targets_BT, weights_BT), batch)
+        *sums, losses_BT = local(x_BTD, w_DV, targets_BT, weights_BT)
+        return *jax.lax.psum(sums, batch), losses_BT
 
     return jax.shard_map(
         on_each_device,
         in_specs=(P(batch), P(), P(batch), P(batch)),
-        out_specs=(P(), P()),
+        out_specs=(P(), P(), P(batch)),
         axis_names=set(batch),  # the axis that shards V stays with the compiler
     )(x_BTD, w_DV, targets_BT, weights_BT)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _sums(chunk_tokens, z_loss, train_w, x_BTD, w_DV, targets_BT, weights_BT):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _sums(chunk_tokens, z_loss, train_w, by_position, x_BTD, w_DV, targets_BT, weights_BT):
     del train_w  # for the gradient alone
 
     def step(sums, chunk):
         x_BCD, targets_BC, weights_BC = chunk
         losses_BC, zs_BC, _ = _losses(z_loss, x_BCD, w_DV, targets_BC)
-        return _add(sums, losses_BC, zs_BC, weights_BC), None
+        losses = (losses_BC - zs_BC) * weights_BC if by_position else None
+        return _add(sums, losses_BC, zs_BC, weights_BC), losses
 
     chunks = _split(chunk_tokens, x_BTD, targets_BT, weights_BT)
-    sums, _ = jax.lax.scan(step, _zeros_like_sums(weights_BT), chunks)
-    return sums
+    sums, losses = jax.lax.scan(step, _zeros_like_sums(weights_BT), chunks)
+    return *sums, _join(losses, weights_BT.shape)
 
 
-def _forward(chunk_tokens, z_loss, train_w, x_BTD, w_DV, targets_BT, weights_BT):
+def _forward(chunk_tokens, z_loss, train_w, by_position, x_BTD, w_DV, targets_BT, weights_BT):
     def step(carry, chunk):
         sums, dw_DV = carry
         x_BCD, targets_BC, weights_BC = chunk
@@ -123,21 +128,23 @@ def _forward(chunk_tokens, z_loss, train_w, x_BTD, w_DV, targets_BT, weights_BT)
             dw_DV += jnp.einsum(
                 "BCD,BCV->DV", x_BCD, dlogits_BCV, preferred_element_type=jnp.float32
             )
-        return (_add(sums, losses_BC, zs_BC, weights_BC), dw_DV), dx_BCD
+        losses = (losses_BC - zs_BC) * weights_BC if by_position else None
+        return (_add(sums, losses_BC, zs_BC, weights_BC), dw_DV), (dx_BCD, losses)
 
     chunks = _split(chunk_tokens, x_BTD, targets_BT, weights_BT)
     dw_DV = jnp.zeros_like(w_DV, dtype=jnp.float32) if train_w else None
     start = (_zeros_like_sums(weights_BT), dw_DV)
-    (sums, dw_DV), dx_NBCD = jax.lax.scan(step, start, chunks)
+    (sums, dw_DV), (dx_NBCD, losses) = jax.lax.scan(step, start, chunks)
     dx_BTD = _join(dx_NBCD, x_BTD.shape)
+    values = *sums, _join(losses, weights_BT.shape)
     # The float32 sums are stored in the dtype of w: the gradient of every other weight leaves a
     # matrix product in the compute dtype, too.
-    return sums, (dx_BTD, None if dw_DV is None else dw_DV.astype(w_DV.dtype))
+    return values, (dx_BTD, None if dw_DV is None else dw_DV.astype(w_DV.dtype))
 
 
-def _backward(chunk_tokens, z_loss, train_w, residuals, cotangents):
+def _backward(chunk_tokens, z_loss, train_w, by_position, residuals, cotangents):
     dx_BTD, dw_DV = residuals
-    g, _ = cotangents  # the z-loss alone is for the log
+    g, *_ = cotangents  # the z-loss alone, and single positions, are for the log
     return (
         (dx_BTD.astype(jnp.float32) * g).astype(dx_BTD.dtype),
         (dw_DV.astype(jnp.float32) * g).astype(dw_DV.dtype) if train_w else None,
@@ -188,9 +195,10 @@ def _split(chunk_tokens, *arrays_BT):
     return tuple(split(a) for a in arrays_BT)
 
 
-def _join(a_NBCD, shape):
-    B, T, D = shape
-    return jnp.moveaxis(a_NBCD, 0, 1).reshape(B, -1, D)[:, :T]
+def _join(a, shape):
+    """Reshape [chunks, B, C, ...] -> [B, T, ...], the inverse of `_split`; None stays None."""
+    B, T, *rest = shape
+    return None if a is None else jnp.moveaxis(a, 0, 1).reshape(B, -1, *rest)[:, :T]
 
 
 def _zeros_like_sums(weights_BT):

@@ -20,8 +20,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from models.sharding import spec
-from train.data import Batch
+from train.data import Batch, source_dtype
 from train.distributed.hosts import share
+from train.step.by_source import sum_by_source
 from train.step.guard import should_update
 from train.step.loss import cross_entropy_and_z
 from train.step.state import Params, TrainState, merge_params
@@ -37,6 +38,7 @@ def make_step(
     spike: float = math.inf,
     z_loss: float = 0.0,
     dropout_seed: int | None = None,
+    sources: int = 1,
 ) -> Step:
     """Make the training step, for `compile_step`.
 
@@ -49,6 +51,7 @@ def make_step(
         z_loss: factor of the z-loss (`train.step.loss`).
         dropout_seed: seed of the adapters' dropout, which differs from step to step and between
             microbatches; None: no dropout.
+        sources: number of sources of the data, whose losses are metrics if there are several.
 
     Returns:
         (state, batch [A, B, T]) -> (new state, metrics). Metrics are float32 scalars: loss, the
@@ -56,9 +59,10 @@ def make_step(
         there is one; grad_norm before clipping; lr; loss_tokens; tokens without padding; skipped,
         steps skipped so far; not_finite, weights that kept their values in this step because their
         update was not finite; in_a_row, steps since the last one that was neither skipped nor had
-        such weights.
+        such weights. With several sources also source_losses and source_tokens, arrays [S]: the sum
+        of each source's losses, and its loss tokens.
     """
-    loss = functools.partial(_microbatch_loss, graphdef, z_loss)
+    loss = functools.partial(_microbatch_loss, graphdef, z_loss, sources)
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
     def step(state: TrainState, batch: Batch):
@@ -73,7 +77,9 @@ def make_step(
             own = None if key is None else jax.random.fold_in(key, number)
             return value_and_grad(state.params, state.frozen, micro, count, own)
 
-        (total, z), grads = _accumulate(of_microbatch, state.params, batch)
+        (total, (z, source_losses)), grads = _accumulate(
+            of_microbatch, state.params, batch, sources
+        )
         grads = _in_float32(grads)
         norm, updates = optax.tree.norm(grads), state.step - state.guard.skipped
         good, guard = should_update(
@@ -88,6 +94,11 @@ def make_step(
             "tokens": _count_tokens(batch),
             "skipped": guard.skipped.astype(jnp.float32),
         }
+        if batch.sources is not None:
+            metrics["source_losses"] = source_losses
+            metrics["source_tokens"] = sum_by_source(
+                jnp.asarray(batch.loss_mask), batch.sources, sources
+            )
         old = state.params, state.opt_state
         params, opt_state = _apply(tx, grads, *old)
         # A finite gradient can still give an update that is not. Only the weights concerned keep
@@ -152,44 +163,52 @@ def put_batch(batch: Batch, *, grad_accum: int, mesh: Mesh) -> Batch:
     return jax.tree.map(put, batch)
 
 
-def batch_struct(*, rows: int, seq_len: int, grad_accum: int, mesh: Mesh) -> Batch:
-    """Return the ShapeDtypeStructs of what `put_batch` returns."""
+def batch_struct(
+    *, rows: int, seq_len: int, grad_accum: int, mesh: Mesh, sources: int = 1
+) -> Batch:
+    """Return the ShapeDtypeStructs of what `put_batch` returns, for data of so many sources."""
 
     def struct(dtype) -> Any:
         shape = (grad_accum, rows // grad_accum, seq_len)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=_batch_sharding(mesh))
 
-    dtypes = dict.fromkeys(Batch._fields, jnp.int32) | {"loss_mask": jnp.float32}
-    return Batch(**{name: struct(dtype) for name, dtype in dtypes.items()})
+    dtypes: dict[str, Any] = dict.fromkeys(Batch._fields, jnp.int32)
+    dtypes |= {"loss_mask": jnp.float32, "sources": source_dtype(sources)}
+    return Batch(**{name: struct(dtype) for name, dtype in dtypes.items() if dtype is not None})
 
 
 def _microbatch_loss(
     graphdef: nnx.GraphDef,
     z_loss: float,
+    sources: int,
     params: Params,
     frozen: Params | None,
     micro: Any,
     count: jax.Array,
     key: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-    """Return (loss, its z-loss term) of a microbatch [B, T], both divided by count."""
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Return the loss of a microbatch [B, T] and its z-loss term, both divided by count.
+
+    Beside the z-loss term are the sums of the losses of each source, see `sum_by_source`.
+    """
     model = nnx.merge(graphdef, merge_params(params, frozen))
     x_BTD = model.hidden(
         micro.tokens, positions=micro.positions, segment_ids=micro.segment_ids, dropout=key
     )
-    total, z = cross_entropy_and_z(
+    total, z, losses_BT = cross_entropy_and_z(
         x_BTD,
         model.unembedding(),
         micro.targets,
         micro.loss_mask,
         z_loss=z_loss,
         train_w=frozen is None,
+        by_position=micro.sources is not None,
     )
-    return total / count, z / count
+    return total / count, (z / count, sum_by_source(losses_BT, micro.sources, sources))
 
 
-def _accumulate(of_microbatch: Callable, params: Params, batch: Batch):
-    """Sum ((loss, z-loss), gradients) over the microbatches of a batch [A, B, T]."""
+def _accumulate(of_microbatch: Callable, params: Params, batch: Batch, sources: int):
+    """Sum ((loss, (z-loss, losses by source)), gradients) over the microbatches of [A, B, T]."""
     if batch.tokens.shape[0] == 1:  # without a second copy of the gradients
         return of_microbatch(jax.tree.map(lambda a: a[0], batch), 0)
 
@@ -197,10 +216,9 @@ def _accumulate(of_microbatch: Callable, params: Params, batch: Batch):
         of_micro = of_microbatch(*micro)
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, of_micro), None
 
-    zeros = jax.tree.map(
-        lambda p: jnp.zeros_like(p, jnp.float32),
-        ((jnp.float32(0), jnp.float32(0)), params),
-    )
+    by_source_S = jnp.zeros(0 if batch.sources is None else sources)
+    sums = jnp.float32(0), (jnp.float32(0), by_source_S)
+    zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), (sums, params))
     return jax.lax.scan(add, zeros, (batch, jnp.arange(batch.tokens.shape[0])))[0]
 
 

@@ -15,6 +15,7 @@ from models.config import ModelConfig
 from models.execution import Execution
 from models.weights import hf_files
 from models.weights.load import load, load_hf
+from models.weights.save import save_hf
 from models.weights.table import hf_tensors
 
 WQKV = "model.layers.1.attention.wqkv.weight"
@@ -103,6 +104,28 @@ def test_biases_and_tied_embeddings(write, tensors):
 def test_rotary_tables_are_skipped(write, tensors):
     tensors["model.layers.0.attention.rotary_emb.inv_freq"] = np.ones(8, np.float32)
     load_hf(write(tensors))
+
+
+def test_llama_layout_loads_as_the_same_model(write, tensors, make_mesh, tmp_path):
+    """With biases, onto a mesh; q, k and v of a layer in three files; a missing part is named."""
+    config = {"bias": True}
+    for i in range(2):
+        wide = {"wqkv": (4 + 2 * 2) * 16, "wo": 64}
+        for name, width in wide.items():
+            bias = np.arange(width, dtype=np.float32)
+            tensors[f"model.layers.{i}.attention.{name}.bias"] = bias
+    ours = load_hf(write(tensors, config=config), execution=Execution(dtype="float32"))
+    save_hf(ours, tmp_path / "llama", layout="llama")
+    split = load_file(tmp_path / "llama" / "model.safetensors")
+    named = json.loads((tmp_path / "llama" / "config.json").read_text())
+    (tmp_path / "model.safetensors").unlink()
+    write(split, shards=3, config=named)
+    for mesh in (None, make_mesh(1, 4, 2)):
+        theirs = load_hf(tmp_path, mesh=mesh, execution=Execution(dtype="float32"))
+        assert theirs.config == ours.config and same_as(theirs, tensors)
+    del split["model.layers.1.self_attn.k_proj.weight"]
+    with pytest.raises(ValueError, match=r"missing: model.layers.1.self_attn.k_proj.weight \["):
+        load_hf(write(split, shards=3, config=named))
 
 
 def test_all_wrong_tensors_are_named_at_once(write, tensors):

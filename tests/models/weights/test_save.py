@@ -260,7 +260,7 @@ def test_overflow_is_refused_with_tensor_count_and_value(tiny_dir, tmp_path, lay
     with pytest.raises(
         ValueError,
         match=r"layers\.1\.attention\.wo\.weight: 2 of 4096 values overflow in float16 "
-        r"\(largest 1e\+06, limit 65504\): take --dtype=bfloat16",
+        r"\(largest 1e\+06, limit 65504\): take bfloat16",
     ):
         save_hf(model, tmp_path / "dst", dtype="float16", layout=layout)
     assert not list(tmp_path.iterdir())

@@ -41,7 +41,6 @@ def test_config_cannot_be_changed():
         (lambda: LoRAConfig(rank=0), "--lora.rank=0 must be at least 1"),
         (lambda: LoRAConfig(rank=4, dropout=1.0), r"--lora.dropout=1.0 must be in \[0, 1\)"),
         (lambda: LoRAConfig(alpha=8.0), "--lora.alpha needs --lora.rank, such as --lora.rank=64"),
-        (lambda: LoRAConfig(export=True), "--lora.export needs --lora.rank"),
         (lambda: LoRAConfig(adapter="a", rank=4), "--lora.rank is that of --lora.adapter"),
         (lambda: Config(base_dtype="nf4"), "--base_dtype=nf4 is the storage of frozen weights"),
         (

@@ -95,17 +95,18 @@ def batch_max(batch: Batch) -> int:
 def in_its_place(batch: Batch, number: int) -> Batch:
     """One document of the row, the rest of it padding."""
     here = batch.segment_ids == number
-    return Batch(*(np.where(here, field, 0).astype(field.dtype) for field in batch))
+    return jax.tree.map(lambda field: np.where(here, field, 0).astype(field.dtype), batch)
 
 
 def at_the_beginning(batch: Batch, number: int) -> Batch:
     """Move the document to the beginning of the row."""
     here = batch.segment_ids[0] == number
-    fields = []
-    for field in batch:
+
+    def moved(field):
         row = np.zeros_like(field)
         row[0, : here.sum()] = field[0, here]
-        fields.append(row)
-    only = Batch(*fields)
+        return row
+
+    only = jax.tree.map(moved, batch)
     only.segment_ids[only.segment_ids > 0] = 1
     return only

@@ -11,6 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from models.execution import Execution
+from models.weights.load import load_hf
+from models.weights.table import find_param
+from models.weights.train_checkpoint import read_checkpoint
 from tests.train.runs import losses, start
 from train.checkpoint.checkpoints import Checkpoints
 from train.config.sections import DistConfig
@@ -52,6 +56,8 @@ def launch(tiny, out: Path, processes: int, *, which=0, first="", own=()) -> lis
             "--steps=8",
             "--save_every=3",
             "--optim.lr=1e-2",
+            "--export_every=8",
+            "--export_dtype=fp32",
             f"--out={out}",
             f"--dist.coordinator=localhost:{port}",
             f"--dist.processes={processes}",
@@ -89,6 +95,12 @@ def test_two_processes_train_end_together_and_resume(tiny, finished, tmp_path):
     np.testing.assert_allclose(losses(out), losses(finished), rtol=1e-5)
     assert Checkpoints(out, keep_last=2).latest == 8
     assert "sample after 8 steps" in said(out, 0)
+    execution = Execution(dtype="float32", param_dtype="float32")
+    export = load_hf(out / "export" / "step-8", execution=execution)
+    assert len(list((out / "export" / "step-8").glob("*.safetensors"))) > 1  # of each process
+    for path, saved in read_checkpoint(out / "checkpoints" / "8").parameters():
+        got = getattr(*find_param(export, path)).get_value()
+        np.testing.assert_array_equal(got, saved, err_msg=path)
     assert "parameters" not in said(out, 1)  # only the first one talks
 
 

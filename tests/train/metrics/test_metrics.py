@@ -46,6 +46,28 @@ def test_a_line_has_what_was_measured(tmp_path, tiny, capsys):
     assert f"waited {line['data_seconds']:.3f} s for data" in shown
 
 
+def test_losses_of_sources_are_means_by_name(tmp_path, tiny):
+    """A source without tokens in the step is left out; sinks get one curve each; NaN is null."""
+    path, sink = tmp_path / "metrics.jsonl", Written()
+    metrics = open_metrics(path, tiny, sources=("a", "b", "c"), sinks=[sink])
+    sums = {"source_losses": jnp.array([6.0, 0.0, jnp.nan]), "source_tokens": jnp.array([4, 0, 1])}
+    metrics.record(1, VALUES | sums, pairs=50)
+    metrics.close()
+    a, c = {"loss": 1.5, "loss_tokens": 4.0}, {"loss": None, "loss_tokens": 1.0}
+    assert lines(path)[0]["sources"] == {"a": a, "c": c}
+    assert sink.values["train/loss/a"] == 1.5 and "train/loss/b" not in sink.values
+
+
+class Written:
+    """A sink that keeps the last values."""
+
+    def write(self, step, values):
+        self.values = values
+
+    def close(self):
+        pass
+
+
 def test_time_is_split(tmp_path, tiny):
     """Waiting and computing add up to the step's time, and each line has its own parts."""
     metrics = open_metrics(tmp_path / "metrics.jsonl", tiny)

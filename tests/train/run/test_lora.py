@@ -42,7 +42,7 @@ def config(base, monkeypatch):
     monkeypatch.setattr(loop, "write_sample", lambda *_: None)
 
     def make(out, **changes) -> Config:
-        lora = changes.pop("lora", LoRAConfig(rank=RANK, alpha=4.0, dropout=0.1, export=True))
+        lora = changes.pop("lora", LoRAConfig(rank=RANK, alpha=4.0, dropout=0.1))
         values = {
             "model": str(base / "one"),
             "tokenizer": "byte",
@@ -63,13 +63,13 @@ def config(base, monkeypatch):
 def test_trains_saves_and_exports_adapters_alone(config, base, tiny, tmp_path):
     """The loss falls; the checkpoint has no weights of the base; PEFT files have the adapters."""
     out = tmp_path / "run"
-    run(config(out, steps=8))
+    run(config(out, steps=8, export_every=2))
     assert losses(out)[-1] < losses(out)[0] - 0.02
     saved = params(out, 8)
     names = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(saved)}
     assert names and all("['lora']" in name for name in names)
-    assert sorted(p.name for p in (out / "adapters").iterdir()) == ["2", "4", "6", "8"]
-    lora, arrays = load_adapter(out / "adapters" / "8", tiny)
+    assert sorted(p.name for p in (out / "export").iterdir()) == ["step-6", "step-8"]
+    lora, arrays = load_adapter(out / "export" / "step-8", tiny)
     assert lora == LoRA(rank=RANK, alpha=4.0, dropout=0.1)
     np.testing.assert_array_equal(arrays["w1"][0], saved["blocks"]["ffn"]["lora"]["w1"]["a"])
 

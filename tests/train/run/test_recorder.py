@@ -18,9 +18,13 @@ def recorded(tiny_run, tmp_path_factory):
     """Train 8 steps with evaluation, samples and checkpoints at 4 and 8, resumed after 4."""
     base = tmp_path_factory.mktemp("evidence")
     (base / "held.txt").write_text("No, sir, I do not bite my thumb at you, sir. " * 20)
+    (base / "one.txt").write_text("Speak the speech, I pray you, trippingly on the tongue. " * 40)
+    (base / "two.txt").write_text("0123456789" * 200)
     config = dataclasses.replace(
         tiny_run(base / "out"),
-        data=DataConfig(val=(str(base / "held.txt"),)),
+        data=DataConfig(
+            files=(str(base / "one.txt"), str(base / "two.txt")), val=(str(base / "held.txt"),)
+        ),
         eval_every=4,
         save_every=4,
         prompts=("To be", "Speak"),
@@ -63,6 +67,19 @@ def test_metrics_split_the_time(recorded):
         assert sum(line[f"{p}_seconds"] for p in parts) == pytest.approx(line["seconds"], rel=1e-3)
     assert metrics[3]["evaluation_seconds"] > 0
     assert metrics[2]["all_tokens_per_second"] == pytest.approx(8 * 64 / metrics[2]["seconds"])
+
+
+def test_losses_of_the_training_files_add_up(recorded):
+    """Weighted by their tokens they are the loss of the step; the digits are easier to learn."""
+    out, _ = recorded
+    metrics = lines(out / "metrics.jsonl")
+    for line in metrics:
+        parts = line["sources"].values()
+        assert sum(of["loss_tokens"] for of in parts) == line["loss_tokens"]
+        total = sum(of["loss"] * of["loss_tokens"] for of in parts)
+        assert total == pytest.approx(line["loss"] * line["loss_tokens"], rel=1e-5)
+    one, two = (metrics[-1]["sources"][str(out.parent / f"{n}.txt")] for n in ("one", "two"))
+    assert two["loss"] < one["loss"] - 0.1
 
 
 def test_config_is_written_as_flags_and_choices(recorded):

@@ -61,16 +61,25 @@ def test_z_loss_equals_its_definition(z_loss, chunk_tokens):
         return dense(x, w, targets, weights) + z_loss * jnp.sum(log_z_BT**2 * weights)
 
     def chunked(x, w):
-        total, z = cross_entropy_and_z(
-            x, w, targets, weights, z_loss=z_loss, chunk_tokens=chunk_tokens
+        total, z, losses = cross_entropy_and_z(
+            *(x, w, targets, weights), z_loss=z_loss, chunk_tokens=chunk_tokens, by_position=True
         )
-        return total, z
+        return total, (z, losses)
 
-    (total, z), grads = jax.jit(jax.value_and_grad(chunked, (0, 1), has_aux=True))(x, w)
+    grad = jax.jit(jax.value_and_grad(chunked, (0, 1), has_aux=True))
+    (total, (z, losses)), grads = grad(x, w)
     want, want_grads = jax.jit(jax.value_and_grad(naive, (0, 1)))(x, w)
     np.testing.assert_allclose(total, want, rtol=1e-6)
     np.testing.assert_allclose(total - z, dense(x, w, targets, weights), rtol=1e-6)
-    np.testing.assert_allclose(chunked(x, w)[0], want, rtol=1e-6)  # without differentiation
+    undifferentiated, (_, again) = chunked(x, w)
+    np.testing.assert_allclose(undifferentiated, want, rtol=1e-6)
+    np.testing.assert_allclose(losses, again, rtol=1e-5, atol=1e-6)
+    for b, t in np.ndindex(losses.shape):
+        only = np.zeros_like(weights)
+        only[b, t] = weights[b, t]
+        if t % 5 == 0:
+            one = dense(x, w, targets, only)
+            np.testing.assert_allclose(losses[b, t], one, rtol=1e-4, atol=1e-6)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), grads, want_grads
     )

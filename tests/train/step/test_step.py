@@ -46,8 +46,11 @@ class Trainer:
                 )
 
             graphdef, like = abstract_state(make, self.tx, mesh)
-            batch = batch_struct(rows=8, seq_len=24, grad_accum=grad_accum, mesh=mesh)
-            step = make_step(graphdef, self.tx, schedule(OPTIM, 1e-2, 10))
+            sources = 1 if self.rows.sources is None else 2
+            batch = batch_struct(
+                rows=8, seq_len=24, grad_accum=grad_accum, mesh=mesh, sources=sources
+            )
+            step = make_step(graphdef, self.tx, schedule(OPTIM, 1e-2, 10), sources=sources)
             self.steps[sizes, grad_accum, attn] = compile_step(step, like, batch), like
         return self.steps[sizes, grad_accum, attn]
 
@@ -67,7 +70,9 @@ class Trainer:
 
 @pytest.fixture(scope="module")
 def trainer(tiny_model, packed_rows):
-    return Trainer(tiny_model, packed_rows)
+    """Make a trainer of rows in which the first documents are of another source."""
+    sources = (packed_rows.segment_ids > 1).astype(np.uint8)
+    return Trainer(tiny_model, packed_rows._replace(sources=sources))
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +89,7 @@ def test_accumulation_changes_nothing(trainer, reference, grad_accum):
         np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-6)
         np.testing.assert_allclose(ours["grad_norm"], theirs["grad_norm"], rtol=1e-5)
         assert ours["loss_tokens"] == theirs["loss_tokens"]
+        np.testing.assert_allclose(ours["source_losses"], theirs["source_losses"], rtol=1e-5)
     _close(got[2], reference[2])
 
 
@@ -101,6 +107,7 @@ def test_eight_devices_equal_one(trainer, reference, sizes, grad_accum, attn):
     for ours, theirs in zip(got[:2], reference[:2], strict=True):
         np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-5)
         np.testing.assert_allclose(ours["grad_norm"], theirs["grad_norm"], rtol=1e-5)
+        np.testing.assert_allclose(ours["source_losses"], theirs["source_losses"], rtol=1e-5)
     _close(got[2], reference[2])
 
 
@@ -135,12 +142,17 @@ def test_loss_is_the_mean_over_targets(trainer, packed_rows, reference):
     want = jnp.sum(losses_BT * rows.loss_mask) / jnp.sum(rows.loss_mask)
     np.testing.assert_allclose(reference[0]["loss"], want, rtol=1e-5)
     assert reference[0]["loss_tokens"] == packed_rows.loss_mask.sum()
+    for source in (0, 1):
+        mask_BT = packed_rows.loss_mask * (trainer.rows.sources == source)
+        want = jnp.sum(losses_BT * mask_BT)
+        np.testing.assert_allclose(reference[0]["source_losses"][source], want, rtol=1e-5)
+        assert reference[0]["source_tokens"][source] == mask_BT.sum() > 0
     assert reference[0]["tokens"] == (packed_rows.segment_ids > 0).sum()
     assert reference[1]["loss"] < reference[0]["loss"]
 
 
-def test_batch_without_targets_is_no_nan(trainer, packed_rows):
-    empty = packed_rows._replace(loss_mask=np.zeros_like(packed_rows.loss_mask))
+def test_batch_without_targets_is_no_nan(trainer):
+    empty = trainer.rows._replace(loss_mask=np.zeros_like(trainer.rows.loss_mask))
     first, _, params = trainer.two_steps(rows=empty)
     assert first["loss"] == first["grad_norm"] == first["loss_tokens"] == 0
     assert all(np.isfinite(p).all() for p in jax.tree.leaves(params))

@@ -75,8 +75,7 @@ def repeats(
         ValueError: there are too few documents to hold some out, or for a weight.
     """
     result = np.zeros(len(dataset.file), np.int64)
-    files = [len(source.files) for source in sources]
-    source_of = np.repeat(np.arange(len(sources)), files)[dataset.file]
+    source_of = _by_document(dataset, sources, range(len(sources)))
     for number, source in enumerate(sources):
         documents = np.flatnonzero(source_of == number)
         count = len(documents)
@@ -100,6 +99,23 @@ def repeats(
             " files for validation instead"
         )
     return result
+
+
+def name_sources(
+    dataset: Dataset, sources: Sequence[Source]
+) -> tuple[tuple[str, ...], Int64[np.ndarray, " D"]]:
+    """Return the paths of the sources, each once, and the index of each document's in them."""
+    names = tuple(dict.fromkeys(str(source.path) for source in sources))
+    numbers = [names.index(str(source.path)) for source in sources]
+    return names, _by_document(dataset, sources, numbers)
+
+
+def _by_document(
+    dataset: Dataset, sources: Sequence[Source], values: Sequence[int]
+) -> Int64[np.ndarray, " D"]:
+    """Return the value of each document's source."""
+    files = [len(source.files) for source in sources]
+    return np.repeat(np.array(values, np.int64), files)[dataset.file]
 
 
 def permutation(n: int, *key: int) -> Int64[np.ndarray, " n"]:

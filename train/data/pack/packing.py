@@ -18,7 +18,7 @@ import dataclasses
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Float32, Int, Int32, Int64
+from jaxtyping import Array, Float32, Int, Int32, Int64, Integer
 
 from train.data.pack.mixture import permutation
 from train.data.pack.spans import Spans
@@ -36,6 +36,7 @@ class Batch(NamedTuple):
         loss_mask: float32, 1 if predicting the target counts, else 0.
         segment_ids: int32, 1.. in order of place within each row; 0 = padding.
         positions: int32, from 0 in every segment; 0 in the padding.
+        sources: index of the training file that the document is from; None: there is one.
     """
 
     tokens: Int32[np.ndarray | Array, "B T"]
@@ -43,6 +44,12 @@ class Batch(NamedTuple):
     loss_mask: Float32[np.ndarray | Array, "B T"]
     segment_ids: Int32[np.ndarray | Array, "B T"]
     positions: Int32[np.ndarray | Array, "B T"]
+    sources: Integer[np.ndarray | Array, "B T"] | None = None
+
+
+def source_dtype(count: int) -> np.dtype | None:
+    """Return the dtype of `Batch.sources`, one byte up to 256 sources; None for one source."""
+    return None if count == 1 else np.min_scalar_type(count - 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,8 +102,18 @@ def fill(
     *,
     seq_len: int,
     pad_id: int,
+    sources: Integer[np.ndarray, " D"] | None = None,
 ) -> Batch:
     """Write out the rows numbered `chosen`, as NumPy arrays.
+
+    Args:
+        dataset: the documents.
+        spans: their spans.
+        rows: the rows.
+        chosen: numbers of the rows to write.
+        seq_len: tokens of a row.
+        pad_id: id in the padding.
+        sources: index of each document's source, in the dtype of the batch; None: one source.
 
     Raises:
         ValueError: the token cache holds ids that the tokenizer does not have.
@@ -108,6 +125,7 @@ def fill(
         loss_mask=np.zeros(shape, np.float32),
         segment_ids=np.zeros(shape, np.int32),
         positions=np.zeros(shape, np.int32),
+        sources=None if sources is None else np.zeros(shape, sources.dtype),
     )
     count = np.arange(seq_len, dtype=np.int32)
     for b, row in enumerate(chosen):
@@ -123,6 +141,8 @@ def fill(
             batch.loss_mask[b, at : at + targets] = signed[1:] >= 0
             batch.segment_ids[b, at : at + n] = number
             batch.positions[b, at : at + n] = count[:n]
+            if sources is not None and batch.sources is not None:
+                batch.sources[b, at : at + n] = sources[spans.document[span]]
             at += n
     largest = max(batch.tokens.max(), batch.targets.max())
     if largest >= dataset.vocab_size:

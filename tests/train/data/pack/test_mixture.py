@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train.data import open_data
+from train.data import PackingOptions, open_data
 from train.data.pack.mixture import parse_source, permutation
 
 PARTS = dict(seq_len=64, batch_size=4)
@@ -41,6 +41,27 @@ def test_sources_as_people_type_them(tmp_path):
     for weight in ("0", "-1", "nan", "inf", "1001", "1e12", "1e300"):
         with pytest.raises(ValueError, match="the weight must be above 0 and at most 1,000"):
             parse_source(f"a.json:{weight}")
+
+
+@pytest.mark.parametrize("method", ["fit", "concat"])
+def test_every_token_has_the_source_of_its_document(write, tokenizer, method):
+    """In mixed rows; a file that is named twice is one source, and a single file has none."""
+    files = [
+        write("a.jsonl", [{"text": "a" * 9}] * 40),
+        write("b.jsonl", [{"text": "b" * 40}] * 40),
+    ]
+    names = [str(files[0]), f"{files[1]}:2", f"{files[0]}:0.5"]
+    packing = PackingOptions(method=method)
+    with open_data(names, tokenizer, packing=packing, **PARTS) as loader:
+        batches = list(loader.one_epoch())
+    tokens, sources = (np.concatenate([b[i] for b in batches]) for i in (0, 5))
+    assert loader.sources == tuple(map(str, files)) and sources.dtype == np.uint8
+    for source, letter in enumerate("ab"):
+        [token] = tokenizer.encode(letter)
+        assert set(sources[tokens == token]) == {source}
+    assert any(set(tokenizer.encode("ab")) <= set(row) for row in tokens)
+    with open_data(names[:1], tokenizer, **PARTS) as loader:
+        assert next(loader).sources is None
 
 
 @pytest.mark.parametrize("weight", [0.3, 0.01])
