@@ -91,9 +91,13 @@ def attention(
     """Compute softmax(scale * q k^T + mask) v, differentiable in q, k and v.
 
     The named implementation runs, or an error names the reason why it cannot; there is no silent
-    fallback. Query head n attends with kv head n // (N / K); K and V are never repeated in memory.
+    fallback. Query head n attends with kv head n // (N / K); K and V are not repeated in memory.
+
     Under an explicit mesh (`jax.set_mesh`, AxisType.Explicit) B and the heads may be sharded: each
-    device computes its own part, without communication.
+    device computes its own part, without communication. T and S may be sharded too, with q, k and v
+    alike: all-to-alls exchange positions for heads, each device attends with whole rows of N / n
+    query heads, and the output is sharded as q is. n is the number of devices along the axes that
+    shard positions and heads. It must divide N; kv heads are repeated where n does not divide K.
 
     Args:
       q_BTNH: queries, bf16, fp16 or fp32 (pallas and cudnn: bf16, fp16); no axis is empty.
@@ -172,12 +176,12 @@ def prepare(mask: Mask, q: Shaped, k: Shaped, *, impl: str = "auto") -> Mask:
     if name not in FAMILIES:
         return mask
 
-    q_local, k_local = sharded.local(q), sharded.local(k)
+    q_local, k_local = sharded.local(q, k)
 
     def plan(mask):
         return pallas.prepare(mask, q_local, k_local, **_kernels(name)).plan
 
-    return dataclasses.replace(mask, plan=sharded.plan_rows(plan, q, mask))
+    return sharded.plan_rows(plan, q, mask)
 
 
 def resolve(
@@ -281,7 +285,7 @@ def describe(impl: str, q: Shaped, k: Shaped, mask: Mask) -> Dispatch:
     _check_shapes(q, k, k, mask)
     name, reason = resolve(impl, q, k, mask)
     device = hardware.default_device()
-    parts = [sharded.local(x) for x in (q, k)]
+    parts = sharded.local(q, k)
     batch, t, num_heads = parts[0].shape[:3]
     s = k.shape[1]
     skipped: float | None = 0.0
@@ -379,7 +383,7 @@ def _why_not(
     if name == "xla" and device.platform == "cpu" and q.dtype == jnp.float16:
         return "jax.nn takes no float16 on a CPU; use bfloat16 or float32, or impl='eager'"
     if name == "eager":
-        batch, t, num_heads = sharded.local(q).shape[:3]
+        batch, t, num_heads = sharded.local(q, k)[0].shape[:3]
         need = eager.score_bytes(batch, t, k.shape[1], num_heads)
         have = hardware.device_memory(device)
         if need > have:

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from models import fp8
+from models import fp8, sharding
 from models.config import ModelConfig
 from models.layers import SwiGLU, constant, normal, rms_norm
 from models.lora import NO_DROPOUT, DropoutKeys, LoRA, add_adapter, make_adapters
@@ -82,7 +82,8 @@ class Attention(nnx.Module):
           The output [B, T, D] and the second result of `attend`.
         """
         add = functools.partial(add_adapter, self.lora, dropout=dropout)
-        stream, split = ("batch", None, None), ("batch", None, "heads", None, None)
+        T = sharding.positions(x_BTD)
+        stream, split = ("batch", T, None), ("batch", T, "heads", None, None)
         wqkv_DKgH = weight_in_use(self.wqkv_DKgH, x_BTD.dtype)
         if bound is None:
             qkv_BTKgH = project("BTD,DKgH->BTKgH", x_BTD, wqkv_DKgH, out=split)
@@ -91,11 +92,11 @@ class Attention(nnx.Module):
         qkv_BTKgH = add("wqkv", qkv_BTKgH, "BTD,DKgH->BTKgH", x_BTD, x_axes=stream, out=split)
         if self.bias:
             qkv_BTKgH += self.wqkv_bias_KgH[...][None, None]
-        q_BTNH, k_BTKH, v_BTKH = checkpoint_name(split_qkv_and_rope(qkv_BTKgH, *rope), "qkv")
+        q_BTNH, k_BTKH, v_BTKH = split_qkv_and_rope(qkv_BTKgH, *rope)
 
         o_BTNH, result = attend(q_BTNH, k_BTKH, v_BTKH, layer_cache)
 
-        wo_NHD, heads = weight_in_use(self.wo_NHD, x_BTD.dtype), ("batch", None, "heads", None)
+        wo_NHD, heads = weight_in_use(self.wo_NHD, x_BTD.dtype), ("batch", T, "heads", None)
         if bound is None:
             y_BTD = project("BTNH,NHD->BTD", o_BTNH, wo_NHD, out=stream)
         else:

@@ -64,7 +64,7 @@ def prefill(
 
     Args:
       model: the model.
-      tokens_BT: prompts, padded on the left.
+      tokens_BT: prompts, padded on the left. Under a mesh T is a multiple of its seq axis.
       filled_BT: 1 for a token, 0 for padding; the last column is all ones.
       capacity: slots of the cache (static), at least T; see `capacity_for`.
 
@@ -78,14 +78,15 @@ def prefill(
     if capacity < T:
         raise ValueError(f"cache capacity={capacity} must be at least the {T} slots of the prompts")
     with sharding.mesh_of(model.norm_D[...]):
-        tokens_BT = sharding.constrain(tokens_BT, "batch", None)
+        tokens_BT = sharding.constrain(tokens_BT, "batch", "seq")
         filled_BT = sharding.constrain(filled_BT, "batch", None)
         mask = model.prepare_mask(tokens_BT.shape, filled_BT)
 
         def attend(q_BTNH, k_BTKH, v_BTKH, _):
-            return attention(q_BTNH, k_BTKH, v_BTKH, mask, impl=cast(Impl, model.execution.attn)), (
-                k_BTKH,
-                v_BTKH,
+            o_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, mask, impl=cast(Impl, model.execution.attn))
+            # Decoding reads whole rows: the cache is not split over seq.
+            return o_BTNH, tuple(
+                sharding.constrain(x, "batch", None, "heads", None) for x in (k_BTKH, v_BTKH)
             )
 
         rope = rope_table(document_positions(filled_BT), model.config, segment_ids=filled_BT)
@@ -151,4 +152,5 @@ def _write(cache, new, slot, *, axis):
 
 def _last_logits(model, x_BTD):
     """Compute the logits of the last slot, not split over the vocabulary, as sampling needs."""
-    return sharding.constrain(logits(x_BTD[:, -1:], model.unembedding())[:, 0], "batch", None)
+    last_B1D = sharding.constrain(x_BTD, "batch", None, None)[:, -1:]
+    return sharding.constrain(logits(last_B1D, model.unembedding())[:, 0], "batch", None)

@@ -188,7 +188,8 @@ def swiglu(
 
 
 def _swiglu_forward(x_BTD, w1_DF, w3_DF, w2_FD, bound):
-    dtype, hidden = x_BTD.dtype, ("batch", None, "ffn")
+    dtype, T = x_BTD.dtype, sharding.positions(x_BTD)
+    stream, hidden = ("batch", T, None), ("batch", T, "ffn")
     x_q = quantise(x_BTD, scale_of(bound, ACTIVATION), ACTIVATION)
     weights = (w1_DF, w3_DF, w2_FD)
     scales = tuple(map(_scale_of_weight, weights))
@@ -198,7 +199,7 @@ def _swiglu_forward(x_BTD, w1_DF, w3_DF, w2_FD, bound):
     gate_BTF, up_BTF = checkpoint_name((gate_BTF, up_BTF), "gate_up")
     act_BTF = _silu_times(gate_BTF, up_BTF)
     act_scale = scale_of(largest(act_BTF), ACTIVATION)
-    y_BTD = _times(quantise(act_BTF, act_scale, ACTIVATION), w2_q, dtype, ("batch", None, None))
+    y_BTD = _times(quantise(act_BTF, act_scale, ACTIVATION), w2_q, dtype, stream)
     # Upper bounds of the derivatives of the activation by gate and by up.
     slopes = SLOPE_OF_SILU * largest(up_BTF), largest(gate_BTF)
     residuals = (_as_bits(x_q), weights, scales, gate_BTF, up_BTF, act_scale, slopes)

@@ -5,6 +5,7 @@ B batch, T prompt slots.
 
 import functools
 import logging
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -98,7 +99,8 @@ def stream(
       FloatingPointError: the logits are NaN or infinite.
     """
     _check(prompts, model.config.vocab_size, max_new_tokens)
-    tokens_BT, filled_BT = _left_pad(prompts, sharding.batch_multiple(model.norm_D[...]))
+    rows, slots = (sharding.multiple(axis, model.norm_D[...]) for axis in ("batch", "seq"))
+    tokens_BT, filled_BT = _left_pad(prompts, rows, math.lcm(SLOTS, slots))
     capacity = capacity_for(tokens_BT.shape[1] + max_new_tokens)
     key = jax.random.key(seed)
     tokens_B, state = _first(model, tokens_BT, filled_BT, key, capacity, sampling)
@@ -284,10 +286,12 @@ def _check(prompts: Sequence[Sequence[int]], vocab_size: int, max_new_tokens: in
             raise ValueError(f"prompt {i} has ids outside 0 .. {vocab_size - 1} of the model")
 
 
-def _left_pad(prompts: Sequence[Sequence[int]], multiple: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return (tokens, filled), int32; rows that fill up the multiple have a single token."""
-    rows = _round_up(len(prompts), multiple)
-    slots = _round_up(max(len(p) for p in prompts), SLOTS)
+def _left_pad(
+    prompts: Sequence[Sequence[int]], of_rows: int, of_slots: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (tokens, filled), int32, padded to multiples; filler rows have a single token."""
+    rows = _round_up(len(prompts), of_rows)
+    slots = _round_up(max(len(p) for p in prompts), of_slots)
     tokens_BT = np.zeros((rows, slots), np.int32)
     filled_BT = np.zeros((rows, slots), np.int32)
     filled_BT[:, -1] = 1

@@ -86,7 +86,7 @@ class InternLM2(nnx.Module):
         positions: Ids | None = None,
         segment_ids: Ids | None = None,
     ) -> Float[Array, "B T V"]:
-        """Compute logits of the next token, fp32; arguments as for `hidden`.
+        """Compute logits of the next token, fp32; arguments as for `hidden`, and split as they are.
 
         Memory: 4 * B * T * V bytes, 12 GB for 32k tokens and 92,544 ids. Training uses `hidden`
         and `unembedding` in chunks instead.
@@ -106,7 +106,8 @@ class InternLM2(nnx.Module):
         """Compute the final hidden states (after the last norm), the input of the LM head.
 
         Args:
-          tokens_BT: ids in 0 .. V - 1; B is a multiple of the mesh's data and fsdp axes.
+          tokens_BT: ids in 0 .. V - 1; B is a multiple of the mesh's data and fsdp axes, T of its
+            seq axis.
           positions: position of each token in its document; None: counted from the start of each
             run of equal segment ids, or of the row.
           segment_ids: document of each token, 0 for padding; None: one document a row.
@@ -146,7 +147,7 @@ class InternLM2(nnx.Module):
         c = self.config
         q_BTNH, k_BTKH = (
             sharding.struct(
-                (*shape, heads, c.head_dim), self.execution.dtype, "batch", None, "heads", None
+                (*shape, heads, c.head_dim), self.execution.dtype, "batch", "seq", "heads", None
             )
             for heads in (c.num_heads, c.num_kv_heads)
         )
@@ -155,8 +156,9 @@ class InternLM2(nnx.Module):
     def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Look up token embeddings in the compute dtype; padding gets no gradient."""
         table_VD = sharding.gathered(self.embed_VD[...], None, "table")
-        x_BTD = sharding.take_rows(table_VD, tokens_BT, "batch", None, "table_in_use")
-        x_BTD = sharding.constrain(x_BTD.astype(self.execution.dtype), "batch", None, None)
+        T = sharding.positions(tokens_BT)
+        x_BTD = sharding.take_rows(table_VD, tokens_BT, "batch", T, "table_in_use")
+        x_BTD = sharding.constrain(x_BTD.astype(self.execution.dtype), "batch", T, None)
         is_pad_BT1 = (tokens_BT == self.config.pad_token_id)[..., None]
         return jnp.where(is_pad_BT1, jax.lax.stop_gradient(x_BTD), x_BTD)
 
@@ -224,7 +226,7 @@ class InternLM2(nnx.Module):
         return list(zip(unstack(trained, L), frozen_L, strict=True))
 
     def unembedding(self) -> Float[Array, "D V"]:
-        """Return the output matrix in the compute dtype, gathered over fsdp, split over tensor."""
+        """Return the output matrix in the compute dtype, gathered, split over tensor."""
         with sharding.mesh_of(self.norm_D[...]):
             if self.config.tie_word_embeddings:
                 table_VD = sharding.gathered(
@@ -238,12 +240,15 @@ class InternLM2(nnx.Module):
     def _place_inputs(
         self, tokens_BT: Ids, positions: Ids | None, segment_ids: Ids | None
     ) -> tuple[Array, Array, Array | None]:
-        """Convert the inputs to jax arrays split over the mesh, with default positions."""
+        """Convert the inputs to jax arrays split over the mesh, with default positions.
+
+        Only tokens are split along T: positions and lengths of documents are counted over rows.
+        """
 
         def place(ids):
             return sharding.constrain(jnp.asarray(ids), "batch", None)
 
-        tokens_BT = place(tokens_BT)
+        tokens_BT = sharding.constrain(jnp.asarray(tokens_BT), "batch", "seq")
         segment_ids = None if segment_ids is None else place(segment_ids)
         if positions is not None:
             positions = place(positions)
@@ -261,7 +266,7 @@ def logits(x_BTD: Float[Array, "B T D"], w_DV: Float[Array, "D V"]) -> Float[Arr
         "BTD,DV->BTV",
         x_BTD,
         w_DV,
-        out=("batch", None, "vocab"),
+        out=("batch", sharding.positions(x_BTD), "vocab"),
         preferred_element_type=jnp.float32,
     )
 

@@ -64,7 +64,7 @@ def rope_table(
       segment_ids: a document is a run of equal ids; None: one document a row.
 
     Returns:
-      (cos, sin), each [B, T, 1, H/2].
+      (cos, sin), each [B, T, 1, H/2]. Under a mesh T is split over seq, of the arguments it is not.
 
     References:
       Su et al. 2021, arXiv:2104.09864, eq. 34; dynamic NTK: InternLM2 modeling_internlm2.py,
@@ -75,12 +75,13 @@ def rope_table(
     # The same operations as the original, in its order and precision: one ulp here is a visible
     # angle at position 32,768.
     frequencies = 1 / np.float32(config.rope_theta) ** exponents
-    positions = positions_BT.astype(jnp.float32)[..., None]
+    T = sharding.positions(positions_BT)
+    positions = sharding.constrain(positions_BT, "batch", T).astype(jnp.float32)[..., None]
     if scaling is not None and scaling.type == "linear":
         positions = positions / scaling.factor
     angles = positions * frequencies[None, None]
     if scaling is not None and scaling.type == "dynamic":
-        n = document_lengths(positions_BT, segment_ids)[..., None]
+        n = sharding.constrain(document_lengths(positions_BT, segment_ids), "batch", T)[..., None]
         growth = scaling.factor * jnp.maximum(n, M).astype(jnp.float32) / M - (scaling.factor - 1)
         base = config.rope_theta * growth ** (H / (H - 2))
         angles = jnp.where(n > M, positions / base ** exponents[None, None], angles)
@@ -167,7 +168,8 @@ class SwiGLU(nnx.Module):
         if bound is not None and not self.lora:
             return fp8.swiglu(x_BTD, w1_DF, w3_DF, w2_FD, bound)
         add = functools.partial(add_adapter, self.lora, dropout=dropout)
-        stream, hidden = ("batch", None, None), ("batch", None, "ffn")
+        T = sharding.positions(x_BTD)
+        stream, hidden = ("batch", T, None), ("batch", T, "ffn")
         if bound is None:
             gate_BTF = sharding.einsum("BTD,DF->BTF", x_BTD, w1_DF, out=hidden)
             up_BTF = sharding.einsum("BTD,DF->BTF", x_BTD, w3_DF, out=hidden)

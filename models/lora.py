@@ -147,7 +147,7 @@ class Adapter(nnx.Module):
             x = _dropout(x, self.lora.dropout, key, x_axes)
         a = sharding.gathered(self.a[...], *self.a.axes[-self.a.ndim :])
         b = sharding.gathered(self.b[...], *self.b.axes[-self.b.ndim :])
-        low = sharding.einsum(f"{x_names},{a_names}->{middle}", x, a, out=("batch", None, None))
+        low = sharding.einsum(f"{x_names},{a_names}->{middle}", x, a, out=(*x_axes[:2], None))
         return sharding.einsum(
             f"{middle},{b_names}->{result}", low * jnp.asarray(self.lora.scale, x.dtype), b, out=out
         )

@@ -141,9 +141,9 @@ def dequantize(
     """Return the weight [*in, *out] that `quantize` stored, computed in float32, as dtype.
 
     Args:
-      q: one weight; under a mesh gathered over fsdp, as `sharding.gathered` leaves it.
+      q: one weight; under a mesh gathered, as `sharding.gathered` leaves it.
       dtype: of the result.
-      axes: logical axes of the weight, under a mesh; None: not split.
+      axes: logical axes of the gathered weight, under a mesh; None: not split.
     """
     axes = axes or (None,) * (q.scales.ndim + (0 if isinstance(q, NF4) else q.inputs))
     return (_dequantize_nf4 if isinstance(q, NF4) else _dequantize_int8)(q, dtype, axes)
@@ -155,7 +155,7 @@ def is_quantized(x: Any) -> bool:
 
 
 def weight_in_use(param: nnx.Param, dtype: DTypeLike) -> Float[Array, "..."]:
-    """Return a block's weight in the compute dtype: gathered over fsdp, and dequantised.
+    """Return a block's weight in the compute dtype: gathered, and dequantised.
 
     A quantised weight is gathered as it is stored, so that devices exchange 4 or 8 bits a weight.
     """
@@ -163,7 +163,7 @@ def weight_in_use(param: nnx.Param, dtype: DTypeLike) -> Float[Array, "..."]:
     if not is_quantized(value):
         return sharding.gathered(value, *axes)
     here = jax.tree.map(lambda x, a: sharding.gathered(x, *a), value, value.axes_of(axes))
-    return dequantize(here, dtype, axes=axes)
+    return dequantize(here, dtype, axes=sharding.in_use(axes))
 
 
 def cast_weights(tree: Any, dtype: DTypeLike) -> Any:

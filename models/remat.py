@@ -1,8 +1,8 @@
 """Rematerialization policies: the activations that the forward pass saves for the backward pass.
 
-The names are given by `checkpoint_name`: "attn_out" and "attn_lse" in jaxattn, "gate_up" and
-"norm_scale" in models/layers.py, "block_input" in models/internlm2.py, "fp8_max" (scalars) in
-models/fp8.py, the others in models/block.py.
+The names are given by `checkpoint_name`: "attn_qkv" (its inputs, after rotary embedding),
+"attn_out" and "attn_lse" in jaxattn, "gate_up" and "norm_scale" in models/layers.py, "block_input"
+in models/internlm2.py, "fp8_max" (scalars) in models/fp8.py, the others in models/block.py.
 """
 
 from collections.abc import Callable
@@ -16,10 +16,10 @@ REMAT: dict[str, Callable] = {
     # Save outputs of matrix products and attention, the last one with the residual added. Norms
     # and SwiGLU are cheap to recompute, but the norms' scales (4 bytes a token) need another pass.
     "dots": _POLICIES.save_only_these_names(
-        "attn_out", "attn_lse", "qkv", "ffn_input", "gate_up", "norm_scale", "fp8_max"
+        "attn_out", "attn_lse", "attn_qkv", "ffn_input", "gate_up", "norm_scale", "fp8_max"
     ),
     # As "attention", and q, k, v after rotary embedding: their projection is not recomputed.
-    "qkv": _POLICIES.save_only_these_names("attn_out", "attn_lse", "qkv", "fp8_max"),
+    "qkv": _POLICIES.save_only_these_names("attn_out", "attn_lse", "attn_qkv", "fp8_max"),
     # Save the output of attention: the attention kernel does not run again in the backward pass.
     "attention": _POLICIES.save_only_these_names("attn_out", "attn_lse", "fp8_max"),
     # Save only the input of each block.

@@ -1,16 +1,18 @@
 """Sharding of weights and activations by logical axes; no other module names mesh axes.
 
 Weights and activations name logical axes; `RULES` maps these to the axes of a mesh made of
-"data", "fsdp" and "tensor" (any of them may be missing). Without a mesh every function here is a
-no-op: the same model code runs on one device and on many.
+"data", "fsdp", "seq" and "tensor" (any of them may be missing). Without a mesh every function here
+is a no-op: the same model code runs on one device and on many.
 
-Layout: the batch is split over data and fsdp together. Stored weights are split over fsdp and
-gathered right before use (`gathered`). Heads, feed-forward and vocabulary columns stay split over
-tensor in use.
+Layout: the batch is split over data and fsdp together, the positions of its rows over seq; jaxattn
+exchanges positions for heads around attention. Stored weights are split over fsdp and seq together
+and gathered right before use (`gathered`). Heads, feed-forward and vocabulary columns stay split
+over tensor in use.
 
 References:
-  Zhao et al. 2023, arXiv:2304.11277 (FSDP); Shoeybi et al. 2019, arXiv:1909.08053 (tensor
-  parallel blocks); jax explicit sharding: docs.jax.dev/en/latest/notebooks/explicit-sharding.html
+  Zhao et al. 2023, arXiv:2304.11277 (FSDP); Jacobs et al. 2023, arXiv:2309.14509 (sequence
+  parallelism with sharded weights); Shoeybi et al. 2019, arXiv:1909.08053 (tensor parallel blocks);
+  jax explicit sharding: docs.jax.dev/en/latest/notebooks/explicit-sharding.html
 """
 
 import contextlib
@@ -29,16 +31,17 @@ Axes = tuple[str | None, ...]
 
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
-    "embed": ("fsdp",),  # model width of weights: split in storage, gathered for use
+    "seq": ("seq",),  # positions of activations, see `positions`
+    "embed": ("fsdp", "seq"),  # model width of weights: split in storage, gathered for use
     "heads": ("tensor",),  # query heads, or kv heads with the query heads of their groups
     "ffn": ("tensor",),
     "vocab": ("tensor",),  # columns of the output matrix, logits
     # Columns of the embedding table. Not its rows: the lookup in a column slice is local, and any
     # vocabulary size divides.
-    "table": ("tensor", "fsdp"),
+    "table": ("tensor", "fsdp", "seq"),
     "table_in_use": ("tensor",),  # columns of the embeddings that were looked up
 }
-STORAGE_ONLY = ("fsdp",)  # mesh axes that `gathered` removes from a weight
+STORAGE_ONLY = ("fsdp", "seq")  # mesh axes that `gathered` removes from a weight
 
 
 def spec(axes: Sequence[str | None], mesh: Mesh | AbstractMesh) -> P:
@@ -118,11 +121,16 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def gathered(w: jax.Array, *axes: str | None) -> jax.Array:
-    """All-gather a stored weight over fsdp; the transpose reduce-scatters the gradient."""
+    """All-gather a stored weight over fsdp and seq; the transpose reduce-scatters the gradient."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return w
     return jax.sharding.reshard(w, P(*[_in_use(entry) for entry in spec(axes, mesh)]))
+
+
+def in_use(axes: Axes) -> Axes:
+    """Return the logical axes of a weight, without those that split it only in storage."""
+    return tuple(a if a and not set(RULES[a]) <= set(STORAGE_ONLY) else None for a in axes)
 
 
 def einsum(subscripts: str, *operands: jax.Array, out: Axes, **kwargs) -> jax.Array:
@@ -165,10 +173,15 @@ def mesh_of(weight: jax.Array) -> contextlib.AbstractContextManager:
     return jax.sharding.use_abstract_mesh(mesh)
 
 
-def batch_multiple(weight: jax.Array) -> int:
-    """Return the number that the batch size must be a multiple of, on the mesh of a weight."""
+def positions(x: jax.Array) -> str | None:
+    """Return the logical axis of T of activations [B, T, ...]: one position (decoding) has none."""
+    return "seq" if x.shape[1] > 1 else None
+
+
+def multiple(axis: str, weight: jax.Array) -> int:
+    """Return the number that a dimension of this axis must be a multiple of, on a weight's mesh."""
     mesh = jax.typeof(weight).sharding.mesh
-    return math.prod(mesh.shape[m] for m in RULES["batch"] if m in mesh.axis_names)
+    return math.prod(mesh.shape[m] for m in RULES[axis] if m in mesh.axis_names)
 
 
 def _in_use(entry: Any) -> Any:
@@ -187,8 +200,9 @@ def _indivisible(
         used = [m for m in RULES.get(axis or "", ()) if m in mesh.axis_names]
         parts = math.prod(mesh.shape[m] for m in used)
         if size % parts:
+            largest = max(used, key=lambda m: mesh.shape[m])
             problems.append(
                 f"{name} has size {size} in dimension {dim} ({axis}), which must be a multiple of "
-                f"{parts} = mesh axes {'*'.join(used)}: use a smaller {used[0]!r} axis"
+                f"{parts} = mesh axes {'*'.join(used)}: use a smaller {largest!r} axis"
             )
     return problems

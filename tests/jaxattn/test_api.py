@@ -1,6 +1,8 @@
 """The attention interface: choice of implementation, argument checks, sharding."""
 
+import contextlib
 import dataclasses
+import functools
 import re
 
 import jax
@@ -68,6 +70,105 @@ def test_sharded_equals_unsharded(impl, spec, blocks):
         got = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*args, sharded_mask)
     for w, g in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
         np.testing.assert_allclose(np.asarray(g), np.asarray(w), rtol=1e-5, atol=1e-5)
+
+
+def _split_rows(sizes, n=8, k=2, dtype=jnp.float32, b=2, t=48, h=8):
+    """Make (q, k, v, mask) whole, and split over a mesh of (d, s, m) with T over s; and the mesh.
+
+    Documents begin and end anywhere, and a row ends in padding.
+    """
+    args = _qkv(b=b, t=t, s=t, n=n, k=k, h=h, dtype=dtype)
+    ids = np.sort(np.random.default_rng(2).integers(1, 4, (b, t)), axis=1)
+    ids[0, -3:] = 0
+    mesh = jax.make_mesh(sizes, ("d", "s", "m"), axis_types=(AxisType.Explicit,) * 3)
+    where = NamedSharding(mesh, PartitionSpec("d", "s", "m", None))
+    rows = NamedSharding(mesh, PartitionSpec("d", "s"))
+    whole = (*args, Mask(segment_ids=jnp.asarray(ids, jnp.int32)))
+    with jax.set_mesh(mesh):
+        parts = [jax.device_put(x, where) for x in args]
+        return whole, (*parts, jax.device_put(whole[3], rows)), mesh
+
+
+def _loss_and_gradients(args, impl, mesh=None, **options):
+    """Of the output, and of the log-sum-exp where there is one; also the compiled program."""
+
+    def loss(q, k, v, mask):
+        if mesh is not None:
+            mask = prepare(mask, q, k, impl=impl)
+        out, lse = attention(q, k, v, mask, impl=impl, return_lse=True, **options)
+        return (out.astype(jnp.float32) ** 2).sum() + jnp.tanh(lse).sum(where=jnp.isfinite(lse))
+
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        compiled = run.lower(*args).compile()
+        return jax.tree.map(np.asarray, compiled(*args)), compiled.as_text()
+
+
+@functools.cache
+def _of_one_device(n, k):
+    whole, _, _ = _split_rows((1, 1, 1), n, k)
+    return _loss_and_gradients(whole, "eager")[0]
+
+
+@pytest.mark.parametrize(
+    ("impl", "sizes", "heads"),
+    [
+        ("xla", (1, 2, 1), (8, 2)),
+        ("eager", (1, 8, 1), (8, 2)),  # each kv head is repeated for the 4 devices that use it
+        ("eager", (2, 2, 2), (8, 2)),
+        ("xla", (1, 3, 2), (12, 4)),  # 2 of 12 query heads, in groups of 3, on a device
+    ],
+)
+def test_sharded_positions_are_exchanged_for_heads(impl, sizes, heads):
+    """T over 2, 3 and 8 devices, beside batch and heads: same output, log-sum-exp, gradients.
+
+    The exchange is all-to-all, there and back; what is gathered are segment ids.
+    """
+    _, parts, mesh = _split_rows(sizes, *heads)
+    want = _of_one_device(*heads)
+    got, program = _loss_and_gradients(parts, impl, mesh, deterministic=True)
+    for w, g in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5)
+    assert program.count(" all-to-all(") >= 8
+    assert set(re.findall(r"= (\w+)\[\S* all-gather\(", program)) == {"s32"}
+
+
+def test_sharded_positions_interpreted(monkeypatch):
+    """The kernels on two devices, with a plan for the heads of each."""
+    from jax._src.pallas.mosaic_gpu.interpret.shared_memory import GPUSharedMemory
+
+    # A device that is done finds the barriers of the other one.
+    monkeypatch.setattr(
+        GPUSharedMemory, "assert_no_barriers_allocated", lambda self: None, raising=False
+    )
+    whole, parts, mesh = _split_rows((1, 2, 1), 2, 2, jnp.bfloat16, b=1, t=32, h=64)
+    want, _ = _loss_and_gradients(whole, "eager")
+    with interpreted():
+        got, _ = _loss_and_gradients(parts, "pallas", mesh)
+    for w, g in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+        w, g = (x.astype(np.float32) for x in (w, g))
+        np.testing.assert_allclose(g, w, rtol=2e-2, atol=2e-2 * np.abs(w).max())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "heads", "message"),
+    [
+        (
+            (1, 8, 1),
+            (4, 2),
+            "^4 query heads must be a multiple of 8: positions are sharded",
+        ),
+        ((1, 2, 4), (4, 4), "^4 .* of 8: .* for heads, which are sharded over 4$"),
+    ],
+)
+def test_heads_that_cannot_be_exchanged_are_refused(sizes, heads, message, on_hopper):
+    """Also by `prepare`, before anything is compiled."""
+    _, (q, k, v, mask), mesh = _split_rows(sizes, *heads, jnp.bfloat16, h=64)
+    with jax.set_mesh(mesh):
+        with pytest.raises(ValueError, match=message):
+            attention(q, k, v, mask, impl="xla")
+        with pytest.raises(ValueError, match=message):
+            prepare(mask, q, k, impl="pallas")
 
 
 @pytest.mark.parametrize("name", ["segment_ids", "kv_segment_ids", "blocks", "pattern"])
@@ -429,13 +530,14 @@ def test_describe_on_a_cpu():
     assert "none, the whole 16 x 16 matrix" in str(describe("eager", q, k, Mask()))
 
 
-def test_describe_under_a_mesh(monkeypatch):
+@pytest.mark.parametrize("spec", [("d", None, "m"), ("d", "m", None)], ids=["heads", "positions"])
+def test_describe_under_a_mesh(spec, monkeypatch):
     """Slices are of one device's rows and heads, tiles of its heads; all rows count as skipped."""
     q = jax.ShapeDtypeStruct((4, 4096, 16, 128), jnp.bfloat16)
     k = jax.ShapeDtypeStruct((4, 4096, 8, 128), jnp.bfloat16)
     mask = Mask(segment_ids=jnp.repeat(jnp.arange(1, 5, dtype=jnp.int32)[:, None], 4096, 1))
     mesh = jax.make_mesh((2, 2), ("d", "m"), axis_types=(AxisType.Explicit,) * 2)
-    bnh = NamedSharding(mesh, PartitionSpec("d", None, "m", None))
+    bnh = NamedSharding(mesh, PartitionSpec(*spec, None))
     whole = "8 slices of 512 queries x 4096 keys"
     assert describe("xla", q, k, mask).tiles == whole
     monkeypatch.setattr(pallas, "choose_tiles", lambda *heads: heads_seen.append(heads) or rule)

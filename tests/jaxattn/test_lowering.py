@@ -159,6 +159,29 @@ def test_lowers_under_scan_remat_and_an_explicit_mesh():
     )
 
 
+@pytest.mark.parametrize("impl", ["pallas", "pallas_mma"])
+def test_lowers_with_sharded_positions(impl):
+    """Two devices, packed documents, remat: kernels of whole rows and half of the heads."""
+    mesh = jax.make_mesh((1, 2), ("data", "seq"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        spec = NamedSharding(mesh, PartitionSpec(None, "seq", None, None))
+        q, k, v = (
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spec) for x in _qkv(n=8, k=4, t=512)
+        )
+        ids = jax.ShapeDtypeStruct(
+            (1, 512), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(None, "seq"))
+        )
+
+        def loss(q, k, v, ids):
+            mask = prepare(Mask(segment_ids=ids), q, k, impl=impl)
+            layer = jax.checkpoint(lambda q: attention(q, k, v, mask, impl=impl))
+            return layer(q).astype(jnp.float32).sum()
+
+        text = _lower(jax.grad(loss, argnums=(0, 1, 2)), q, k, v, ids)
+    assert text.count("mosaic_gpu") >= 2 and text.count("all_to_all") >= 4
+    assert "512x4x128xbf16" in text and "512x8x128xbf16" in text
+
+
 def _count_kernels(jaxpr) -> dict[str, int]:
     """Kernels by name in a jaxpr and all inside it."""
     found: dict[str, int] = {}

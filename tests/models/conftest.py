@@ -25,13 +25,13 @@ def golden(tiny_dir) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="session")
 def make_mesh():
-    """Return a function (data, fsdp, tensor) -> explicit mesh over the fake devices."""
+    """Return a function (data, fsdp, tensor, seq) -> explicit mesh over the fake devices."""
 
-    def make(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
-        devices = jax.devices()[: data * fsdp * tensor]
-        axes = ("data", "fsdp", "tensor")
-        types = (AxisType.Explicit,) * 3
-        return jax.make_mesh((data, fsdp, tensor), axes, axis_types=types, devices=devices)
+    def make(data: int, fsdp: int, tensor: int, seq: int = 1) -> jax.sharding.Mesh:
+        devices = jax.devices()[: data * fsdp * seq * tensor]
+        axes, sizes = ("data", "fsdp", "seq", "tensor"), (data, fsdp, seq, tensor)
+        types = (AxisType.Explicit,) * 4
+        return jax.make_mesh(sizes, axes, axis_types=types, devices=devices)
 
     return make
 

@@ -192,7 +192,7 @@ def test_swiglu_quantises_x_once_for_both_weights():
     assert text.count("preferred_element_type=bfloat16") == 3
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 8), (1, 8, 1)])
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 8), (1, 2, 1, 4)])
 def test_results_do_not_depend_on_the_mesh(make_mesh, sizes):
     """Scales are of whole tensors. What differs is the order of sums, which may round apart."""
     rows = 8
@@ -201,15 +201,15 @@ def test_results_do_not_depend_on_the_mesh(make_mesh, sizes):
     w, dz = draw(6, (D, 8, 4)), draw(7, (rows, T, 8, 4))
 
     def both(x, w1, w3, w2, dy, w, dz):
-        heads = ("batch", None, "heads", None)
+        heads = ("batch", "seq", "heads", None)
         y, pull = jax.vjp(lambda *a: fp8.swiglu(*a, fp8.largest(x)), x, w1, w3, w2)
         z, pull_z = jax.vjp(lambda x, w: fp8.product(x, w, fp8.largest(x), heads), x, w)
         return y, pull(dy), z, pull_z(dz)
 
     alone = jax.jit(both)(x, *weights, dy, w, dz)
     mesh = make_mesh(*sizes)
-    axes = (("batch", None, None), (None, "ffn"), (None, "ffn"), ("ffn", None))
-    axes += (("batch", None, None), (None, "heads", None), ("batch", None, "heads", None))
+    axes = (("batch", "seq", None), (None, "ffn"), (None, "ffn"), ("ffn", None))
+    axes += (("batch", "seq", None), (None, "heads", None), ("batch", "seq", "heads", None))
     args = (x, *weights, dy, w, dz)
     with jax.set_mesh(mesh):
         placed = [

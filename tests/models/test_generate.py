@@ -61,10 +61,11 @@ def test_consuming_the_model_changes_no_id(tiny_dir, prompts, expected, exact):
         model(np.ones((1, 4), np.int32))
 
 
-def test_greedy_ids_over_a_mesh(tiny_dir, prompts, expected, exact, make_mesh):
-    """Two rows over four batch shards: filler rows make up the batch."""
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 2, 2)])
+def test_greedy_ids_over_a_mesh(tiny_dir, prompts, expected, exact, make_mesh, sizes):
+    """Two rows over four batch shards: filler rows make up the batch. seq splits the prompts."""
     model = load_hf(
-        tiny_dir, mesh=make_mesh(2, 2, 2), execution=Execution(dtype="float32", attn="xla")
+        tiny_dir, mesh=make_mesh(*sizes), execution=Execution(dtype="float32", attn="xla")
     )
     assert generate(model, prompts, max_new_tokens=16) == expected
 

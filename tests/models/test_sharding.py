@@ -14,6 +14,9 @@ def test_spec_follows_the_rules(make_mesh):
     mesh = make_mesh(2, 2, 2)
     assert sharding.spec(("batch", None, "heads"), mesh) == P(("data", "fsdp"), None, "tensor")
     assert sharding.spec(("embed", "ffn"), mesh) == P("fsdp", "tensor")
+    mesh = make_mesh(1, 2, 2, 2)
+    assert sharding.spec(("batch", "seq", "heads"), mesh) == P("fsdp", "seq", "tensor")
+    assert sharding.spec(("embed", "ffn"), mesh) == P(("fsdp", "seq"), "tensor")
 
 
 def test_spec_ignores_axes_that_the_mesh_lacks_or_that_split_nothing(make_mesh):
@@ -73,5 +76,5 @@ def test_everything_is_a_no_op_without_a_mesh():
     x = jnp.ones((3, 5))
     assert sharding.constrain(x, "batch", None) is x
     assert sharding.gathered(x, "embed", None) is x
-    assert sharding.batch_multiple(x) == 1
+    assert sharding.multiple("batch", x) == sharding.multiple("seq", x) == 1
     assert sharding.struct((3, 5), jnp.float32, "batch", None).sharding is None

@@ -81,8 +81,8 @@ class Config:
     2,048 tokens, or 32,768 tokens for each GPU."""
 
     rows_per_device: Annotated[int | None, chosen("INT")] = None
-    """Rows of an optimizer step for each device (with --mesh.tensor for each tensor-parallel
-    group), over all microbatches, instead of --batch_size."""
+    """Rows of an optimizer step for each device (with --mesh.seq or --mesh.tensor for each group
+    of devices that share rows), over all microbatches, instead of --batch_size."""
 
     grad_accum: int = 1
     """Gradient-accumulation microbatches of an optimizer step. More microbatches need less

@@ -275,12 +275,17 @@ class MeshConfig:
     """Fully sharded data parallelism: devices that split both weights and rows. By default all
     remaining devices."""
 
+    seq: int = 1
+    """Sequence parallelism: devices that split the tokens of each row, and the weights together
+    with fsdp. Attention exchanges tokens for heads, so that seq x tensor must divide the query
+    heads."""
+
     tensor: int = 1
     """Tensor parallelism: devices that split attention heads and feed-forward columns."""
 
     def __post_init__(self):
         """Check the ranges."""
-        for name in ("data", "fsdp", "tensor"):
+        for name in ("data", "fsdp", "seq", "tensor"):
             size = getattr(self, name)
             require(size is None or size >= 1, f"--mesh.{name}", size, "at least 1")
 

@@ -63,8 +63,9 @@ SYNONYMS = {
         "take --lora.dropout": "lora_dropout",
         "take --lora.targets": "lora_target lora_target_modules",
         "take --lora.rank with --base_dtype=nf4": "qlora load_in_4bit quantization_bit",
-        "sequence parallelism is not supported yet": "sequence_parallel sp_size cp cp_size "
-        "sequence_parallel_size context_parallel parallelism.context_parallel_degree",
+        "take --mesh.seq": "sp sp_size cp cp_size sequence_parallel sequence_parallel_size "
+        "ulysses ulysses_size ulysses_sequence_parallel_size ulysses_degree context_parallel "
+        "context_parallel_size parallelism.context_parallel_degree",
     }.items()
     for name in names.split()
 }

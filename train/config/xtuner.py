@@ -209,26 +209,9 @@ def _last(value: Any) -> Any:
 
 
 def _rows(value: int, facts: Facts, owner: str) -> Outcome:
-    """Rows of a step: accumulative_counts is multiplied by the sequence-parallel size."""
-    groups = facts.get("sequence_parallel_size", 1)
+    """Rows of a step, here and there for each group of devices that share rows."""
     rows = value * facts.get("accumulative_counts", 1)
-    if rows % groups:
-        return Outcome(reason=f"times accumulative_counts is no multiple of {groups}", lost=True)
-    source = f"batch_size={value} x accumulative_counts"
-    return Outcome({"rows_per_device": rows // groups}, source=source)
-
-
-def _accumulate(value: int, facts: Facts, owner: str) -> Outcome:
-    groups = facts.get("sequence_parallel_size", 1)
-    if value % groups:
-        return Outcome(reason=f"no multiple of sequence_parallel_size={groups}", lost=True)
-    return Outcome({"grad_accum": value // groups})
-
-
-def _sequence_parallel(value: int, facts: Facts, owner: str) -> Outcome:
-    if value == 1:
-        return Outcome()
-    return Outcome(reason="sequence parallelism is not supported yet", lost=True)
+    return Outcome({"rows_per_device": rows}, source=f"batch_size={value} x accumulative_counts")
 
 
 def _optimizer(value: Any, facts: Facts, owner: str) -> Outcome:
@@ -433,10 +416,10 @@ RULES: dict[str, Rule] = {
     "collate_fn.type": _ignore,
     "dataloader_num_workers": _unneeded(),
     "train_dataloader.num_workers": _ignore,
-    "sequence_parallel_size": _sequence_parallel,
+    "sequence_parallel_size": _only(1, otherwise=_flag("mesh.seq")),
     # Steps and optimizer
     "batch_size": _rows,
-    "accumulative_counts": _accumulate,
+    "accumulative_counts": _flag("grad_accum"),
     "max_epochs": _flag("epochs", float),
     "max_iters": _flag("steps"),
     "optim_type": _optimizer,

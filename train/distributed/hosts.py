@@ -153,19 +153,19 @@ def check_same(flags: Mapping[str, object]) -> None:
 def share(mesh: Mesh) -> tuple[int, int]:
     """Return (index, count): the part of a batch's rows that this process's devices hold.
 
-    Processes whose devices hold the same rows, as with a `tensor` axis across them, have the same
-    index.
+    Processes whose devices hold the same rows, as with a `seq` or `tensor` axis across them, have
+    the same index.
 
     Raises:
         ValueError: The rows of the processes are not equal, contiguous parts.
     """
     of_device = np.vectorize(lambda device: device.process_index, otypes=[int])
-    rows = of_device(mesh.devices.reshape(-1, mesh.shape["tensor"]))
+    rows = of_device(mesh.devices.reshape(-1, mesh.shape["seq"] * mesh.shape["tensor"]))
     return share_of(jax.process_index(), rows)
 
 
 def share_of(process: int, rows: Int[np.ndarray, "R M"]) -> tuple[int, int]:
-    """Compute `share` from the process of each device [row shard, tensor shard]."""
+    """Compute `share` from the process of each device [row shard, device of the shard]."""
     parts = {}
     for other in np.unique(rows):
         held = np.flatnonzero((rows == other).any(axis=1))
@@ -173,8 +173,8 @@ def share_of(process: int, rows: Int[np.ndarray, "R M"]) -> tuple[int, int]:
     first, count, _ = parts[process]
     if any(n != count or n != span or at % n for at, n, span in parts.values()):
         raise ValueError(
-            f"the mesh gives the processes unequal parts of the rows: --mesh.tensor={rows.shape[1]}"
-            " must divide, or be a multiple of, the devices of a process"
+            "the mesh gives the processes unequal parts of the rows: --mesh.seq x --mesh.tensor = "
+            f"{rows.shape[1]} must divide, or be a multiple of, the devices of a process"
         )
     return first // count, len(rows) // count
 

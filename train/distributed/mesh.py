@@ -1,8 +1,8 @@
-"""Lay the devices out as a mesh of data x fsdp x tensor.
+"""Lay the devices out as a mesh of data x fsdp x seq x tensor.
 
-One device is the mesh 1 x 1 x 1 and runs the same code. `models.sharding` maps the axes of arrays
-to those of the mesh. The mesh is in explicit mode, so a wrong sharding is an error when the step is
-traced, not a slow program.
+One device is the mesh 1 x 1 x 1 x 1 and runs the same code. `models.sharding` maps the axes of
+arrays to those of the mesh. The mesh is in explicit mode, so a wrong sharding is an error when the
+step is traced, not a slow program.
 """
 
 import math
@@ -13,43 +13,49 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from train.config.sections import MeshConfig
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "seq", "tensor")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Return the mesh of the devices, with explicit axes "data", "fsdp", "tensor".
+    """Return the mesh of the devices, with explicit axes `AXES`.
 
     Args:
-        config: Sizes of the axes; an fsdp of None takes all devices that data and tensor leave.
+        config: Sizes of the axes; an fsdp of None takes all devices that the others leave.
         devices: None: all devices of the run.
 
     Raises:
         ValueError: The sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    fixed = config.data * config.tensor
+    fixed = config.data * config.seq * config.tensor
     fsdp = config.fsdp if config.fsdp is not None else max(1, len(devices) // fixed)
     if fixed * fsdp != len(devices):
         raise ValueError(
-            f"--mesh.data={config.data} x --mesh.fsdp={fsdp} x --mesh.tensor={config.tensor} = "
-            f"{fixed * fsdp} must be the number of devices, {len(devices)}"
+            f"--mesh.data={config.data} x --mesh.fsdp={fsdp} x --mesh.seq={config.seq} x "
+            f"--mesh.tensor={config.tensor} = {fixed * fsdp} must be the number of devices, "
+            f"{len(devices)}"
         )
     return jax.make_mesh(
-        (config.data, fsdp, config.tensor),
+        (config.data, fsdp, config.seq, config.tensor),
         AXES,
-        axis_types=(AxisType.Explicit,) * 3,
+        axis_types=(AxisType.Explicit,) * len(AXES),
         devices=devices,
     )
 
 
 def abstract_mesh(config: MeshConfig) -> AbstractMesh:
     """Return the mesh of devices that are not in this machine; an fsdp of None is 1."""
-    return AbstractMesh((config.data, config.fsdp or 1, config.tensor), AXES)
+    return AbstractMesh((config.data, config.fsdp or 1, config.seq, config.tensor), AXES)
 
 
 def row_shards(mesh: Mesh | AbstractMesh) -> int:
     """Return the number of parts that the rows of a batch are split into."""
     return math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
+
+
+def head_shards(mesh: Mesh | AbstractMesh) -> int:
+    """Return the number of devices that share the attention heads of a row."""
+    return mesh.shape["seq"] * mesh.shape["tensor"]
 
 
 def check_rows(mesh: Mesh | AbstractMesh, *, rows: int, grad_accum: int) -> None:
@@ -69,4 +75,26 @@ def check_rows(mesh: Mesh | AbstractMesh, *, rows: int, grad_accum: int) -> None
             f"--batch_size={rows} must be a multiple of {grad_accum * shards}: "
             f"--grad_accum={grad_accum} times {shards} devices that split rows "
             "(--mesh.data x --mesh.fsdp)"
+        )
+
+
+def check_seq(mesh: Mesh | AbstractMesh, *, heads: int, seq_len: int) -> None:
+    """Check that the seq axis divides the tokens of a row, and with tensor the query heads.
+
+    Args:
+        mesh: Devices.
+        heads: Query heads of the model.
+        seq_len: Tokens of a row.
+
+    Raises:
+        ValueError: It does not; lists the sizes that do.
+    """
+    seq, tensor = mesh.shape["seq"], mesh.shape["tensor"]
+    left = heads // tensor
+    right = [n for n in range(1, left + 1) if left % n == 0 and seq_len % n == 0]
+    if seq > 1 and heads % tensor == 0 and seq not in right:
+        over = f" ({heads} over --mesh.tensor={tensor})" if tensor > 1 else ""
+        raise ValueError(
+            f"--mesh.seq={seq} must divide {left} query heads{over}, for which attention exchanges "
+            f"tokens, and --seq_len={seq_len}: take {' or '.join(map(str, right))}"
         )

@@ -39,7 +39,7 @@ def suggest_flags(needed: Planner, config: Config, memory: int, *, most_grad_acc
         least = min(least, total)
     return (
         f"no flag makes it fit ({least / GiB:.2f} GiB at the least): take more devices "
-        "(--mesh.fsdp), a shorter --seq_len or a smaller --model"
+        "(--mesh.fsdp; for long rows --mesh.seq), a shorter --seq_len or a smaller --model"
     )
 
 

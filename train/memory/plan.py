@@ -14,12 +14,13 @@ from typing import Literal
 from jax.sharding import AbstractMesh, Mesh
 
 from jaxattn import eager, xla
+from jaxattn.sharded import kv_copies
 from models.config import ModelConfig
 from models.lora import LoRA, adapter_params_count
 from models.quantize import BLOCK as NF4_BLOCK
 from models.quantize import SCALE_BLOCK
 from train.config.sections import OptimConfig
-from train.distributed.mesh import row_shards
+from train.distributed.mesh import head_shards, row_shards
 from train.step.adam8bit import BLOCK
 from train.step.loss import CHUNK_TOKENS
 
@@ -43,7 +44,7 @@ class Plan:
     """Under accumulation: the float32 sum of the gradients."""
 
     gathered: int
-    """Over fsdp: the embedding table, and one block's weights and gradients."""
+    """Over fsdp and seq: the embedding table, and one block's weights and gradients."""
 
     activations: int
     """What remat keeps of every block."""
@@ -125,15 +126,17 @@ def plan(
         quantize: format of the frozen linear layers of the blocks; None: param_itemsize.
         matmul: "bf16" or "fp8".
     """
-    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
-    tokens = max(1, rows // row_shards(mesh)) * seq_len
+    seq, tensor = mesh.shape["seq"], mesh.shape["tensor"]
+    sharded = mesh.shape["fsdp"] * seq  # devices that share the stored weights
+    batch = max(1, rows // row_shards(mesh))
+    tokens = batch * seq_len // seq
     table = model.hidden_size * model.vocab_size
     of_block = (model.num_params() - 2 * table) // model.num_layers // tensor
-    parameters = model.num_params() // (fsdp * tensor)
+    parameters = model.num_params() // (sharded * tensor)
     in_blocks = 1 - 2 * table / model.num_params()
-    kept, on_host, everything = _per_token(model, tensor, remat, itemsize, attn, matmul)
+    kept, on_host, everything = _per_token(model, mesh, remat, itemsize, attn, matmul)
     chunk = min(tokens, CHUNK_TOKENS) * model.vocab_size // tensor
-    local = tokens // seq_len, seq_len, seq_len, -(-model.num_heads // tensor)
+    local = batch, seq_len, seq_len, -(-model.num_heads // head_shards(mesh))
     scores = {"eager": eager, "xla": xla}
     moments = _moment_bytes(optim or OptimConfig(), in_blocks)
     copied = 1.0 if itemsize != param_itemsize else 0.0 if scan else in_blocks
@@ -142,7 +145,7 @@ def plan(
         weights=int(parameters * (param_itemsize + copied * itemsize)),
         optimizer=int(parameters * moments),
         sums=parameters * 4 if grad_accum > 1 else 0,
-        gathered=(2 * of_block * itemsize + 4 * table // tensor) if fsdp > 1 else 0,
+        gathered=(2 * of_block * itemsize + 4 * table // tensor) if sharded > 1 else 0,
         activations=activations,
         logits=chunk * (8 + itemsize) + table // tensor * (4 + itemsize),
         gradients=max(0, parameters * itemsize - (0 if scan else activations)),
@@ -154,7 +157,7 @@ def plan(
         return always
     # The adapters alone have moments, gradients and sums, all of them float32. A frozen weight is
     # copied only to another dtype: layers are used in place in their stacks.
-    trained = adapter_params_count(lora, model) // (fsdp * tensor)
+    trained = adapter_params_count(lora, model) // (sharded * tensor)
     cast = 0 if itemsize == param_itemsize else itemsize
     stored = {"nf4": NF4_BYTES, "int8": 1.0, None: param_itemsize + cast}[quantize]
     linear = int(parameters * in_blocks)
@@ -164,7 +167,7 @@ def plan(
         weights=int(frozen + trained * (4 + itemsize)),
         optimizer=int(trained * moments),
         sums=trained * 4 if grad_accum > 1 else 0,
-        gathered=(of_block * itemsize + itemsize * table // tensor) if fsdp > 1 else 0,
+        gathered=(of_block * itemsize + itemsize * table // tensor) if sharded > 1 else 0,
         logits=chunk * (8 + itemsize),
         gradients=trained * 4,
         # The outputs of adapters of gate and up; one layer's weights in the compute type.
@@ -183,12 +186,21 @@ def _moment_bytes(optim: OptimConfig, in_blocks: float) -> float:
 
 
 def _per_token(
-    model: ModelConfig, tensor: int, remat: str, itemsize: int, attn: str, matmul: str
+    model: ModelConfig,
+    mesh: Mesh | AbstractMesh,
+    remat: str,
+    itemsize: int,
+    attn: str,
+    matmul: str,
 ) -> tuple[int, int, int]:
     """Bytes per token and block: kept on the device, kept on the host, made by a block in all."""
-    embed = model.hidden_size
+    embed, tensor = model.hidden_size, mesh.shape["tensor"]
     out = model.num_heads * model.head_dim // tensor
-    qkv = out + 2 * model.num_kv_heads * model.head_dim // tensor
+    kv = 2 * model.num_kv_heads * model.head_dim // tensor
+    qkv, exchanged = out + kv, 0
+    if mesh.shape["seq"] > 1:  # q, k, v and out once more, for the heads that a device attends with
+        qkv = out + kv * kv_copies(model.num_heads, model.num_kv_heads, head_shards(mesh))
+        exchanged = qkv + out
     ffn = model.intermediate_size // tensor
     lse = 4 * model.num_heads // tensor
     if attn not in ("pallas", "pallas_mma"):  # only the kernel names its output
@@ -207,4 +219,4 @@ def _per_token(
         "full": (itemsize * embed, 0),
         "offload": (lse, itemsize * (embed + named)),
     }[remat]
-    return kept, on_host, itemsize * (4 * embed + out + qkv + 4 * ffn)
+    return kept, on_host, itemsize * (4 * embed + out + qkv + exchanged + 4 * ffn)

@@ -15,13 +15,21 @@ from jax.sharding import AbstractMesh, Mesh
 
 import jaxattn
 from jaxattn.device import DeviceSpec, GiB, device_memory
+from jaxattn.sharded import kv_copies
 from models.config import PRESETS, ModelConfig
 from models.execution import Execution
 from models.tokenizer import Tokenizer
 from models.weights.abstract import abstract
 from models.weights.run_layout import find_checkpoint
 from train.config.config import MOST_STEPS, Config
-from train.distributed.mesh import abstract_mesh, check_rows, make_mesh, row_shards
+from train.distributed.mesh import (
+    abstract_mesh,
+    check_rows,
+    check_seq,
+    head_shards,
+    make_mesh,
+    row_shards,
+)
 from train.memory.plan import Plan
 from train.memory.sizing import REMAT_BY_SPEED, Sizing, in_scan, quantize_kind, stored_dtype
 from train.run.inputs import (
@@ -207,6 +215,8 @@ def resolve(config: Config, devices: Sequence[jax.Device] | DeviceSpec | None = 
     model = with_vocabulary(model, tokenizer) if name == CPU_MODEL else model
     check_vocabulary(tokenizer, model, name)
     model = extend_rope(model, config.rope_factor, config.seq_len)
+    check_seq(mesh, heads=model.num_heads, seq_len=config.seq_len)
+    notes += _seq_notes(mesh, model, config.seq_len)
     attn, reason = _attention(config, model, mesh, device, rows, dtype)
 
     lora = read_lora(config.lora, model)
@@ -320,11 +330,14 @@ def _attention(
 ) -> tuple[str, str]:
     """Return the attention implementation and the reason for it."""
     batch = rows // config.grad_accum // row_shards(mesh)
+    kv_heads = model.num_kv_heads * kv_copies(
+        model.num_heads, model.num_kv_heads, head_shards(mesh)
+    )
     q_BTNH, k_BTKH = (
         jax.ShapeDtypeStruct(
-            (batch, config.seq_len, max(1, heads // mesh.shape["tensor"]), model.head_dim), dtype
+            (batch, config.seq_len, max(1, heads // head_shards(mesh)), model.head_dim), dtype
         )
-        for heads in (model.num_heads, model.num_kv_heads)
+        for heads in (model.num_heads, kv_heads)
     )
     # cuDNN has no document mask: the loop checks that each row has one document.
     packed = config.attn != "cudnn"
@@ -336,6 +349,20 @@ def _attention(
     except NotImplementedError as error:  # in the words of the command line
         text = re.sub(r"impl='(\w+)'", r"--attn=\1", str(error))
         raise NotImplementedError(text.replace("deterministic=True", "--deterministic")) from error
+
+
+def _seq_notes(mesh: Mesh | AbstractMesh, model: ModelConfig, seq_len: int) -> list[str]:
+    """Return a log line on sequence parallelism, if there is any."""
+    seq, heads, shards = mesh.shape["seq"], model.num_heads, head_shards(mesh)
+    if seq == 1:
+        return []
+    copies = kv_copies(heads, model.num_kv_heads, shards)
+    repeated = f", each kv head repeated {copies} times" if copies > 1 else ""
+    return [
+        f"mesh.seq {seq}: a device has {seq_len // seq:,} of the {seq_len:,} tokens of a row; "
+        f"all-to-alls exchange them for {heads // shards} of the {heads} heads around attention"
+        f"{repeated}"
+    ]
 
 
 def _check_offload(config: Config, device: jax.Device | DeviceSpec) -> None:

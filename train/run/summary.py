@@ -54,7 +54,7 @@ def log_data(loader: Loader, validation: Sets) -> None:
 def log_dispatch(run: Run, batch: Batch) -> None:
     """Log which attention runs, why, its tiles, and the fraction that a microbatch skips."""
     ids_BT = batch.segment_ids[: run.rows // run.config.grad_accum]
-    where = NamedSharding(run.real_mesh, spec(("batch", None, "heads", None), run.real_mesh))
+    where = NamedSharding(run.real_mesh, spec(("batch", "seq", "heads", None), run.real_mesh))
     q_BTNH, k_BTKH = (
         jax.ShapeDtypeStruct(
             (*ids_BT.shape, heads, run.model.head_dim), run.execution.dtype, sharding=where

@@ -58,8 +58,8 @@ def cross_entropy_and_z(
     microbatches; a microbatch alone does not have that number.
 
     Args:
-        x_BTD: final hidden states in the compute dtype; B may be sharded, T and D not.
-        w_DV: output matrix, gathered over the axes that shard B; V may be sharded.
+        x_BTD: final hidden states in the compute dtype; B and T may be sharded, D not.
+        w_DV: output matrix, gathered over the axes that shard B and T; V may be sharded.
         targets_BT: token ids in [0, V).
         weights_BT: float32, 0 where there is no target. Not differentiated.
         z_loss: the second term's factor; 1e-4 in PaLM.
@@ -81,22 +81,22 @@ def cross_entropy_and_z(
     if chunk_tokens < 1:
         raise ValueError(f"{chunk_tokens=} must be at least 1")
     local = functools.partial(_sums, chunk_tokens, z_loss, train_w, by_position)
-    batch = _batch_axes(x_BTD)
-    if not batch:
+    tokens, axes = _token_axes(x_BTD)
+    if not axes:
         return local(x_BTD, w_DV, targets_BT, weights_BT)
 
     def on_each_device(x_BTD, w_DV, targets_BT, weights_BT):
         # Marking w as varying over devices puts the all-reduce of its gradient after the loop over
         # chunks, once, instead of into every iteration.
-        w_DV = jax.lax.pcast(w_DV, batch, to="varying")
+        w_DV = jax.lax.pcast(w_DV, axes, to="varying")
         *sums, losses_BT = local(x_BTD, w_DV, targets_BT, weights_BT)
-        return *jax.lax.psum(sums, batch), losses_BT
+        return *jax.lax.psum(sums, axes), losses_BT
 
     return jax.shard_map(
         on_each_device,
-        in_specs=(P(batch), P(), P(batch), P(batch)),
-        out_specs=(P(), P(), P(batch)),
-        axis_names=set(batch),  # the axis that shards V stays with the compiler
+        in_specs=(tokens, P(), tokens, tokens),
+        out_specs=(P(), P(), tokens),
+        axis_names=set(axes),  # the axis that shards V stays with the compiler
     )(x_BTD, w_DV, targets_BT, weights_BT)
 
 
@@ -207,8 +207,8 @@ def _zeros_like_sums(weights_BT):
     return zero, zero
 
 
-def _batch_axes(x_BTD) -> tuple[str, ...]:
-    """Return the mesh axes that shard the first dimension."""
-    spec = jax.typeof(x_BTD).sharding.spec
-    axes = spec[0] or () if spec else ()
-    return (axes,) if isinstance(axes, str) else tuple(axes)
+def _token_axes(x_BTD) -> tuple[P, tuple[str, ...]]:
+    """Return the sharding of B and T, and the mesh axes in it."""
+    tokens = P(*tuple(jax.typeof(x_BTD).sharding.spec)[:2])
+    axes = tuple((entry,) if isinstance(entry, str) else entry or () for entry in tokens)
+    return tokens, sum(axes, ())

@@ -145,20 +145,24 @@ def put_batch(batch: Batch, *, grad_accum: int, mesh: Mesh) -> Batch:
 
     Args:
         batch: numpy arrays [A * B, T]; each of several processes has its own part of the rows
-            (`train.distributed.hosts.share`). The rows of a microbatch depend on the number of
-            processes.
+            (`train.distributed.hosts.share`), with all of their positions. The rows of a microbatch
+            depend on the number of processes.
         grad_accum: A.
         mesh: the devices.
     """
-    _, parts = share(mesh)
+    index, parts = share(mesh)
 
     def put(a: np.ndarray) -> jax.Array:
-        rows, T = a.shape
-        return jax.make_array_from_process_local_data(
-            _batch_sharding(mesh),
-            a.reshape(grad_accum, rows // grad_accum, T),
-            (grad_accum, rows * parts // grad_accum, T),
-        )
+        own = a.reshape(grad_accum, -1, a.shape[1])
+        _, rows, T = own.shape
+
+        def part(where: Any) -> np.ndarray:
+            micro, of_rows, positions = where
+            first, end, _ = of_rows.indices(rows * parts)
+            return own[micro, first - index * rows : end - index * rows, positions]
+
+        shape = (grad_accum, rows * parts, T)
+        return jax.make_array_from_callback(shape, _batch_sharding(mesh), part)
 
     return jax.tree.map(put, batch)
 
@@ -247,4 +251,4 @@ def _count_tokens(batch: Batch) -> jax.Array:
 
 
 def _batch_sharding(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, spec((None, "batch", None), mesh))
+    return NamedSharding(mesh, spec((None, "batch", "seq"), mesh))

@@ -114,6 +114,7 @@ def test_choices_are_those_of_the_code():
         ("--model_name_or_path", "--model"),
         ("--training.seq_len", "--seq_len"),
         ("--deepspeed", "--mesh.fsdp"),
+        ("--context_parallel_size", "--mesh.seq"),
     ],
 )
 def test_flags_of_other_trainers_name_ours(theirs, ours):

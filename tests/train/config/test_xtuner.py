@@ -144,7 +144,6 @@ def test_no_setting_is_silent(value, read):
 @pytest.mark.parametrize(
     ("text", "flags"),
     [
-        ("sequence_parallel_size = 4\naccumulative_counts *= sequence_parallel_size", {}),
         ("weight = 0.1\noptim_wrapper['a'] = 1", {}),
         ("my_rate = 1e-5\noptim_wrapper = dict(optimizer=dict(lr=my_rate))", {"optim.lr": 1e-5}),
         ("optim_wrapper = {'clip_grad': {'max_norm': 2}}", {"optim.clip": 2}),
@@ -163,6 +162,13 @@ def test_settings_that_people_change(text, flags, read):
     flags = flags if isinstance(flags, dict) else {short[type(flags)]: flags}
     assert {flag: found.flags[flag] for flag in flags} == flags
     assert (found.flags["rows_per_device"], found.flags["grad_accum"]) == (32, 16)
+
+
+def test_sequence_parallelism_keeps_the_rows_of_a_step(read):
+    """accumulative_counts is multiplied by the devices that share rows, here --mesh.seq."""
+    text = "sequence_parallel_size = 4\naccumulative_counts *= sequence_parallel_size"
+    flags = read(SETTINGS + text).flags
+    assert (flags["mesh.seq"], flags["rows_per_device"], flags["grad_accum"]) == (4, 128, 64)
 
 
 def test_what_is_not_read_is_named(read):

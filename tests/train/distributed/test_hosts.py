@@ -39,8 +39,10 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def launch(tiny, out: Path, processes: int, *, which=0, first="", own=()) -> list[int]:
-    """Run the same 8 steps as `tiny_run` on 8 devices; return the exit statuses.
+def launch(
+    tiny, out: Path, processes: int, *, devices=8, which=0, first="", own=(), mesh=()
+) -> list[int]:
+    """Run the same 8 steps as `tiny_run`; return the exit statuses.
 
     `first` is run in process `which` alone, and the last one has flags of its `own`. What they say
     is in <out>.<process>.log.
@@ -63,11 +65,12 @@ def launch(tiny, out: Path, processes: int, *, which=0, first="", own=()) -> lis
             f"--dist.processes={processes}",
             f"--dist.id={process}",
             "--dist.timeout_minutes=0.5",
+            *mesh,
         ]
         log = out.with_name(f"{out.name}.{process}.log")
         flags += own if process == processes - 1 else ()
         code = first if process == which else ""
-        running.append(start(tiny, flags, devices=8 // processes, log=log, first=code))
+        running.append(start(tiny, flags, devices=devices // processes, log=log, first=code))
     try:
         return [process.wait(240) for process in running]
     finally:
@@ -82,7 +85,10 @@ def said(out: Path, process: int) -> str:
 
 @pytest.mark.timeout(900)  # `launch` waits 240 s for each process and then fails with their logs
 def test_two_processes_train_end_together_and_resume(tiny, finished, tmp_path):
-    """One is killed in step 5: the other says so in one line, and both go on from step 3."""
+    """One is killed in step 5: the other says so in one line, and both go on from step 3.
+
+    They go on with rows whose tokens are split between the two processes.
+    """
     out = tmp_path / "out"
     kill = SIGNAL_AT.format(step=5, signal="SIGKILL")
     assert launch(tiny, out, 2, which=1, first=kill) == [1, -signal.SIGKILL]
@@ -91,9 +97,10 @@ def test_two_processes_train_end_together_and_resume(tiny, finished, tmp_path):
     assert "Traceback" not in said(out, 0) and "stack trace" not in said(out, 0)
     assert Checkpoints(out, keep_last=2).latest in (None, 3)
 
-    assert launch(tiny, out, 2) == [0, 0]
+    assert launch(tiny, out, 2, devices=4, mesh=["--mesh.seq=4"]) == [0, 0]
     np.testing.assert_allclose(losses(out), losses(finished), rtol=1e-5)
     assert Checkpoints(out, keep_last=2).latest == 8
+    assert "mesh.seq 4: a device has 16 of the 64 tokens of a row" in said(out, 0)
     assert "sample after 8 steps" in said(out, 0)
     execution = Execution(dtype="float32", param_dtype="float32")
     export = load_hf(out / "export" / "step-8", execution=execution)
@@ -132,7 +139,7 @@ def test_process_0_killed(tiny, tmp_path):
     [
         ([[0], [0], [1], [1]], [(0, 2), (1, 2)]),
         ([[0, 0], [1, 1]], [(0, 2), (1, 2)]),
-        ([[0, 1]], [(0, 1), (0, 1)]),  # tensor across processes: both read the same rows
+        ([[0, 1]], [(0, 1), (0, 1)]),  # seq or tensor across processes: both read the same rows
         ([[0, 1], [2, 3]], [(0, 2), (0, 2), (1, 2), (1, 2)]),
     ],
 )
@@ -141,7 +148,7 @@ def test_each_process_reads_the_rows_of_its_devices(processes, shares):
 
 
 def test_unequal_rows_are_refused():
-    with pytest.raises(ValueError, match="unequal parts of the rows: --mesh.tensor=2"):
+    with pytest.raises(ValueError, match="unequal parts .*: --mesh.seq x --mesh.tensor = 2 must"):
         share_of(0, np.array([[0, 0], [0, 1], [1, 1]]))
 
 

@@ -5,27 +5,30 @@ import pytest
 from jax.sharding import AxisType
 
 from train.config.sections import MeshConfig
-from train.distributed.mesh import check_rows, make_mesh, row_shards
+from train.distributed.mesh import abstract_mesh, check_rows, check_seq, make_mesh, row_shards
 
 
 @pytest.mark.parametrize(
     ("config", "sizes"),
     [
-        (MeshConfig(), (1, 8, 1)),
-        (MeshConfig(data=2), (2, 4, 1)),
-        (MeshConfig(tensor=4), (1, 2, 4)),
-        (MeshConfig(data=2, fsdp=2, tensor=2), (2, 2, 2)),
+        (MeshConfig(), (1, 8, 1, 1)),
+        (MeshConfig(data=2), (2, 4, 1, 1)),
+        (MeshConfig(tensor=4), (1, 2, 1, 4)),
+        (MeshConfig(seq=4), (1, 2, 4, 1)),
+        (MeshConfig(fsdp=2, seq=2, tensor=2), (1, 2, 2, 2)),
     ],
 )
 def test_fsdp_takes_what_is_left(config, sizes):
     mesh = make_mesh(config)
     assert mesh.devices.shape == sizes
-    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    assert mesh.axis_names == ("data", "fsdp", "seq", "tensor")
     assert set(mesh.axis_types) == {AxisType.Explicit}
     assert row_shards(mesh) == sizes[0] * sizes[1]
 
 
-@pytest.mark.parametrize("config", [MeshConfig(data=3), MeshConfig(fsdp=4), MeshConfig(tensor=16)])
+@pytest.mark.parametrize(
+    "config", [MeshConfig(data=3), MeshConfig(fsdp=4), MeshConfig(seq=3), MeshConfig(tensor=16)]
+)
 def test_sizes_must_multiply_to_the_devices(config):
     with pytest.raises(ValueError, match="must be the number of devices, 8"):
         make_mesh(config)
@@ -40,3 +43,20 @@ def test_rows_must_divide():
     check_rows(mesh, rows=8, grad_accum=2)
     with pytest.raises(ValueError, match="--batch_size=12 must be a multiple of 8: --grad_accum=2"):
         check_rows(mesh, rows=12, grad_accum=2)
+
+
+@pytest.mark.parametrize(
+    ("seq", "tensor", "seq_len", "message"),
+    [
+        (3, 1, 96, "--mesh.seq=3 must divide 16 query heads, .*: take 1 or 2 or 4 or 8 or 16$"),
+        (8, 1, 100, "--mesh.seq=8 must divide .* and --seq_len=100: take 1 or 2 or 4$"),
+        (32, 1, 96, "--mesh.seq=32 must divide 16 query heads, "),
+        (4, 8, 64, r"=4 must divide 2 query heads \(16 over --mesh.tensor=8\), .* 1 or 2$"),
+    ],
+)
+def test_seq_must_divide_heads_and_tokens(seq, tensor, seq_len, message):
+    """And what does is listed, more than there are kv heads included."""
+    mesh = abstract_mesh(MeshConfig(seq=seq, tensor=tensor))
+    with pytest.raises(ValueError, match=message):
+        check_seq(mesh, heads=16, seq_len=seq_len)
+    check_seq(abstract_mesh(MeshConfig(seq=2, tensor=tensor)), heads=16, seq_len=seq_len)

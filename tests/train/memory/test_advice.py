@@ -9,10 +9,11 @@ from jax.sharding import AbstractMesh
 from models.config import PRESETS
 from train.config.config import Config
 from train.config.sections import OptimConfig
+from train.distributed.mesh import AXES
 from train.memory.plan import GiB
 from train.memory.sizing import Sizing
 
-MESH = AbstractMesh((1, 1, 1), ("data", "fsdp", "tensor"))
+MESH = AbstractMesh((1,) * len(AXES), AXES)
 BIG, BF16 = PRESETS["internlm2-1.8b"], jnp.dtype("bfloat16")
 LONG = Config(model="internlm2-1.8b", seq_len=32768, remat="attention")
 
@@ -62,7 +63,7 @@ def test_what_fits_needs_nothing():
 
 def test_nothing_helps():
     assert "no flag makes it fit (13" in advise(5)
-    assert "more devices (--mesh.fsdp)" in advise(5)
+    assert "more devices (--mesh.fsdp; for long rows --mesh.seq)" in advise(5)
 
 
 def test_fewest_changes_and_none_that_is_not_needed():

@@ -11,7 +11,8 @@ To measure the constants again, on one H200:
             --optim.moment_dtype=int8 [--param_dtype bf16]
     the same over two GPUs: the line "XLA, after" of
         python -m train.main --dry_run --model internlm2-1.8b --attn pallas --seq_len 32768
-            --batch_size 2 --remat dots [--mesh.fsdp 1 --mesh.tensor 2]
+            --batch_size 2 --remat dots [--mesh.fsdp 1 --mesh.tensor 2]; of the long row
+            --seq_len 65536 --batch_size 1 --mesh.seq 2 (jax 0.12.0)
 """
 
 import jax
@@ -35,6 +36,7 @@ from train.step.state import abstract_state
 
 BIG = PRESETS["internlm2-1.8b"]
 GiB = 2**30
+SEQ = MeshConfig(seq=4)
 INT8 = OptimConfig(moment_dtype="int8")
 
 
@@ -110,11 +112,12 @@ def test_measured_peaks_with_adapters(model, kwargs, gib):
         (1, MeshConfig(), {"remat": "attention", "grad_accum": 2}, 40.34),
         (2, MeshConfig(fsdp=2), {"remat": "dots", "rows": 2}, 54.26),
         (2, MeshConfig(fsdp=1, tensor=2), {"remat": "dots", "rows": 2}, 59.16),
+        (2, MeshConfig(seq=2), {"remat": "dots", "seq_len": 65536}, 53.54),
     ],
-    ids=["grad_accum", "grad_accum-attention", "fsdp", "tensor"],
+    ids=["grad_accum", "grad_accum-attention", "fsdp", "tensor", "seq"],
 )
 def test_what_the_compiler_needs_in_parts_and_over_devices(devices, sizes, kwargs, gib):
-    """As above, 1.8B: a row in each of two microbatches, and two rows over two GPUs."""
+    """As above, 1.8B: a row in each of two microbatches, two rows over two GPUs, a long one."""
     total = plan(devices=devices, sizes=sizes, scan=False, **kwargs).total / GiB
     assert total == pytest.approx(gib, rel=0.05)
 
@@ -132,7 +135,7 @@ def test_more_is_kept_with_less_remat():
 @pytest.mark.parametrize("remat", REMAT)
 def test_plan_keeps_what_the_program_keeps(remat, monkeypatch):
     """Bytes that the forward scan stacks for the backward one, in the program's own words."""
-    monkeypatch.setattr(internlm2, "attention", lambda q, k, v, mask, **_: named_attention(q, k, v))
+    monkeypatch.setattr(internlm2, "attention", lambda *qkv, **_: named_attention(*qkv[:3]))
     monkeypatch.setattr(internlm2, "prepare", lambda mask, q, k, **_: mask)
     kwargs = {"remat": remat, "dtype": jnp.bfloat16, "attn": "pallas"}
     model = jax.eval_shape(lambda: InternLM2(BIG, rngs=nnx.Rngs(0), execution=Execution(**kwargs)))
@@ -145,9 +148,13 @@ def test_plan_keeps_what_the_program_keeps(remat, monkeypatch):
     assert ours.activations + ours.host == pytest.approx(size, rel=0.01)
 
 
-@jax.custom_vjp
 def named_attention(q, k, v):
     """Stands for the kernel, which only a GPU can trace: the same names, shapes and residuals."""
+    return _kernel(*checkpoint_name((q, k, v), "attn_qkv"))
+
+
+@jax.custom_vjp
+def _kernel(q, k, v):
     return q
 
 
@@ -162,7 +169,7 @@ def _backward(residuals, g):
     return g * q * o * lse[..., None].astype(g.dtype), k, v
 
 
-named_attention.defvjp(_forward, _backward)
+_kernel.defvjp(_forward, _backward)
 
 
 @pytest.mark.parametrize(
@@ -191,6 +198,16 @@ def test_devices_share():
     assert eight.activations == one.activations  # a row each
     assert eight.gathered > 0
     assert plan(devices=8, sizes=MeshConfig(fsdp=1, tensor=8)).logits < one.logits
+
+
+def test_seq_shares_tokens_and_weights():
+    """As fsdp, but for one row; attention has the scores of its heads and copies of q, k, v."""
+    one, eight = plan(attn="xla"), plan(devices=8, sizes=MeshConfig(seq=8), attn="xla")
+    assert (eight.optimizer, eight.gathered > 0) == (one.optimizer // 8, True)
+    assert eight.activations == one.activations // 8
+    assert one.block // 8 < eight.block < one.block // 4
+    scores = [plan(attn="eager").scores, plan(devices=4, sizes=SEQ, attn="eager").scores]
+    assert scores[0] == 4 * scores[1]
 
 
 def test_scores_are_counted():

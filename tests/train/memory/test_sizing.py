@@ -8,13 +8,14 @@ from jax.sharding import AbstractMesh
 
 from models.config import PRESETS
 from train.config.config import Config
+from train.distributed.mesh import AXES
 from train.memory.plan import GiB
 from train.memory.sizing import REMAT_BY_SPEED, Sizing, choose_remat, in_scan
 
 CONFIG = Config(model="internlm2-1.8b", seq_len=32768)
 LONG = Sizing(
     model=PRESETS["internlm2-1.8b"],
-    mesh=AbstractMesh((1, 1, 1), ("data", "fsdp", "tensor")),
+    mesh=AbstractMesh((1,) * len(AXES), AXES),
     rows=1,
     dtype=jnp.dtype("bfloat16"),
     attn="pallas",

@@ -32,7 +32,7 @@ def files(tmp_path):
 
 def test_the_loss_is_the_mean_over_loss_tokens(files, tiny_model, tmp_path):
     """The last batch is not full: the mean is not one of batch means."""
-    mesh = make_mesh(MeshConfig(data=8, fsdp=1, tensor=1))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, seq=2, tensor=1))
     graphdef, state = nnx.split(tiny_model)
     params = nnx.to_pure_dict(state)
     with open_data([files[0]], load_tokenizer("byte"), seq_len=64, batch_size=16) as loader:

@@ -24,15 +24,16 @@ def pasted(out: str) -> Config:
 def test_prints_a_command_the_plan_and_the_compilers_count(tiny, capsys, tmp_path):
     out = tmp_path / "out"
     argv = ["--dry_run", "--model=tiny", "--seq_len=64", "--batch_size=8", f"--out={out}"]
+    argv += ["--mesh.seq=2"]
     assert main([*argv, "--no_resume", "--data.strict", "--optim.betas", "0.8", "0.9"]) == 0
     said = capsys.readouterr().out
-    assert "data 1 x fsdp 8 x tensor 1" in said and "it fits" in said
+    assert "data 1 x fsdp 4 x seq 2 x tensor 1" in said and "it fits" in said
     [(xla, plan, percent)] = re.findall(r"XLA, .*: (\S+) GiB .*; the plan (\S+) GiB, (\S+)%", said)
     assert not out.exists()
     config = pasted(said)
     assert (config.resume, config.data.strict, config.optim.betas) == (False, True, (0.8, 0.9))
     assert (config.attn, config.remat, config.scan_layers) == ("xla", "dots", True)
-    assert (config.mesh.fsdp, config.out, config.optim.lr) == (8, str(out), 3e-4)
+    assert (config.mesh.fsdp, config.mesh.seq, config.optim.lr) == (4, 2, 3e-4)
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_flags_win(tiny):
     assert (run.rows, run.execution.attn, run.lr, str(run.out)) == (16, "xla", 1.0, "here")
     assert run.execution.dtype == jnp.dtype("bfloat16")
     assert (run.execution.remat, run.execution.scan) == ("qkv", False)
-    assert dict(run.mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert dict(run.mesh.shape) == {"data": 2, "fsdp": 4, "seq": 1, "tensor": 1}
 
 
 def test_remat_is_chosen_and_said(tiny):
@@ -161,6 +161,19 @@ def test_a_gpu_that_is_not_here_is_resolved_as_one_that_is():
     assert run.memory_advice is None and "remat attention" in run.notes[-1]
     a100 = resolve(config, GPUS["a100-80"])
     assert a100.execution.attn == "pallas_mma" and a100.attn_reason.startswith("auto: ")
+
+
+def test_a_long_row_over_several_gpus(tiny):
+    """More devices than kv heads; the record has the axis, and rows do not depend on it."""
+    config = Config(model="internlm2-7b", seq_len=65536, mesh=MeshConfig(seq=16))
+    run = resolve(config, GPUS["h200"])
+    assert run.notes[0] == (
+        "mesh.seq 16: a device has 4,096 of the 65,536 tokens of a row; all-to-alls exchange them "
+        "for 2 of the 32 heads around attention, each kv head repeated 2 times"
+    )
+    assert (run.rows, run.chosen()["mesh.seq"]) == (1, 16)
+    with pytest.raises(ValueError, match="--mesh.seq=8 must divide 4 query heads, .*: take 1 or"):
+        resolve(Config(model="tiny", mesh=MeshConfig(seq=8)))
 
 
 def test_choices_are_said_where_a_flag_is_open():

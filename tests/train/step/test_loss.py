@@ -9,12 +9,12 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from train.config.sections import MeshConfig
-from train.distributed.mesh import make_mesh
+from train.distributed.mesh import AXES, make_mesh
 from train.step.loss import cross_entropy, cross_entropy_and_z
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
-B, T, D, V = 8, 13, 16, 24
+B, T, D, V = 8, 14, 16, 24
 
 
 def inputs(dtype=jnp.float32):
@@ -116,15 +116,17 @@ def test_gradient_scales_with_what_follows():
     np.testing.assert_array_equal(one / 2, half)
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 4, 2), (2, 2, 2), (1, 1, 8)])
+@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (1, 4, 1, 2), (1, 2, 2, 2), (1, 1, 1, 8)])
 def test_mesh_equals_one_device(sizes):
-    """Rows over data and fsdp, vocabulary over tensor: same loss and gradients."""
-    data, fsdp, tensor = sizes
+    """Rows over data and fsdp, T over seq, vocabulary over tensor: same loss and gradients."""
     x, w, targets, weights = inputs()
     want = jax.value_and_grad(dense, (0, 1))(x, w, targets, weights)
-    mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
-    rows = P(tuple(a for a in ("data", "fsdp") if mesh.shape[a] > 1) or None)
-    columns = P(None, "tensor" if tensor > 1 else None)
+    mesh = make_mesh(MeshConfig(**dict(zip(AXES, sizes, strict=True))))
+    split = [a for a in AXES if mesh.shape[a] > 1]
+    rows = P(
+        tuple(a for a in split if a in ("data", "fsdp")) or None, "seq" if "seq" in split else None
+    )
+    columns = P(None, "tensor" if "tensor" in split else None)
     with jax.set_mesh(mesh):
         x, targets, weights = (jax.device_put(a, rows) for a in (x, targets, weights))
         w = jax.device_put(w, columns)
@@ -133,7 +135,7 @@ def test_mesh_equals_one_device(sizes):
             return cross_entropy(x, w, targets, weights, chunk_tokens=5)
 
         got = jax.jit(jax.value_and_grad(chunked, (0, 1)))(x, w)
-    assert got[1][0].sharding.spec[0] == rows[0] and got[1][1].sharding == w.sharding
+    assert got[1][0].sharding.spec[:2] == tuple(rows) and got[1][1].sharding == w.sharding
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(np.asarray(a), b, rtol=2e-5, atol=2e-5), got, want
     )

@@ -74,7 +74,7 @@ def test_learns_and_resumes_exactly_on_a_mesh(rule, tiny, tiny_model, packed_row
     Weights, moments and scales are split over 2 x 2 x 2 devices.
     """
     config, param_dtype = RULES[rule], jnp.bfloat16 if "weights" in rule else jnp.float32
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    mesh = make_mesh(MeshConfig(fsdp=2, seq=2, tensor=2))
     lr = config.lr or 1e-2
     tx = optimizer(config, lr, 10, param_dtype=param_dtype)
 

@@ -1,5 +1,8 @@
 """One step is the same step however its rows are cut up: into microbatches, over devices."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +12,9 @@ from flax import nnx
 
 from models.execution import Execution
 from models.internlm2 import InternLM2
+from train.checkpoint.checkpoints import Checkpoints
 from train.config.sections import MeshConfig, OptimConfig
-from train.distributed.mesh import make_mesh
+from train.distributed.mesh import AXES, make_mesh
 from train.step.lr_schedule import schedule
 from train.step.optim import optimizer
 from train.step.state import abstract_state, new_state, params_of
@@ -19,7 +23,8 @@ from train.step.step import batch_struct, compile_step, make_step, put_batch
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 OPTIM = OptimConfig(warmup_ratio=0.0, min_lr_ratio=1.0)
-ONE = (1, 1, 1)
+ONE = (1, 1, 1, 1)
+SEQ_4, SEQ_2 = (1, 2, 4, 1), (2, 1, 2, 2)
 
 
 class Trainer:
@@ -32,11 +37,10 @@ class Trainer:
         self.steps = {}
 
     def step(self, sizes, grad_accum=1, attn="xla"):
-        """(compiled step, structs of the state) on a mesh of data, fsdp, tensor."""
+        """(compiled step, structs of the state) on a mesh of data, fsdp, seq, tensor."""
         if (sizes, grad_accum, attn) not in self.steps:
-            data, fsdp, tensor = sizes
-            config = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
-            mesh = make_mesh(config, jax.devices()[: data * fsdp * tensor])
+            config = MeshConfig(**dict(zip(AXES, sizes, strict=True)))
+            mesh = make_mesh(config, jax.devices()[: math.prod(sizes)])
 
             def make():
                 return InternLM2(
@@ -96,10 +100,11 @@ def test_accumulation_changes_nothing(trainer, reference, grad_accum):
 @pytest.mark.parametrize(
     ("sizes", "grad_accum", "attn"),
     [
-        ((8, 1, 1), 1, "xla"),
-        ((1, 8, 1), 1, "eager"),
-        ((1, 4, 2), 2, "eager"),
-        ((2, 2, 2), 1, "xla"),
+        ((8, 1, 1, 1), 1, "xla"),
+        ((1, 8, 1, 1), 1, "eager"),
+        ((2, 2, 1, 2), 1, "xla"),
+        (SEQ_4, 2, "eager"),  # kv heads are repeated, and every cut is inside a document
+        (SEQ_2, 1, "xla"),
     ],
 )
 def test_eight_devices_equal_one(trainer, reference, sizes, grad_accum, attn):
@@ -111,7 +116,34 @@ def test_eight_devices_equal_one(trainer, reference, sizes, grad_accum, attn):
     _close(got[2], reference[2])
 
 
-@pytest.mark.parametrize(("sizes", "grad_accum"), [(ONE, 1), (ONE, 2), ((2, 2, 2), 1)])
+def test_a_run_resumes_on_another_seq(trainer, packed_rows, tmp_path):
+    """From seq 1 to 4 to 2, by a checkpoint each time: the losses of one device throughout."""
+    step, like = trainer.step(ONE)
+    state, want = trainer.state(like), []
+    for _ in range(3):
+        state, metrics = step(state, put_batch(packed_rows, grad_accum=1, mesh=like.mesh))
+        want.append(float(metrics["loss"]))
+    got = []
+    for sizes, accum, attn in ((ONE, 1, "xla"), (SEQ_4, 2, "eager"), (SEQ_2, 1, "xla")):
+        step, like = trainer.step(sizes, accum, attn)
+        with Checkpoints(tmp_path, keep_last=1) as checkpoints:
+            state = checkpoints.restore(like)[0] if got else trainer.state(like)
+            state, metrics = step(state, put_batch(packed_rows, grad_accum=accum, mesh=like.mesh))
+            got.append(float(metrics["loss"]))
+            if len(got) < len(want):
+                checkpoints.save(state, data={"row": 8 * len(got)}, identity={})
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_seq_exchanges_heads_and_gathers_no_activations(trainer):
+    """The compiled step has all-to-alls; what it gathers along T is segment ids and positions."""
+    text = trainer.step(SEQ_4, 2, "eager")[0].as_text()
+    assert " all-to-all(" in text
+    gathered = re.findall(r"= (\w+)\[([\d,]*)\]\S* all-gather\(", text)
+    assert gathered and not [t for t, shape in gathered if "24" in shape.split(",") and t != "s32"]
+
+
+@pytest.mark.parametrize(("sizes", "grad_accum"), [(ONE, 1), (ONE, 2), (SEQ_2, 1)])
 def test_fp8_is_nearly_the_same_step(tiny_model, packed_rows, reference, sizes, grad_accum):
     """On every axis of a mesh and in microbatches, which have scales of their own."""
     got = Trainer(tiny_model, packed_rows, matmul="fp8").two_steps(sizes, grad_accum)
@@ -212,7 +244,7 @@ def test_skipping_keeps_no_second_state(trainer, monkeypatch):
 
 def test_state_is_donated_and_keeps_its_place(trainer):
     """No second copy of weights and moments; every array stays sharded as it was."""
-    step, like = trainer.step((2, 2, 2))
+    step, like = trainer.step((2, 2, 1, 2))
     state = trainer.state(like)
     held = sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(state))
     assert step.memory_analysis().alias_size_in_bytes >= 0.99 * held
