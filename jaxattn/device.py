@@ -6,11 +6,13 @@ The other packages read these facts from here; no other module has a table of GP
 import dataclasses
 import types
 from collections.abc import Mapping
+from pathlib import Path
 
 import jax
 import psutil
 
 GiB = 1 << 30
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,9 @@ class DeviceSpec:
 
     bandwidth: float | None = None
     """Memory bandwidth in bytes/s; None: unknown."""
+
+    host_memory: float = 128.0
+    """Assumed main memory in GiB for each GPU of the machine."""
 
     memory_fraction: float = 0.75
     """Fraction of the memory that jax allocates (XLA_PYTHON_CLIENT_MEM_FRACTION); jax's default."""
@@ -82,8 +87,12 @@ def device_memory(device: jax.Device | DeviceSpec) -> int:
 
 
 def host_memory() -> int:
-    """Return the machine's main memory in bytes."""
-    return psutil.virtual_memory().total
+    """Return the main memory in bytes that this process may use: the machine's or its cgroup's."""
+    total = psutil.virtual_memory().total
+    try:
+        return min(total, int(CGROUP_LIMIT.read_text()))
+    except (OSError, ValueError):  # no cgroup (version 2), or "max"
+        return total
 
 
 def peak_flops(device: jax.Device | DeviceSpec | str) -> float | None:

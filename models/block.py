@@ -16,9 +16,19 @@ from jaxtyping import Array, Float
 from models import fp8, sharding
 from models.config import ModelConfig
 from models.layers import SwiGLU, constant, normal, rms_norm
-from models.lora import NO_DROPOUT, DropoutKeys, LoRA, add_adapter, make_adapters
+from models.lora import (
+    NO_DROPOUT,
+    DropoutKeys,
+    LoRA,
+    LoRAParam,
+    add_adapter,
+    combine,
+    make_adapters,
+    partition,
+)
 from models.qkv import split_qkv_and_rope
 from models.quantize import quantize, weight_in_use
+from models.tiles import over_tiles
 from models.xla_workarounds import project
 
 # (q_BTNH, k_BTKH, v_BTKH, layer_cache) -> (o_BTNH, result): the attention of a block. `layer_cache`
@@ -57,29 +67,22 @@ class Attention(nnx.Module):
         }
         self.lora = make_adapters(lora, linear, rngs=rngs)
 
-    def __call__(
+    def qkv(
         self,
         x_BTD: Float[Array, "B T D"],
         rope: Rope,
-        attend: Attend,
-        layer_cache: Any = None,
         *,
         dropout: DropoutKeys = NO_DROPOUT,
         bound: Float[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Any]:
-        """Project to q, k, v, apply rotary embedding and attention, project back.
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        """Project to q, k, v and apply rotary embedding.
 
         Args:
           x_BTD: output of the norm; the weights must have its dtype.
           rope: cos and sin from `rope_table`.
-          attend: attention function, see `Attend`.
-          layer_cache: passed to `attend`.
           dropout: random keys of the adapters' dropout.
           bound: upper bound of |x|, for fp8 products (`models.fp8`); None: products in the dtype
             of x.
-
-        Returns:
-          The output [B, T, D] and the second result of `attend`.
         """
         add = functools.partial(add_adapter, self.lora, dropout=dropout)
         T = sharding.positions(x_BTD)
@@ -92,19 +95,36 @@ class Attention(nnx.Module):
         qkv_BTKgH = add("wqkv", qkv_BTKgH, "BTD,DKgH->BTKgH", x_BTD, x_axes=stream, out=split)
         if self.bias:
             qkv_BTKgH += self.wqkv_bias_KgH[...][None, None]
-        q_BTNH, k_BTKH, v_BTKH = split_qkv_and_rope(qkv_BTKgH, *rope)
+        return split_qkv_and_rope(qkv_BTKgH, *rope)
 
-        o_BTNH, result = attend(q_BTNH, k_BTKH, v_BTKH, layer_cache)
-
-        wo_NHD, heads = weight_in_use(self.wo_NHD, x_BTD.dtype), ("batch", T, "heads", None)
-        if bound is None:
-            y_BTD = project("BTNH,NHD->BTD", o_BTNH, wo_NHD, out=stream)
-        else:
+    def output(
+        self,
+        o_BTNH: Float[Array, "B T N H"],
+        *,
+        dropout: DropoutKeys = NO_DROPOUT,
+        matmul: str = "bf16",
+    ) -> Float[Array, "B T D"]:
+        """Project the output of the attention function back to the width of the model."""
+        T = sharding.positions(o_BTNH)
+        stream, heads = ("batch", T, None), ("batch", T, "heads", None)
+        wo_NHD = weight_in_use(self.wo_NHD, o_BTNH.dtype)
+        if matmul == "fp8":
             y_BTD = fp8.product(o_BTNH, wo_NHD, fp8.largest(o_BTNH), stream)
-        y_BTD = add("wo", y_BTD, "BTNH,NHD->BTD", o_BTNH, x_axes=heads, out=stream)
+        else:
+            y_BTD = project("BTNH,NHD->BTD", o_BTNH, wo_NHD, out=stream)
+        y_BTD = add_adapter(
+            self.lora,
+            "wo",
+            y_BTD,
+            "BTNH,NHD->BTD",
+            o_BTNH,
+            dropout=dropout,
+            x_axes=heads,
+            out=stream,
+        )
         if self.bias:
             y_BTD += self.wo_bias_D[...][None, None]
-        return y_BTD, result
+        return y_BTD
 
 
 class Block(nnx.Module):
@@ -134,32 +154,67 @@ class Block(nnx.Module):
         *,
         dropout: DropoutKeys = NO_DROPOUT,
         matmul: str = "bf16",
+        tile_size: int | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """Apply the layer; arguments and results as for `Attention`.
+        """Apply the layer.
 
         Args:
           x_BTD: residual stream.
-          rope: as for `Attention`.
-          attend: as for `Attention`.
-          layer_cache: as for `Attention`.
-          dropout: as for `Attention`.
+          rope: cos and sin from `rope_table`.
+          attend: attention function, see `Attend`.
+          layer_cache: passed to `attend`.
+          dropout: random keys of the adapters' dropout.
           matmul: as in `models.execution.Execution`.
-        """
+          tile_size: as in `models.execution.Execution`.
 
-        def norm(x_BTD, weight_D):
-            bound = fp8.norm_bound(weight_D) if matmul == "fp8" else None
-            return rms_norm(x_BTD, weight_D, eps=self.eps), bound
+        Returns:
+          The residual stream after the layer, and the second result of `attend`.
+        """
+        # Gathered and dequantised once, not for every tile.
+        block = self if tile_size is None else self._in_use(x_BTD.dtype)
+        weights = partition(block, trained=LoRAParam if self._has_adapters() else nnx.Param)
+
+        def tiled(function: Callable, *xs):
+            def of_tile(trained, frozen, dropout, xs):
+                return function(combine(trained, frozen), *xs, dropout=dropout, matmul=matmul)
+
+            return over_tiles(of_tile, *weights, dict(dropout), xs, tile_size=tile_size)
 
         with jax.named_scope("attention"):
-            normed_BTD, bound = norm(x_BTD, self.attention_norm_D[...])
-            y_BTD, result = self.attention(
-                normed_BTD, rope, attend, layer_cache, dropout=dropout, bound=bound
-            )
+            q_BTNH, k_BTKH, v_BTKH = tiled(Block._before_attention, x_BTD, rope)
+            o_BTNH, result = attend(q_BTNH, k_BTKH, v_BTKH, layer_cache)
+        return tiled(Block._after_attention, x_BTD, o_BTNH), result
+
+    def _before_attention(self, x_BTD, rope, *, dropout, matmul):
+        """Return q, k, v of the norm of x."""
+        normed_BTD, bound = self._norm(x_BTD, self.attention_norm_D[...], matmul)
+        return self.attention.qkv(normed_BTD, rope, dropout=dropout, bound=bound)
+
+    def _after_attention(self, x_BTD, o_BTNH, *, dropout, matmul):
+        """Add the projected output of attention to x, then the feed-forward layer."""
+        with jax.named_scope("attention"):
+            y_BTD = self.attention.output(o_BTNH, dropout=dropout, matmul=matmul)
             x_BTD = checkpoint_name(x_BTD + y_BTD, "ffn_input")
         with jax.named_scope("ffn"):
-            normed_BTD, bound = norm(x_BTD, self.ffn_norm_D[...])
-            x_BTD += self.ffn(normed_BTD, dropout=dropout, bound=bound)
-        return x_BTD, result
+            normed_BTD, bound = self._norm(x_BTD, self.ffn_norm_D[...], matmul)
+            return x_BTD + self.ffn(normed_BTD, dropout=dropout, bound=bound)
+
+    def _norm(self, x_BTD, weight_D, matmul):
+        """Return the norm of x, and with fp8 its upper bound."""
+        bound = fp8.norm_bound(weight_D) if matmul == "fp8" else None
+        return rms_norm(x_BTD, weight_D, eps=self.eps), bound
+
+    def _has_adapters(self) -> bool:
+        return bool(self.attention.lora or self.ffn.lora)
+
+    def _in_use(self, dtype) -> "Block":
+        """Return the block with its linear layers as `weight_in_use` returns them."""
+        block = jax.tree.map(lambda x: x, self)
+        for module, name, _ in LINEAR.values():
+            owner = getattr(block, module)
+            param = getattr(owner, name)
+            setattr(owner, name, param.replace(weight_in_use(param, dtype)))
+        return block
 
 
 LINEAR = {

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from models.lora import LoRA
-from models.remat import REMAT
+from models.remat import IN_TILES, parse_remat
 
 MATMULS = ("bf16", "fp8")
 
@@ -23,7 +23,10 @@ class Execution:
       dtype: dtype of the activations, and of the weights while they are used.
       param_dtype: dtype of the stored weights. Set it to `dtype` for inference: float32 takes
         twice the memory of bfloat16.
-      remat: rematerialization policy of the backward pass, a key of `models.remat.REMAT`.
+      remat: rematerialization policy of the backward pass, a key of `models.remat.REMAT`; or
+        several with commas between them, which consecutive layers take in turn.
+      tile_size: most tokens of a row, on each device, for which the products of a block are
+        computed at once, see `models.tiles`; None: all. Generation does not use tiles.
       scan: run the layers of the forward pass as one `jax.lax.scan` over stacked weights, which
         compiles one layer instead of L. False compiles each layer. Then XLA does not copy weights
         out of their stacks, nor saved activations into and out of stacks (measured at 1.8B: 12%
@@ -37,8 +40,8 @@ class Execution:
       deterministic: make the gradients of attention bitwise reproducible, see `jaxattn.attention`.
 
     Raises:
-      ValueError: `remat` is not a key of `REMAT`, or saves dequantised weights; or `matmul` is
-        unknown.
+      ValueError: `remat` is not a key of `REMAT`, saves dequantised weights, or saves what is
+        computed inside a tile; or `matmul` is unknown.
       TypeError: a dtype is unknown.
     """
 
@@ -46,6 +49,7 @@ class Execution:
     dtype: Any = "bfloat16"
     param_dtype: Any = "float32"
     remat: str = "full"
+    tile_size: int | None = None
     scan: bool = True
     matmul: str = "bf16"
     deterministic: bool = False
@@ -53,9 +57,15 @@ class Execution:
     quantize: Literal["nf4", "int8"] | None = None
 
     def __post_init__(self):
-        if self.remat not in REMAT:
-            raise ValueError(f"remat={self.remat!r} must be one of {', '.join(REMAT)}")
-        if self.quantize is not None and self.remat == "none":
+        names = parse_remat(self.remat)
+        if self.tile_size is not None and self.tile_size < 1:
+            raise ValueError(f"tile_size={self.tile_size} must be at least 1")
+        if self.tile_size is not None and (outside := set(names) - set(IN_TILES)):
+            raise ValueError(
+                f"remat={outside.pop()!r} would save what tiles recompute: without tile_size, or "
+                f"use one of {', '.join(IN_TILES)}"
+            )
+        if self.quantize is not None and "none" in names:
             raise ValueError(
                 f"remat='none' would keep the dequantised copy of every {self.quantize} weight: "
                 "use 'dots' or another policy"

@@ -9,6 +9,7 @@ References:
   Cai et al. 2024, arXiv:2403.17297; the original modeling_internlm2.py.
 """
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -28,7 +29,7 @@ from models.execution import TRAINING, Execution
 from models.layers import constant, document_positions, normal, rms_norm, rope_table
 from models.lora import LoRAParam, combine, dropout_keys, partition
 from models.quantize import cast_weights
-from models.remat import REMAT
+from models.remat import remat_policies
 from models.xla_workarounds import grad_barrier, unstack
 
 Ids = Int[Array, "B T"] | Int[np.ndarray, "B T"]
@@ -138,6 +139,7 @@ class InternLM2(nnx.Module):
                 attend,
                 scan=options.scan,
                 matmul=options.matmul,
+                tile_size=options.tile_size,
                 dropout=dropout,
             )
             return x_BTD
@@ -171,6 +173,7 @@ class InternLM2(nnx.Module):
         *,
         scan: bool = True,
         matmul: str = "bf16",
+        tile_size: int | None = None,
         dropout: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Apply all layers and the final norm, for training, prefill and decoding.
@@ -184,43 +187,82 @@ class InternLM2(nnx.Module):
           scan: run one compiled loop over the layers, or compile each layer. The results are the
             same.
           matmul: matrix products of the blocks, as in `Execution`.
+          tile_size: tokens of a tile, as in `Execution`.
           dropout: random key of the adapters' dropout; None: no dropout.
 
         Returns:
           Final hidden states [B, T, D], and the second results of `attend`: stacked [L, ...] with
           `scan`, else a list of L.
         """
-        L, results = self.config.num_layers, []
+        L, policies = self.config.num_layers, remat_policies(self.execution.remat)
         keys_L = None if dropout is None else jax.random.split(dropout, L)
 
         def layer(x_BTD, block, layer_cache, key):
             x_BTD = checkpoint_name(x_BTD, "block_input")
-            dropout = dropout_keys(key)
-            return block(x_BTD, rope, attend, layer_cache, matmul=matmul, dropout=dropout)
+            return block(
+                x_BTD,
+                rope,
+                attend,
+                layer_cache,
+                matmul=matmul,
+                tile_size=tile_size,
+                dropout=dropout_keys(key),
+            )
 
-        layer = jax.checkpoint(layer, policy=REMAT[self.execution.remat])
         blocks = cast_weights(self.blocks, self.execution.dtype)
         if scan:
             assert layer_caches is None, "a scan would copy each layer's cache out of a stack"
-            x_BTD, results = jax.lax.scan(
-                lambda x, xs: layer(x, xs[0], None, xs[1]), x_BTD, (blocks, keys_L)
-            )
+            x_BTD, results = self._scan(layer, policies, x_BTD, (blocks, keys_L))
         else:
-            caches = layer_caches or [None] * L
+            caches, results = layer_caches or [None] * L, []
             keys = [None] * L if keys_L is None else list(keys_L)
+            layers = [jax.checkpoint(layer, policy=policy) for policy in policies]
             halves = self._trained_and_frozen(blocks)
-            for (trained, frozen), cache, key in zip(halves, caches, keys, strict=True):
+            for i, ((trained, frozen), cache, key) in enumerate(
+                zip(halves, caches, keys, strict=True)
+            ):
                 x_BTD, trained = grad_barrier(x_BTD, trained)
-                x_BTD, result = layer(x_BTD, combine(trained, frozen), cache, key)
+                block = combine(trained, frozen)
+                x_BTD, result = layers[i % len(layers)](x_BTD, block, cache, key)
                 results.append(result)
         return rms_norm(x_BTD, self.norm_D[...], eps=self.config.rms_norm_eps), results
 
+    def _scan(self, layer, policies, x_BTD, stacks):
+        """Run the layers as one loop, over groups of as many layers as there are policies."""
+        L, G = self.config.num_layers, len(policies)
+        if G == 1:
+            one = jax.checkpoint(layer, policy=policies[0])
+            return jax.lax.scan(lambda x, xs: one(x, xs[0], None, xs[1]), x_BTD, stacks)
+
+        def element(i, x_BTD, stack, keys):
+            # Taken here, it is not saved: under a scan that would copy all weights.
+            block, key = jax.tree.map(lambda a: a[i], (stack, keys))
+            trained, frozen = partition(block, trained=self._trained_type)
+            x_BTD, trained = grad_barrier(x_BTD, trained)
+            return layer(x_BTD, combine(trained, frozen), None, key)
+
+        def group(x_BTD, xs):
+            results = []
+            for i, policy in enumerate(policies):
+                one = jax.checkpoint(functools.partial(element, i), policy=policy)
+                x_BTD, result = one(x_BTD, *xs)
+                results.append(result)
+            return x_BTD, results
+
+        groups = jax.tree.map(lambda a: a.reshape(L // G, G, *a.shape[1:]), stacks)
+        x_BTD, results = jax.lax.scan(group, x_BTD, groups)
+        joined = jax.tree.map(lambda *r: jnp.stack(r, 1).reshape(L, *r[0].shape[1:]), *results)
+        return x_BTD, joined
+
+    @property
+    def _trained_type(self) -> type[nnx.Variable]:
+        return nnx.Param if self.execution.lora is None else LoRAParam
+
     def _trained_and_frozen(self, blocks: Any) -> list[tuple[Any, Any]]:
         """Return each layer's block in two halves: its trained weights, and its frozen ones."""
-        trained_type = nnx.Param if self.execution.lora is None else LoRAParam
         if isinstance(blocks, nnx.List):  # for decoding, unstacked once for all tokens
-            return [partition(block, trained=trained_type) for block in blocks]
-        trained, frozen = partition(blocks, trained=trained_type)
+            return [partition(block, trained=self._trained_type) for block in blocks]
+        trained, frozen = partition(blocks, trained=self._trained_type)
         L = self.config.num_layers
         frozen_L = [jax.tree.map(operator.itemgetter(i), frozen) for i in range(L)]
         return list(zip(unstack(trained, L), frozen_L, strict=True))

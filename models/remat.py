@@ -6,12 +6,26 @@ in models/internlm2.py, "fp8_max" (scalars) in models/fp8.py, the others in mode
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
+Policy = Callable[..., Any]
+
 _POLICIES = jax.checkpoint_policies
-# From the most device memory to the least; "offload" takes host memory.
-REMAT: dict[str, Callable] = {
+
+
+def _in_host_memory(*names: str, saved: tuple[str, ...]) -> Policy:
+    return _POLICIES.save_and_offload_only_these_names(
+        names_which_can_be_saved=[*saved],
+        names_which_can_be_offloaded=[*names],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+
+
+# From the most device memory to the least; "offload" and "offload_input" take host memory.
+REMAT: dict[str, Policy] = {
     "none": _POLICIES.everything_saveable,
     # Save outputs of matrix products and attention, the last one with the residual added. Norms
     # and SwiGLU are cheap to recompute, but the norms' scales (4 bytes a token) need another pass.
@@ -25,10 +39,33 @@ REMAT: dict[str, Callable] = {
     # Save only the input of each block.
     "full": _POLICIES.save_only_these_names("fp8_max"),
     # As "attention", but in host memory; the device holds the activations of one block at a time.
-    "offload": _POLICIES.save_and_offload_only_these_names(
-        names_which_can_be_saved=["attn_lse", "fp8_max"],
-        names_which_can_be_offloaded=["attn_out", "block_input"],
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
+    "offload": _in_host_memory("attn_out", "block_input", saved=("attn_lse", "fp8_max")),
+    # As "full", but in host memory.
+    "offload_input": _in_host_memory("block_input", saved=("fp8_max",)),
 }
+IN_TILES = ("qkv", "attention", "full", "offload", "offload_input")
+"""Policies that save nothing which is computed inside a tile of tokens (`models.tiles`)."""
+
+
+def parse_remat(remat: str, *, flag: str = "remat") -> tuple[str, ...]:
+    """Return the names of one policy, or of several that consecutive layers take in turn.
+
+    "offload_input,full" keeps the inputs of layers 0, 2, 4 .. in host memory, and those of layers
+    1, 3, 5 .. on the device.
+
+    Args:
+      remat: keys of `REMAT`, separated by commas.
+      flag: name of the value, for the error.
+
+    Raises:
+      ValueError: a name is unknown.
+    """
+    names = tuple(remat.split(","))
+    if unknown := [name for name in names if name not in REMAT]:
+        raise ValueError(f"{flag}={unknown[0]} must be one of {', '.join(REMAT)}")
+    return names
+
+
+def remat_policies(remat: str) -> tuple[Policy, ...]:
+    """Return the policies that consecutive layers take in turn."""
+    return tuple(REMAT[name] for name in parse_remat(remat))

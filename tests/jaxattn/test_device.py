@@ -34,8 +34,14 @@ def test_default_device_by_platform_name(monkeypatch):
         assert default_device() is cpus[0]
 
 
-def test_cpu_memory_is_the_machines():
-    assert device_memory(jax.devices("cpu")[0]) == host_memory() == psutil.virtual_memory().total
+@pytest.mark.parametrize("limit", ["max", "4096", None])
+def test_cpu_memory_is_the_machines_or_the_cgroups(limit, monkeypatch, tmp_path):
+    file = tmp_path / "memory.max"
+    if limit is not None:
+        file.write_text(limit + "\n")
+    monkeypatch.setattr("jaxattn.device.CGROUP_LIMIT", file)
+    expected = 4096 if limit == "4096" else psutil.virtual_memory().total
+    assert device_memory(jax.devices("cpu")[0]) == host_memory() == expected
 
 
 @pytest.mark.parametrize("stats", [None, {}, {"bytes_in_use": 1}])

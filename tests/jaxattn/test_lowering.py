@@ -13,6 +13,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxattn import Mask, attention, prepare
 from jaxattn.pallas.op import LSE_NAME, OUT_NAME
+from jaxattn.pallas.tile_scheduler import persistent_schedule
+from jaxattn.ranges import SENTINEL
 
 pytestmark = pytest.mark.usefixtures("on_hopper")
 
@@ -194,3 +196,13 @@ def _count_kernels(jaxpr) -> dict[str, int]:
             for name, count in _count_kernels(inner).items():
                 found[name] = found.get(name, 0) + count
     return found
+
+
+@pytest.mark.parametrize("impl", ["pallas", "pallas_mma"])
+def test_rows_of_a_million_tokens(impl):
+    """Elements (2^32 in q) are counted in 64 bits; what is counted in int32 is far smaller."""
+    T, heads = 1 << 20, 32
+    lowered = jax.jit(_gradients(impl=impl)).trace(*_qkv(heads, 8, t=T))
+    lowered.lower(lowering_platforms=("cuda",))
+    work_tiles = persistent_schedule(T // 128, heads, 132)
+    assert work_tiles.max() == T // 128 * heads - 1 and T < SENTINEL

@@ -22,8 +22,12 @@ EVERY = Execution(
 
 
 def test_an_unknown_policy_or_dtype_is_refused():
-    with pytest.raises(ValueError, match="remat='some' must be one of none, dots, "):
-        Execution(remat="some")
+    with pytest.raises(ValueError, match="remat=some must be one of none, dots, "):
+        Execution(remat="full,some")
+    with pytest.raises(ValueError, match="remat='dots' would save what tiles recompute"):
+        Execution(remat="dots", tile_size=64)
+    with pytest.raises(ValueError, match="tile_size=0 must be at least 1"):
+        Execution(tile_size=0)
     with pytest.raises(TypeError, match="bfloat17"):
         Execution(dtype="bfloat17")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from jaxattn.device import host_memory
 from train.cache_dirs import compilation_cache, token_cache
 from train.distributed import device
 
@@ -33,10 +34,14 @@ def test_compiled_programs_go_to_the_same_place(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     before = jax.config.jax_compilation_cache_dir
     monkeypatch.delitem(os.environ, "XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.delitem(os.environ, "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", raising=False)
     jax.config.update("jax_compilation_cache_dir", None)
     try:
         device.set_up(keep_compiled=True)
         assert jax.config.jax_compilation_cache_dir == str(compilation_cache())
+        pinned = int(os.environ["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"])
+        assert pinned << 30 > device.HOST_SHARE * host_memory()
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
         os.environ.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None)
+        os.environ.pop("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", None)

@@ -19,11 +19,11 @@ import tyro
 
 from jaxattn.bench import harness
 from models.config import PRESETS
+from models.remat import parse_remat
 from train.bench.run import compile_first, has_torch, run_cell
 from train.bench.shapes import TORCH, Cell, RowKind, parse_mesh
 from train.bench.table import HEADER, key, line, read, write
 from train.config.cli import fail, parse
-from train.config.config import Remat
 from train.config.sections import chosen
 
 ON_GPU = {
@@ -79,7 +79,7 @@ class BenchConfig:
     """Tokens of a step per GPU: rows = tokens / seq_len. By default 32,768 on a GPU, less
     elsewhere."""
 
-    remat: Annotated[tuple[Remat, ...], tyro.conf.arg(help_behavior_hint="")] = ()
+    remat: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="")] = ()
     """Rematerialization policies, as in train.main. By default the fastest that fits."""
 
     scan_layers: bool = False
@@ -138,6 +138,8 @@ class BenchConfig:
         for value in self.model or ():
             if value not in PRESETS:
                 raise ValueError(f"--model={value} must be one of {', '.join(PRESETS)}")
+        for value in self.remat:
+            parse_remat(value, flag="--remat")
         for flag in ("repeats", "grad_accum"):
             if getattr(self, flag) < 1:
                 raise ValueError(f"--{flag}={getattr(self, flag)} must be at least 1")

@@ -69,7 +69,7 @@ class Program:
             batch_size=cell.batch_size * mesh.data * (mesh.fsdp or len(devices)),
             steps=STEPS,
             mesh=mesh,
-            scan_layers=None if cell.remat == "offload" else cell.scan_layers,
+            scan_layers=None if "offload" in (cell.remat or "") else cell.scan_layers,
             optim=OptimConfig(**optim),
             lora=cell.lora,
             **options,

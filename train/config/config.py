@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from jaxattn.api import Impl
+from models.remat import IN_TILES, parse_remat
 from train.config.sections import (
     DataConfig,
     DistConfig,
@@ -27,8 +28,6 @@ MOST_STEPS = 2**31 - 1
 """Largest number of steps, and of tokens in a step: they are counted in int32."""
 
 MOST_ROPE = 1e6
-
-Remat = Literal["none", "dots", "qkv", "attention", "full", "offload"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,15 +155,25 @@ class Config:
     profile: Annotated[str | None, chosen("START:STOP")] = None
     """Write a profiler trace of these steps to <out>/profile. A few steps are enough."""
 
-    remat: Annotated[Remat | None, chosen("{none,dots,qkv,attention,full,offload}")] = None
+    remat: Annotated[
+        str | None, chosen("{none,dots,qkv,attention,full,offload,offload_input}[,...]")
+    ] = None
     """Rematerialization: the activations of a layer that are saved for the backward pass. none:
     all; dots: outputs of matrix products and attention; qkv: q, k, v and attention output;
     attention: attention output; full: none, all are recomputed; offload: attention output, in host
-    memory. By default the first of dots, attention, full that fits the device."""
+    memory; offload_input: none, and the inputs of the layers are in host memory. Several with
+    commas between them are taken in turn by consecutive layers. By default the fastest that fits
+    device and host."""
+
+    tile_size: Annotated[int | None, chosen("INT")] = None
+    """Most tokens of a row for which a layer's matrix products are computed at once; attention
+    always takes the whole row. A multiple of the tokens of a row: no tiles. By default 16,384 where
+    the whole row does not fit the device, else no tiles."""
 
     scan_layers: Annotated[bool | None, chosen("{True,False}")] = None
-    """Compile one layer for all layers (a scan): compiles faster, runs slower. By default False on
-    a GPU, except with --remat=offload."""
+    """Compile one layer for all layers (a scan): compiles faster, and runs slower unless rows are
+    long. By default False on a GPU, except with --remat=offload or offload_input, and with rows of
+    65,536 tokens or more."""
 
     dtype: Annotated[Literal["bfloat16", "float32"] | None, chosen("{bfloat16,float32}")] = None
     """Compute dtype. By default bfloat16 on a GPU, else float32."""
@@ -223,6 +232,7 @@ class Config:
         """
         for name, least in (
             ("seq_len", 2),
+            ("tile_size", 1),
             ("batch_size", 1),
             ("rows_per_device", 1),
             ("grad_accum", 1),
@@ -267,7 +277,13 @@ class Config:
                 f"--param_dtype={self.param_dtype} is for trained weights, and adapters are "
                 "float32: take --base_dtype for the frozen ones"
             )
-        if self.base_dtype in ("nf4", "int8") and self.remat == "none":
+        names = parse_remat(self.remat or "full", flag="--remat")
+        if self.tile_size is not None and (outside := set(names) - set(IN_TILES)):
+            raise ValueError(
+                f"--remat={outside.pop()} would save what --tile_size={self.tile_size} recomputes: "
+                f"leave out --tile_size, or take one of {', '.join(IN_TILES)}"
+            )
+        if self.base_dtype in ("nf4", "int8") and "none" in names:
             raise ValueError(
                 f"--remat=none would keep a dequantised copy of all --base_dtype={self.base_dtype} "
                 "weights: take --remat=dots"

@@ -1,6 +1,7 @@
 """Recipes: named configurations, each flag of which can be overridden.
 
-They have the hyperparameters of XTuner's recipes for InternLM2. Differences from XTuner: attention
+Those of up to 32,768 tokens have the hyperparameters of XTuner's recipes for InternLM2; the longer
+ones are this project's own. Differences from XTuner: attention
 never crosses documents that are packed into one row; the loss is the mean over the tokens of the
 whole step; rows of a step are computed together where memory allows (XTuner accumulates single
 rows: the same step); the warm-up starts at the rate of its first step instead of a fortieth, or a
@@ -42,6 +43,29 @@ def _full_32k(model: str) -> Config:
     )
 
 
+def _full_long(model: str, seq_len: int) -> Config:
+    """Return one epoch of longer rows, after a model that was trained on rows of 32,768 tokens.
+
+    For one GPU of 141 GB: bfloat16 weights and int8 moments. Extension of a trained model takes few
+    tokens, at a low rate that stays constant after the warm-up.
+    """
+    return Config(
+        model=model,
+        seq_len=seq_len,
+        rope_factor=seq_len / 32_768,
+        epochs=1.0,
+        param_dtype="bf16",
+        optim=OptimConfig(
+            lr=1e-5,
+            betas=(0.9, 0.95),
+            weight_decay=0.01,
+            warmup_ratio=0.05,
+            schedule="constant",
+            moment_dtype="int8",
+        ),
+    )
+
+
 def _full_alpaca(model: str) -> Config:
     """Return three epochs of Alpaca in rows of 2,048 tokens; 16 rows a device and step."""
     return Config(
@@ -80,6 +104,11 @@ def _qlora(
 
 _SIZES = ("internlm2-1.8b", "internlm2-7b", "internlm2-20b")
 RECIPES = {f"{size}-full-32k": _full_32k(size) for size in _SIZES}
+RECIPES |= {
+    f"{size}-full-{tokens // 1024}k": _full_long(size, tokens)
+    for size in _SIZES[:2]
+    for tokens in (131_072, 262_144)
+}
 RECIPES |= {f"{size}-full-alpaca-2k": _full_alpaca(size) for size in _SIZES}
 RECIPES |= {f"{size}-qlora-alpaca-2k": _qlora(size, 2_048) for size in _SIZES}
 RECIPES |= {f"{size}-qlora-oasst-2k": _qlora(size, 2_048) for size in _SIZES}

@@ -4,6 +4,7 @@ import os
 
 import jax
 
+from jaxattn.device import GiB, host_memory
 from jaxattn.errors import first_line
 from train.cache_dirs import compilation_cache
 
@@ -11,9 +12,12 @@ SHARE = 0.92
 """Share of a GPU's memory that jax allocates; jax's default is 0.75. A training run has the GPU to
 itself, except for the allocations of CUDA libraries."""
 
+HOST_SHARE = 0.8
+"""Share of main memory that remat may take for values in host memory."""
+
 
 def set_up(*, keep_compiled: bool) -> None:
-    """Set the memory share and the compilation cache, before jax looks at its devices.
+    """Set the memory shares and the compilation cache, before jax looks at its devices.
 
     Args:
         keep_compiled: Store compiled programs in `compilation_cache()`, unless
@@ -24,6 +28,10 @@ def set_up(*, keep_compiled: bool) -> None:
         ValueError: jax finds no device.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(SHARE))
+    # XLA's own limit is 64 GiB, whatever the machine has. Some more than remat takes: the memory
+    # is also used for copies of batches and weights.
+    pinned = int(HOST_SHARE * host_memory() / GiB) + 2
+    os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(pinned))
     try:
         on_gpu = jax.default_backend() == "gpu"
     except RuntimeError as error:
@@ -36,7 +44,9 @@ def set_up(*, keep_compiled: bool) -> None:
         jax.config.update("jax_compilation_cache_dir", str(compilation_cache()))
 
 
-def compiler_options(*, deterministic: bool, matmul: str = "bf16") -> dict[str, bool] | None:
+def compiler_options(
+    *, deterministic: bool, matmul: str = "bf16", remat: str = "full"
+) -> dict[str, bool | int] | None:
     """Return XLA options for `jax.jit` and `Lowered.compile`; None: XLA's defaults.
 
     Args:
@@ -46,7 +56,12 @@ def compiler_options(*, deterministic: bool, matmul: str = "bf16") -> dict[str, 
         matmul: "fp8" leaves all matrix products to cuBLAS. By default XLA puts each product into a
             Triton fusion, together with the transposition of its 8-bit operands, which cuBLAS
             needs in memory.
+        remat: As in `models.execution.Execution`. With values in host memory, XLA's own limit of
+            memory is raised: it counts host memory as memory of the GPU, and recomputes values in
+            vain (jax 0.12.0).
     """
-    options = {"xla_gpu_deterministic_ops": True} if deterministic else {}
+    options: dict[str, bool | int] = {}
+    options |= {"xla_gpu_deterministic_ops": True} if deterministic else {}
     options |= {"xla_gpu_enable_triton_gemm": False} if matmul == "fp8" else {}
+    options |= {"xla_gpu_memory_limit_slop_factor": 1000} if "offload" in remat else {}
     return options or None

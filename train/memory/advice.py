@@ -18,25 +18,34 @@ Planner = Callable[[Config], Plan]
 Change = tuple[str, Callable[[Config], Config]]  # a flag with its value, and its effect
 
 
-def suggest_flags(needed: Planner, config: Config, memory: int, *, most_grad_accum: int) -> str:
+def suggest_flags(
+    needed: Planner,
+    config: Config,
+    *,
+    fits: Callable[[Plan], bool],
+    most_grad_accum: int,
+    remat: str,
+) -> str:
     """Return the flags to change, in words.
 
     Args:
         needed: Plans the memory of a run.
-        config: Run that needs more than `memory`, with its remat.
-        memory: Bytes of the device.
+        config: Run that does not fit, with its remat.
+        fits: Returns whether a plan fits device and host.
         most_grad_accum: Largest possible --grad_accum.
+        remat: The fastest that fits, or needs the least.
     """
     least = needed(config).total
-    for changes in _combinations(list(_changes(config, most_grad_accum))):
+    for changes in _combinations(list(_changes(config, most_grad_accum, remat))):
         changed = config
         for _, change in changes:
             changed = change(changed)
-        total = needed(changed).total
-        if total <= memory:
+        plan = needed(changed)
+        if fits(plan):
             flags = " ".join(flag for flag, _ in changes)
-            return f"take {flags}, which needs {total / GiB:.2f} GiB"
-        least = min(least, total)
+            host = f" and {plan.host / GiB:.2f} GiB of the host" if plan.host else ""
+            return f"take {flags}, which needs {plan.total / GiB:.2f} GiB{host}"
+        least = min(least, plan.total)
     return (
         f"no flag makes it fit ({least / GiB:.2f} GiB at the least): take more devices "
         "(--mesh.fsdp; for long rows --mesh.seq), a shorter --seq_len or a smaller --model"
@@ -54,7 +63,7 @@ def _combinations(single: list[Change]) -> list[list[Change]]:
     return ways[1:]  # without the empty combination
 
 
-def _changes(config: Config, most_grad_accum: int) -> Iterator[Change]:
+def _changes(config: Config, most_grad_accum: int, fastest: str) -> Iterator[Change]:
     """Yield single changes, the cheapest first."""
 
     def setting(flag: str, **fields) -> Change:
@@ -67,14 +76,16 @@ def _changes(config: Config, most_grad_accum: int) -> Iterator[Change]:
         if most_grad_accum % grad_accum == 0:
             yield setting(f"--grad_accum={grad_accum}", grad_accum=grad_accum)
         grad_accum *= 2
-    order = [remat for remat in REMAT if remat != "offload"]
+    order = [remat for remat in REMAT if "offload" not in remat]
     if config.remat in order:
         for remat in order[order.index(config.remat) + 1 :]:
             yield setting(f"--remat={remat}", remat=remat)
     if config.optim.name == "adamw" and config.optim.moment_dtype != "int8":
         int8 = dataclasses.replace(config.optim, moment_dtype="int8")
         yield setting("--optim.moment_dtype=int8", optim=int8)
-    if config.remat != "offload" and config.scan_layers is not False:  # which contradict
-        yield setting("--remat=offload", remat="offload")
+    if config.scan_layers is not False:  # which contradicts copies to the host
+        for remat in dict.fromkeys((fastest, "offload", "offload_input")):
+            if config.remat != remat and "offload" in remat:
+                yield setting(f"--remat={remat}", remat=remat)
     if config.param_dtype != "bf16":
         yield setting("--param_dtype=bf16", param_dtype="bf16")

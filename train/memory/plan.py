@@ -1,16 +1,18 @@
 """What a training step needs, per device, before anything is compiled.
 
 An estimate from shapes. Weights, optimizer and what remat keeps are there all the time; the logits
-are gone before the gradients grow, so the fullest moment is either the end of the loss or that of
-the backward pass through one block. Under a scan all gradients are there by then, as stacks; where
-each layer is compiled on its own, its gradients take the place of what remat kept of it. What XLA
-may or may not fuse is left out. The estimate picks the default model on a GPU, and refuses what
-cannot fit before minutes are spent on finding out.
+are gone before the gradients grow, and activations before the weights are updated. So the fullest
+moment is the end of the loss, that of the backward pass through one block, or the update. Under a
+scan all gradients are there by then, as stacks; where each layer is compiled on its own, its
+gradients take the place of what remat kept of it. What XLA may or may not fuse is left out. The
+estimate picks the default model on a GPU, and refuses what cannot fit before minutes are spent on
+finding out.
 """
 
 import dataclasses
 from typing import Literal
 
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from jaxattn import eager, xla
@@ -19,12 +21,17 @@ from models.config import ModelConfig
 from models.lora import LoRA, adapter_params_count
 from models.quantize import BLOCK as NF4_BLOCK
 from models.quantize import SCALE_BLOCK
+from models.remat import parse_remat
 from train.config.sections import OptimConfig
 from train.distributed.mesh import head_shards, row_shards
 from train.step.adam8bit import BLOCK
 from train.step.loss import CHUNK_TOKENS
 
 GiB = 2**30
+UPDATE_BYTES = 10
+"""Bytes per weight of the largest stack that the update with int8 moments holds: both moments in
+float32, since their largest number is needed before the first is quantised, and half as much of the
+next stack. By the compiler's count, 17 GiB at 7B and 44 GiB at 20B (jax 0.12.0)."""
 NF4_BYTES = 0.5 + 1 / NF4_BLOCK + 4 / (NF4_BLOCK * SCALE_BLOCK)
 """Bytes of a weight in NF4: its code, and its share of the scales and of their factors."""
 
@@ -61,34 +68,40 @@ class Plan:
     scores: int
     """The score matrices of one layer: whole ones (eager), or those of a slice (xla)."""
 
+    update: int
+    """With int8 moments: all gradients and float32 copies of the largest stacks, less the copies of
+    weights, which are gone by then."""
+
     host: int
-    """What remat keeps in the host's memory; not part of the total."""
+    """What remat keeps in the host's memory, for each device; not part of the total."""
 
     @property
-    def backward(self) -> int:
-        """What the backward pass holds besides what is always there."""
-        return self.gradients + self.block + self.scores
+    def fullest(self) -> tuple[str, dict[str, int]]:
+        """The fullest moment, and the bytes of each use in it."""
+        state = ("weights", "optimizer", "sums")
+        forward = (*state, "gathered", "activations")
+        moments = {
+            "backward pass": (*forward, "gradients", "block", "scores"),
+            "loss": (*forward, "logits"),
+            "update": (*state, "update"),
+        }
+        uses = {
+            moment: {name: getattr(self, name) for name in names if getattr(self, name)}
+            for moment, names in moments.items()
+        }
+        return max(uses.items(), key=lambda moment: sum(moment[1].values()))
 
     @property
     def total(self) -> int:
-        """The fullest moment."""
-        always = self.weights + self.optimizer + self.sums + self.gathered + self.activations
-        return always + max(self.logits, self.backward)
+        """Bytes of the fullest moment; the host's are not among them."""
+        return sum(self.fullest[1].values())
 
     def __str__(self) -> str:
         """One line, in GiB."""
-
-        def named(*names: str) -> str:
-            have = [n for n in names if getattr(self, n)]
-            return ", ".join(f"{n} {getattr(self, n) / GiB:.2f}" for n in have)
-
-        always = named("weights", "optimizer", "sums", "gathered", "activations")
-        backward, loss = named("gradients", "block", "scores"), named("logits")
+        moment, uses = self.fullest
+        named = ", ".join(f"{name} {size / GiB:.2f}" for name, size in uses.items())
         host = f"; on the host {self.host / GiB:.2f}" if self.host else ""
-        return (
-            f"{self.total / GiB:.2f} GiB per device: {always}, and the larger of {backward} "
-            f"(backward pass) and {loss} (loss){host}"
-        )
+        return f"{self.total / GiB:.2f} GiB per device in the {moment}: {named}{host}"
 
 
 def plan(
@@ -102,6 +115,7 @@ def plan(
     itemsize: int,
     attn: str,
     scan: bool,
+    tile_size: int | None = None,
     optim: OptimConfig | None = None,
     param_itemsize: int = 4,
     lora: LoRA | None = None,
@@ -116,10 +130,11 @@ def plan(
         rows: of one microbatch, over all devices.
         seq_len: tokens of a row.
         grad_accum: microbatches of a step.
-        remat: key of `models.remat.REMAT`.
+        remat: as in `models.execution.Execution`.
         itemsize: bytes of the compute dtype.
         attn: implementation in `jaxattn.IMPLEMENTATIONS`.
         scan: whether all layers are one loop.
+        tile_size: as in `models.execution.Execution`.
         optim: the optimizer; None: AdamW in float32.
         param_itemsize: bytes of a stored weight; with adapters, of a frozen one.
         lora: adapters, which are then the only trained weights; None: all are trained.
@@ -135,12 +150,22 @@ def plan(
     parameters = model.num_params() // (sharded * tensor)
     in_blocks = 1 - 2 * table / model.num_params()
     kept, on_host, everything = _per_token(model, mesh, remat, itemsize, attn, matmul)
+    at_once = tokens  # of which matrix products are computed
+    block = at_once * everything
+    if tile_size is not None and tile_size < seq_len // seq:
+        at_once = tile_size * batch
+        block = tokens * _in_attention(model, mesh, itemsize) + at_once * everything
+        block += 0 if lora else 4 * of_block  # sums of its weights' gradients in float32
+    if scan:  # of a group of layers with a policy each: weights, gradients and their stack
+        block += 3 * itemsize * of_block * (len(parse_remat(remat)) - 1)
     chunk = min(tokens, CHUNK_TOKENS) * model.vocab_size // tensor
     local = batch, seq_len, seq_len, -(-model.num_heads // head_shards(mesh))
     scores = {"eager": eager, "xla": xla}
-    moments = _moment_bytes(optim or OptimConfig(), in_blocks)
+    optim = optim or OptimConfig()
+    moments, int8 = _moment_bytes(optim, in_blocks), optim.moment_dtype == "int8"
+    largest = model.num_layers * model.hidden_size * model.intermediate_size // (sharded * tensor)
     copied = 1.0 if itemsize != param_itemsize else 0.0 if scan else in_blocks
-    activations = tokens * model.num_layers * kept
+    activations = round(tokens * model.num_layers * kept)
     always = Plan(
         weights=int(parameters * (param_itemsize + copied * itemsize)),
         optimizer=int(parameters * moments),
@@ -149,9 +174,10 @@ def plan(
         activations=activations,
         logits=chunk * (8 + itemsize) + table // tensor * (4 + itemsize),
         gradients=max(0, parameters * itemsize - (0 if scan else activations)),
-        block=tokens * everything,
+        block=block,
         scores=scores[attn].score_bytes(*local) if attn in scores else 0,
-        host=tokens * model.num_layers * on_host,
+        update=int(parameters * itemsize * (1 - copied) + largest * UPDATE_BYTES) if int8 else 0,
+        host=round(tokens * model.num_layers * on_host),
     )
     if lora is None:
         return always
@@ -170,9 +196,10 @@ def plan(
         gathered=(of_block * itemsize + itemsize * table // tensor) if sharded > 1 else 0,
         logits=chunk * (8 + itemsize),
         gradients=trained * 4,
+        update=0,
         # The outputs of adapters of gate and up; one layer's weights in the compute type.
         block=always.block
-        + tokens * 2 * itemsize * model.intermediate_size // tensor
+        + at_once * 2 * itemsize * model.intermediate_size // tensor
         + (of_block * itemsize if quantize else 0),
     )
 
@@ -192,8 +219,11 @@ def _per_token(
     itemsize: int,
     attn: str,
     matmul: str,
-) -> tuple[int, int, int]:
-    """Bytes per token and block: kept on the device, kept on the host, made by a block in all."""
+) -> tuple[float, float, int]:
+    """Bytes per token and block: kept on the device, kept on the host, made by a block in all.
+
+    Of several policies the kept bytes are the mean.
+    """
     embed, tensor = model.hidden_size, mesh.shape["tensor"]
     out = model.num_heads * model.head_dim // tensor
     kv = 2 * model.num_kv_heads * model.head_dim // tensor
@@ -211,12 +241,28 @@ def _per_token(
     all_saved = itemsize * (4 * embed + qkv + named + 6 * ffn) + 16 * embed + lse
     if matmul == "fp8":  # SwiGLU keeps gate and up; the inputs of the products have 8 bits
         all_saved -= itemsize * (2 * embed + 4 * ffn) - (2 * embed + out)
-    kept, on_host = {
+    of_policy = {
         "none": (all_saved, 0),
         "dots": (itemsize * (2 * embed + qkv + named + 2 * ffn) + lse, 0),
         "qkv": (itemsize * (embed + qkv + named) + lse, 0),
         "attention": (itemsize * (embed + named) + lse, 0),
         "full": (itemsize * embed, 0),
         "offload": (lse, itemsize * (embed + named)),
-    }[remat]
+        "offload_input": (0, itemsize * embed),
+    }
+    kept, on_host = np.mean([of_policy[name] for name in parse_remat(remat)], axis=0)
     return kept, on_host, itemsize * (4 * embed + out + qkv + exchanged + 4 * ffn)
+
+
+def _in_attention(model: ModelConfig, mesh: Mesh | AbstractMesh, itemsize: int) -> int:
+    """Bytes per token of a tiled block in the backward pass of attention, whose rows are whole.
+
+    Two residual streams (x and its gradient), q, k, v, the gradients of the output and of k and v,
+    and the sum of dq in float32. A mesh that splits T holds q, k, v and the gradient of the output
+    once more, before the exchange.
+    """
+    tensor, seq = mesh.shape["tensor"], mesh.shape["seq"]
+    out, kv = (n * model.head_dim // tensor for n in (model.num_heads, model.num_kv_heads))
+    copies = kv_copies(model.num_heads, model.num_kv_heads, head_shards(mesh)) if seq > 1 else 1
+    exchanged = 2 * out + 2 * kv if seq > 1 else 0
+    return itemsize * (2 * model.hidden_size + 2 * out + 4 * copies * kv + exchanged) + 4 * out

@@ -1,6 +1,9 @@
 """Size a run by its flags: its memory plan, the remat that fits, the flags to change."""
 
+import collections
 import dataclasses
+import itertools
+import math
 from typing import Literal
 
 import jax.numpy as jnp
@@ -9,6 +12,8 @@ from jax.sharding import AbstractMesh, Mesh
 
 from models.config import ModelConfig
 from models.lora import LoRA
+from models.remat import IN_TILES, parse_remat
+from models.tiles import divides, tile_count
 from train.config.config import Config
 from train.distributed.mesh import row_shards
 from train.memory.advice import suggest_flags
@@ -18,6 +23,21 @@ PARAM_DTYPES = {"fp32": jnp.dtype("float32"), "bf16": jnp.dtype("bfloat16")}
 REMAT_BY_SPEED = ("dots", "attention", "full")
 """Remat policies from most memory and least work to the reverse; those between gain little
 (measured at 1.8B)."""
+MARGIN = 0.85
+"""Share of the memory that a plan may take if there is a choice. The margin is for what no plan
+counts, and for XLA: above 80% of a GPU (87% of what jax takes) it recomputes values to save memory,
+in an order of its own. Compiled for an H200, 7B at 32k then grew from 124 to 177 GiB."""
+LONG_ROW = 65_536
+"""Tokens of a row from which attention takes so long that other costs of a layer matter little."""
+TILE_SIZE = 16_384
+"""Default tokens of a tile: matrix products of this height run at full speed."""
+ATTENTION_RATE = 6e14
+"""FLOP/s of the forward kernel (H200), to compare policies."""
+HOST_RATE = 5e10
+"""Bytes/s between device and host (PCIe 5), to compare policies."""
+
+Way = tuple[str, int | None]
+"""A remat, and a tile size, as in `models.execution.Execution`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,10 +59,15 @@ class Sizing:
     attn: str
     """Attention implementation, a key of `jaxattn.IMPLEMENTATIONS`."""
 
+    host: int
+    """Bytes of main memory that the activations of one device may take."""
+
     lora: LoRA | None = None
     """Adapters, which are then the only trained weights."""
 
-    def plan(self, config: Config, *, remat: str, attn: str | None = None) -> Plan:
+    def plan(
+        self, config: Config, remat: str, tile_size: int | None = None, *, attn: str | None = None
+    ) -> Plan:
         """Plan the memory of a run of `config`, with another attention if one is given."""
         on_gpu = not isinstance(self.mesh, Mesh) or self.mesh.devices.flat[0].platform == "gpu"
         return plan(
@@ -54,7 +79,8 @@ class Sizing:
             remat=remat,
             itemsize=self.dtype.itemsize,
             attn=attn or self.attn,
-            scan=in_scan(config.scan_layers, remat, on_gpu=on_gpu),
+            scan=in_scan(config.scan_layers, remat, on_gpu=on_gpu, seq_len=config.seq_len),
+            tile_size=tile_size,
             optim=config.optim,
             param_itemsize=stored_dtype(config, self.dtype).itemsize,
             lora=self.lora,
@@ -62,23 +88,96 @@ class Sizing:
             matmul=config.matmul,
         )
 
-    def fastest_remat(self, config: Config, memory: int) -> str:
-        """Return the fastest remat policy that fits `memory` bytes a device."""
-        need = {remat: self.plan(config, remat=remat).total for remat in REMAT_BY_SPEED}
-        return choose_remat(need, memory)
+    def fastest(self, config: Config, memory: int) -> Way:
+        """Return the fastest remat and tile size that fit, else those that need the least memory.
 
-    def memory_advice(self, config: Config, remat: str, memory: int) -> str | None:
-        """Return the flags that make the run fit `memory` bytes a device; None where it fits."""
+        Args:
+            config: The flags; a remat or a tile size that they give is kept.
+            memory: Bytes of the device.
+        """
+        whole, tiled = self._ways(config)
+        # Shorter rows are only tiled where they would not fit at all.
+        lists = [whole + tiled] if config.seq_len >= LONG_ROW else [whole, tiled]
+        plans = {way: self.plan(config, *way) for way in whole + tiled}
+        on_host = {way for way in plans if plans[way].host <= self.host}
+        for ways in lists:
+            fits = [way for way in ways if way in on_host and plans[way].total <= memory]
+            roomy = [way for way in fits if plans[way].total <= MARGIN * memory]
+            if fits:
+                return roomy[0] if roomy else min(fits, key=lambda way: plans[way].total)
+        return min(plans, key=lambda way: (way not in on_host, plans[way].total))
+
+    def fits(self, plan: Plan, memory: int) -> bool:
+        """Return whether a plan fits a device of `memory` bytes, and its host."""
+        return plan.total <= memory and plan.host <= self.host
+
+    def memory_advice(self, config: Config, way: Way, memory: int) -> str | None:
+        """Return the flags that make a run fit `memory` bytes a device; None where it fits."""
+        if self.fits(self.plan(config, *way), memory):
+            return None
 
         def needed(changed: Config) -> Plan:
             attn = None if changed.attn == config.attn else changed.attn
-            return self.plan(changed, remat=changed.remat or remat, attn=attn)
+            return self.plan(changed, *self.fastest(changed, memory), attn=attn)
 
-        if needed(config).total <= memory:
-            return None
-        given = dataclasses.replace(config, remat=remat)
-        most = self.rows // row_shards(self.mesh)
-        return suggest_flags(needed, given, memory, most_grad_accum=most)
+        given = dataclasses.replace(config, remat=way[0])
+        fastest, _ = self.fastest(dataclasses.replace(config, remat=None), memory)
+        return suggest_flags(
+            needed,
+            given,
+            fits=lambda plan: self.fits(plan, memory),
+            most_grad_accum=self.rows // row_shards(self.mesh),
+            remat=fastest,
+        )
+
+    def _ways(self, config: Config) -> tuple[list[Way], list[Way]]:
+        """Return remat policies without tiles, and with tiles, each list the fastest first."""
+        if config.remat is not None:
+            on_device = tiled = [config.remat]
+        else:
+            on_device, tiled = [*REMAT_BY_SPEED], self._mixes(config.seq_len)
+            if config.seq_len >= LONG_ROW:
+                on_device.remove("full")  # slower than mixes with tiles
+            if config.scan_layers is False:  # which contradicts copies to the host
+                tiled = [remat for remat in tiled if "offload" not in remat]
+        if config.tile_size is not None:
+            tile_count(config.seq_len, config.tile_size)
+            return [], [(remat, config.tile_size) for remat in tiled]
+        whole: list[Way] = [(remat, None) for remat in on_device]
+        if config.seq_len <= TILE_SIZE or not divides(config.seq_len, TILE_SIZE):
+            return whole, []
+        return whole, [(r, TILE_SIZE) for r in tiled if {*parse_remat(r)} <= {*IN_TILES}]
+
+    def _mixes(self, seq_len: int) -> list[str]:
+        """Return remat policies and mixes of them over four layers, the fastest first.
+
+        A layer that recomputes attention takes longer by its forward pass over a row of one
+        document; one that keeps values in host memory by the time of their copies, there and back.
+        """
+        model = self.model
+        width = model.num_heads * model.head_dim
+        recomputed = 2 * seq_len**2 * width / ATTENTION_RATE
+        copied = 2 * seq_len * model.hidden_size * self.dtype.itemsize / HOST_RATE
+        seconds = {
+            "offload": 2 * copied,
+            "offload_input": copied + recomputed,
+            "attention": 0.0,
+            "full": recomputed,
+        }
+        groups = itertools.combinations_with_replacement(seconds, 4)
+        by_speed = sorted(groups, key=lambda group: sum(map(seconds.__getitem__, group)))
+        return [
+            ",".join(policies)
+            for policies in map(_shortest, by_speed)
+            if model.num_layers % len(policies) == 0
+        ]
+
+
+def _shortest(group: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the shortest group with the same shares."""
+    counts = collections.Counter(group)
+    divisor = math.gcd(*counts.values())
+    return tuple(name for name in counts for _ in range(counts[name] // divisor))
 
 
 def stored_dtype(config: Config, dtype: np.dtype) -> np.dtype:
@@ -100,40 +199,29 @@ def quantize_kind(config: Config) -> Literal["nf4", "int8"] | None:
     return config.base_dtype if config.base_dtype in ("nf4", "int8") else None
 
 
-def in_scan(scan_layers: bool | None, remat: str, *, on_gpu: bool) -> bool:
+def in_scan(scan_layers: bool | None, remat: str, *, on_gpu: bool, seq_len: int) -> bool:
     """Return whether the layers of the training step are one scan.
 
-    For remat "offload" they are, by default: XLA's schedule of unrolled layers begins the copies
-    to the host when the backward pass wants them back, and holds everything on the device until
-    then (64 GiB instead of 31 at 1.8B and 32k, by the compiler's count).
+    With values in host memory they are, by default: XLA's schedule of unrolled layers begins the
+    copies to the host when the backward pass wants them back, and holds everything on the device
+    until then (64 GiB instead of 31 at 1.8B and 32k, by the compiler's count). With long rows they
+    are, because the copies that a scan adds do not grow with the square of the row as attention
+    does, and because a scan compiles one layer.
 
     Args:
         scan_layers: --scan_layers.
-        remat: Key of `models.remat.REMAT`.
+        remat: As in `models.execution.Execution`.
         on_gpu: Whether the devices are GPUs.
+        seq_len: Tokens of a row.
 
     Raises:
-        ValueError: Unrolled layers for "offload" on a GPU.
+        ValueError: Unrolled layers with values in host memory, on a GPU.
     """
     if scan_layers is None:
-        return not on_gpu or remat == "offload"
-    if on_gpu and remat == "offload" and not scan_layers:
+        return not on_gpu or "offload" in remat or seq_len >= LONG_ROW
+    if on_gpu and "offload" in remat and not scan_layers:
         raise ValueError(
-            "--scan_layers=False with --remat=offload would hold on the device what is meant for "
+            f"--scan_layers=False with --remat={remat} would hold on the device what is meant for "
             "the host: leave it out, or take --remat=attention"
         )
     return scan_layers
-
-
-def choose_remat(need: dict[str, int], memory: int) -> str:
-    """Return the first policy that needs at most 85% of the memory, else the last.
-
-    The margin is for what no plan counts, and for XLA: above 80% of a GPU (87% of what jax takes)
-    it recomputes values to save memory, in an order of its own. Compiled for an H200, 7B at 32k
-    then grew from 124 to 177 GiB.
-
-    Args:
-        need: Bytes per device of each policy, fastest first.
-        memory: Bytes of the device.
-    """
-    return next((remat for remat, total in need.items() if total <= 0.85 * memory), [*need][-1])

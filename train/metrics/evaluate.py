@@ -42,7 +42,7 @@ class Evaluation:
         mesh: Mesh,
         path: Path,
         start: int,
-        options: dict[str, bool] | None = None,
+        options: dict[str, bool | int] | None = None,
     ):
         """Open the records; lines after `start`, of a run that was killed, are dropped.
 

@@ -173,7 +173,9 @@ def compile_training(
         dropout_seed=config.seed if config.lora.dropout else None,
         sources=sources,
     )
-    options = compiler_options(deterministic=config.deterministic, matmul=config.matmul)
+    options = compiler_options(
+        deterministic=config.deterministic, matmul=config.matmul, remat=run.execution.remat
+    )
     compiled = compile_step(step, like, batch, options)
     log.info(f"compiled the step in {time.perf_counter() - start:.1f} s")
     return compiled

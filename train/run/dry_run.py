@@ -10,7 +10,6 @@ import jax
 from jaxattn.device import GPUS, DeviceSpec, GiB
 from train.config.config import Config
 from train.distributed import device
-from train.memory.plan import Plan
 from train.run.build import abstract_training, compile_training
 from train.run.repeat import as_command, as_yaml
 from train.run.resolve import Run, resolve
@@ -28,7 +27,7 @@ def dry_run(config: Config) -> bool:
     """
     name, run = config.dry_run_device, _resolve(config)
     fits = run.memory_advice is None
-    _print(as_command(run), *describe_run(run), *plan_lines(run.plan, run.memory))
+    _print(as_command(run), *describe_run(run), *plan_lines(run))
     _print("it fits" if fits else f"it does not fit: {run.memory_advice}")
     if name is not None:
         _print(f"not compiled: this machine has {jax.devices()[0].device_kind}")
@@ -71,20 +70,17 @@ def device_spec(name: str) -> DeviceSpec:
     return dataclasses.replace(spec, memory_fraction=device.SHARE)
 
 
-def plan_lines(plan: Plan, memory: int) -> list[str]:
+def plan_lines(run: Run) -> list[str]:
     """Return the plan by use; the lines add up to the total of its fullest moment."""
-    always = ("weights", "optimizer", "sums", "gathered", "activations")
-    backward = ("gradients", "block", "scores")
-    in_loss = plan.logits > plan.backward
-    uses = {
-        name: getattr(plan, name) for name in (*always, *(("logits",) if in_loss else backward))
-    }
-    lines = [f"  {name:<12}{size / GiB:8.2f} GiB" for name, size in uses.items() if size]
-    moment = "loss" if in_loss else "backward pass"
+    plan = run.plan
+    moment, uses = plan.fullest
+    lines = [f"  {name:<12}{size / GiB:8.2f} GiB" for name, size in uses.items()]
     lines.append(
-        f"  {'total':<12}{plan.total / GiB:8.2f} of {memory / GiB:.2f} GiB, in the {moment}"
+        f"  {'total':<12}{plan.total / GiB:8.2f} of {run.memory / GiB:.2f} GiB, in the {moment}"
     )
-    return lines + [f"  {'host':<12}{plan.host / GiB:8.2f} GiB"] * bool(plan.host)
+    return lines + [f"  {'host':<12}{plan.host / GiB:8.2f} of {run.host / GiB:.2f} GiB"] * bool(
+        plan.host
+    )
 
 
 def _compare(run: Run) -> list[str]:

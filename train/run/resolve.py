@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 import jaxattn
-from jaxattn.device import DeviceSpec, GiB, device_memory
+from jaxattn.device import DeviceSpec, GiB, device_memory, host_memory
 from jaxattn.sharded import kv_copies
 from models.config import PRESETS, ModelConfig
 from models.execution import Execution
@@ -22,6 +22,7 @@ from models.tokenizer import Tokenizer
 from models.weights.abstract import abstract
 from models.weights.run_layout import find_checkpoint
 from train.config.config import MOST_STEPS, Config
+from train.distributed.device import HOST_SHARE
 from train.distributed.mesh import (
     abstract_mesh,
     check_rows,
@@ -31,7 +32,7 @@ from train.distributed.mesh import (
     row_shards,
 )
 from train.memory.plan import Plan
-from train.memory.sizing import REMAT_BY_SPEED, Sizing, in_scan, quantize_kind, stored_dtype
+from train.memory.sizing import Sizing, in_scan, quantize_kind, stored_dtype
 from train.run.inputs import (
     check_files,
     check_vocabulary,
@@ -103,6 +104,9 @@ class Run:
     memory: int
     """Bytes of a device that jax may allocate."""
 
+    host: int
+    """Bytes of main memory that the activations of one device may take."""
+
     memory_advice: str | None
     """Flags that make the run fit; None where it fits."""
 
@@ -122,9 +126,10 @@ class Run:
             ValueError: It does not; names the flags that make it fit.
         """
         if self.memory_advice is not None:
+            host = f" and {self.host / GiB:.2f} GiB of the host" if self.plan.host else ""
             raise ValueError(
-                f"the run needs about {self.plan}; the device has {self.memory / GiB:.2f} GiB: "
-                f"{self.memory_advice}"
+                f"the run needs about {self.plan}; the device has {self.memory / GiB:.2f} GiB"
+                f"{host}: {self.memory_advice}"
             )
 
     def with_epochs(self, rows: int) -> "Run":
@@ -161,6 +166,7 @@ class Run:
             "steps": self.steps or None,
             "out": str(self.out),
             "remat": self.execution.remat,
+            "tile_size": self.execution.tile_size,
             "scan_layers": self.execution.scan,
             "dtype": self.execution.dtype.name,
             "optim.lr": self.lr,
@@ -202,11 +208,13 @@ def resolve(config: Config, devices: Sequence[jax.Device] | DeviceSpec | None = 
             f"{MOST_STEPS:,}"
         )
     dtype = jnp.dtype(config.dtype or ("bfloat16" if on_gpu else "float32"))
+    host = _host_memory(device)
+    sized: dict[str, Any] = {"mesh": mesh, "rows": rows, "dtype": dtype, "host": host}
 
     name = config.model
     if name is None:
-        sizing = Sizing(model=PRESETS[GPU_MODEL], mesh=mesh, rows=rows, dtype=dtype, attn="xla")
-        need = sizing.plan(config, remat=config.remat or REMAT_BY_SPEED[-1]).total
+        sizing = Sizing(model=PRESETS[GPU_MODEL], attn="xla", **sized)
+        need = sizing.plan(config, config.remat or "full").total
         name, why = choose_model(need, memory if on_gpu else None, device.device_kind)
         notes.append(f"model {name}: {why}")
     model, weights = read_model(name)
@@ -220,21 +228,24 @@ def resolve(config: Config, devices: Sequence[jax.Device] | DeviceSpec | None = 
     attn, reason = _attention(config, model, mesh, device, rows, dtype)
 
     lora = read_lora(config.lora, model)
-    sizing = Sizing(model=model, mesh=mesh, rows=rows, dtype=dtype, attn=attn, lora=lora)
-    remat = config.remat or sizing.fastest_remat(config, memory)
-    plan = sizing.plan(config, remat=remat)
+    sizing = Sizing(model=model, attn=attn, lora=lora, **sized)
+    remat, tile_size = way = sizing.fastest(config, memory)
+    plan = sizing.plan(config, *way)
     if config.remat is None:
+        tiles = "" if tile_size is None else f" with tiles of {tile_size:,} tokens"
         size = f"{plan.total / GiB:.1f} GiB"
-        notes.append(f"remat {remat}: the fastest that fits, with {size}")
+        why = "the fastest that fits" if sizing.fits(plan, memory) else "which needs the least"
+        notes.append(f"remat {remat}{tiles}: {why}, with {size}")
     execution = Execution(
         attn=attn,
         deterministic=config.deterministic,
         dtype=dtype,
         param_dtype=stored_dtype(config, dtype),
         remat=remat,
+        tile_size=tile_size,
         lora=lora,
         quantize=quantize_kind(config),
-        scan=in_scan(config.scan_layers, remat, on_gpu=on_gpu),
+        scan=in_scan(config.scan_layers, remat, on_gpu=on_gpu, seq_len=config.seq_len),
         matmul=config.matmul,
     )
     abstract(model, execution, mesh=mesh)  # raises where the mesh does not divide the model
@@ -256,7 +267,8 @@ def resolve(config: Config, devices: Sequence[jax.Device] | DeviceSpec | None = 
         out=Path(config.out or default_out(config, name, weights)),
         plan=plan,
         memory=memory,
-        memory_advice=sizing.memory_advice(config, remat, memory),
+        host=host,
+        memory_advice=sizing.memory_advice(config, way, memory),
         notes=tuple(notes),
     )
 
@@ -366,12 +378,12 @@ def _seq_notes(mesh: Mesh | AbstractMesh, model: ModelConfig, seq_len: int) -> l
 
 
 def _check_offload(config: Config, device: jax.Device | DeviceSpec) -> None:
-    if config.remat != "offload" or isinstance(device, DeviceSpec):
+    if "offload" not in (config.remat or "") or isinstance(device, DeviceSpec):
         return
     if "pinned_host" not in _memories(device):
         raise NotImplementedError(
-            f"--remat=offload needs pinned host memory, which {device.device_kind} does not have: "
-            "take --remat=full"
+            f"--remat={config.remat} needs pinned host memory, which {device.device_kind} does not "
+            "have: take --remat=full"
         )
 
 
@@ -385,6 +397,18 @@ def _check_fp8(config: Config, device: jax.Device | DeviceSpec) -> None:
             f"--matmul=fp8 needs a GPU of compute capability 8.9 or higher, {device.device_kind} "
             f"has {capability}: take --matmul=bf16"
         )
+
+
+def _host_memory(device: jax.Device | DeviceSpec) -> int:
+    """Return the bytes of main memory that the activations of one device may take.
+
+    A machine's memory is shared by the devices of this process.
+    """
+    if isinstance(device, DeviceSpec):
+        return int(HOST_SHARE * device.host_memory * GiB)
+    if "pinned_host" not in _memories(device):
+        return 0
+    return int(HOST_SHARE * host_memory()) // jax.local_device_count()
 
 
 def _memories(device: jax.Device) -> set[str]:

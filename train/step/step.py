@@ -118,7 +118,7 @@ def make_step(
 
 
 def compile_step(
-    step: Step, like: TrainState, batch: Batch, options: dict[str, bool] | None = None
+    step: Step, like: TrainState, batch: Batch, options: dict[str, bool | int] | None = None
 ) -> jax.stages.Compiled:
     """Compile a step for one shape of batch; the new state reuses the memory of the old one.
 

@@ -10,7 +10,7 @@ import jaxattn
 from jaxattn.api import Impl
 from models.remat import REMAT
 from train.config.cli import flags, parse
-from train.config.config import Config, Remat
+from train.config.config import Config
 from train.config.synonyms import SYNONYMS
 
 
@@ -51,7 +51,16 @@ def test_flags_as_people_type_them():
         (["--mesh.fsdp=1.5"], "^--mesh.fsdp=1.5 must be INT$"),
         (["--dtype=float16"], "^--dtype=float16 must be one of bfloat16, float32$"),
         (["--attn=palas"], "^--attn=palas must be one of auto, cudnn, eager, flash_attention_2"),
-        (["--remat=some"], "^--remat=some must be one of attention, dots, full, none, offload, q"),
+        (
+            ["--remat=some"],
+            "^--remat=some must be one of none, dots, qkv, attention, full, offload, ",
+        ),
+        (["--remat=full,some"], "^--remat=some must be one of none"),
+        (["--tile_size=0"], "^--tile_size=0 must be at least 1"),
+        (
+            ["--remat=dots", "--tile_size=64"],
+            "^--remat=dots would save what --tile_size=64 recomputes: .* take one of qkv, ",
+        ),
         (["--model"], "Missing value for argument '--model'"),
     ],
 )
@@ -86,9 +95,10 @@ def test_help_fits_80_columns_without_breaks_inside_sentences(monkeypatch, capsy
 
 
 def test_choices_are_those_of_the_code():
-    """--attn and --remat are Literals, so that parsing checks them and --help lists them."""
+    """--attn is a Literal, so that parsing checks it and --help lists it; --help lists --remat."""
     assert {*typing.get_args(Impl)} == {"auto", *jaxattn.IMPLEMENTATIONS, *jaxattn.ALIASES}
-    assert {*typing.get_args(Remat)} == {*REMAT}
+    metavar = Config.__annotations__["remat"].__metadata__[0].metavar
+    assert metavar == "{" + ",".join(REMAT) + "}[,...]"
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,10 @@ def test_xtuners_numbers():
     assert (alpaca.optim.rates, alpaca.optim.weight_decay) == ((0.9, 0.999), 0.0)
     assert (alpaca.optim.warmup_ratio, alpaca.optim.last_ratio) == (0.03, 0.0)
     assert all((c.save_every, c.keep_last) == (500, 2) for c in RECIPES.values())
-    assert {n: c.sample_every for n, c in RECIPES.items() if c.sample_every != 500} == {
-        f"internlm2-{size}-qlora-code-2k": 100 for size in ("1.8b", "7b", "20b")
+    others = {n: c.sample_every for n, c in RECIPES.items() if c.sample_every != 500}
+    assert others == {
+        **{f"internlm2-{size}-qlora-code-2k": 100 for size in ("1.8b", "7b", "20b")},
+        **{f"internlm2-{size}-full-{row}k": 0 for size in ("1.8b", "7b") for row in (128, 256)},
     }
 
 
@@ -37,6 +39,15 @@ def test_xtuners_numbers_of_qlora():
         assert (c.optim.lr, c.optim.rates, c.optim.weight_decay) == (2e-4, (0.9, 0.999), 0.0)
         assert (c.optim.warmup_ratio, c.optim.last_ratio, c.optim.clip) == (0.03, 0.0, 1.0)
     assert RECIPES["internlm2-7b-qlora-oasst-512"].seq_len == 512
+
+
+@pytest.mark.parametrize("name", [n for n in RECIPES if n.endswith(("-128k", "-256k"))])
+def test_long_rows_fit_an_h200(name, capsys):
+    """With dynamic rotary scaling up to the end of the row."""
+    config = RECIPES[name]
+    assert config.rope_factor * 32_768 == config.seq_len
+    assert main(["--dry_run", "--dry_run_device=h200", f"--recipe={name}"]) == 0
+    assert "it fits" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,12 @@ def test_fp8_leaves_products_to_cublas():
     assert jax.jit(lambda x: 2 * x, compiler_options=option)(jnp.float32(2)) == 4
 
 
+def test_values_in_host_memory_are_no_reason_to_recompute():
+    option = {"xla_gpu_memory_limit_slop_factor": 1000}
+    assert compiler_options(deterministic=False, remat="full,offload_input") == option
+    assert jax.jit(lambda x: 2 * x, compiler_options=option)(jnp.float32(2)) == 4
+
+
 def test_the_compiler_knows_the_option():
     """A name that XLA does not know is an error, on a CPU too."""
     assert compiler_options(deterministic=True) == OPTIONS

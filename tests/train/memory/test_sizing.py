@@ -8,9 +8,10 @@ from jax.sharding import AbstractMesh
 
 from models.config import PRESETS
 from train.config.config import Config
+from train.config.sections import OptimConfig
 from train.distributed.mesh import AXES
 from train.memory.plan import GiB
-from train.memory.sizing import REMAT_BY_SPEED, Sizing, choose_remat, in_scan
+from train.memory.sizing import REMAT_BY_SPEED, TILE_SIZE, Sizing, in_scan
 
 CONFIG = Config(model="internlm2-1.8b", seq_len=32768)
 LONG = Sizing(
@@ -19,25 +20,61 @@ LONG = Sizing(
     rows=1,
     dtype=jnp.dtype("bfloat16"),
     attn="pallas",
+    host=100 * GiB,
 )
-
-
-def test_the_fastest_that_fits():
-    need = {"dots": 70, "attention": 37, "full": 34}
-    assert choose_remat(need, 139) == "dots"
-    assert choose_remat(need, 81) == "attention"  # 15% are left, for XLA too
-    assert choose_remat(need, 30) == "full"  # which the memory check then refuses
+SMALL = {"param_dtype": "bf16", "optim": OptimConfig(moment_dtype="int8")}
 
 
 def test_by_device():
-    chosen = [LONG.fastest_remat(CONFIG, gib * GiB) for gib in (130, 60, 38)]
-    assert chosen == [*REMAT_BY_SPEED]
+    """15% of the memory are left, for XLA too, while there is a choice."""
+    chosen = [LONG.fastest(CONFIG, gib * GiB) for gib in (130, 60, 38, 32)]
+    assert chosen == [(remat, None) for remat in (*REMAT_BY_SPEED, "full")]
+
+
+def test_rows_that_do_not_fit_are_tiled_then_sent_to_the_host():
+    """Of 1.8B at 32k the weights and moments are most: tiles alone help little."""
+    full = LONG.plan(CONFIG, "full").total
+    remat, tile_size = LONG.fastest(CONFIG, full - 1)
+    assert tile_size == TILE_SIZE and LONG.plan(CONFIG, remat, tile_size).total < full
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "host", "remat"),
+    [
+        (131_072, 100, "offload,attention,attention,attention"),
+        (131_072, 1, "attention,full"),
+        (262_144, 100, "offload,offload,offload,attention"),
+        (262_144, 70, "offload,full"),
+        (393_216, 100, "offload,offload_input,offload_input,full"),
+        (393_216, 1, None),
+    ],
+)
+def test_long_rows_mix_policies_by_device_and_host(seq_len, host, remat):
+    """7B on an H200: attention is recomputed in as few layers as device and host allow."""
+    sizing = dataclasses.replace(LONG, model=PRESETS["internlm2-7b"], host=host * GiB)
+    config = Config(model="internlm2-7b", seq_len=seq_len, **SMALL)
+    way = sizing.fastest(config, 129 * GiB)
+    advice = sizing.memory_advice(config, way, 129 * GiB)
+    if remat is None:
+        assert "no flag makes it fit" in advice
+    else:
+        assert (way, advice) == ((remat, TILE_SIZE), None)
+        plan = sizing.plan(config, *way)
+        assert plan.total <= 0.85 * 129 * GiB and plan.host <= host * GiB
+
+
+def test_flags_that_are_given_are_kept():
+    given = dataclasses.replace(CONFIG, remat="attention", tile_size=4096)
+    assert LONG.fastest(given, 130 * GiB) == ("attention", 4096)
+    assert LONG.fastest(dataclasses.replace(given, remat=None), 130 * GiB) == ("attention", 4096)
+    with pytest.raises(ValueError, match="tile_size=4096 does not divide a row of 32,771 tokens"):
+        LONG.fastest(dataclasses.replace(given, seq_len=32771), 130 * GiB)
 
 
 def test_parts_of_a_step_need_less():
     eight = dataclasses.replace(LONG, rows=8)
     parts = [
-        eight.plan(dataclasses.replace(CONFIG, grad_accum=grad_accum), remat="full").total
+        eight.plan(dataclasses.replace(CONFIG, grad_accum=grad_accum), "full").total
         for grad_accum in (1, 2, 4, 8)
     ]
     assert parts == sorted(parts, reverse=True) and len({*parts}) == 4
@@ -51,13 +88,19 @@ def test_parts_of_a_step_need_less():
         ("dots", True, True, True),
         ("offload", None, True, True),  # unrolled, XLA would not send it to the host in time
         ("offload", True, True, True),
+        ("offload_input,full", None, True, True),
         ("offload", False, False, False),
     ],
 )
 def test_layers_are_a_loop_where_that_is_better(remat, asked, on_gpu, scan):
-    assert in_scan(asked, remat, on_gpu=on_gpu) is scan
+    assert in_scan(asked, remat, on_gpu=on_gpu, seq_len=32_768) is scan
+
+
+def test_layers_of_long_rows_are_a_loop():
+    assert in_scan(None, "full", on_gpu=True, seq_len=65_536)
+    assert not in_scan(False, "full", on_gpu=True, seq_len=65_536)
 
 
 def test_offload_of_unrolled_layers_is_refused():
     with pytest.raises(ValueError, match="--scan_layers=False with --remat=offload would hold"):
-        in_scan(False, "offload", on_gpu=True)
+        in_scan(False, "offload", on_gpu=True, seq_len=512)
