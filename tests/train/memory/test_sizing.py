@@ -11,7 +11,7 @@ from train.config.config import Config
 from train.config.sections import OptimConfig
 from train.distributed.mesh import AXES
 from train.memory.plan import GiB
-from train.memory.sizing import REMAT_BY_SPEED, TILE_SIZE, Sizing, in_scan
+from train.memory.sizing import MARGIN, REMAT_BY_SPEED, TILE_SIZE, Sizing, in_scan
 
 CONFIG = Config(model="internlm2-1.8b", seq_len=32768)
 LONG = Sizing(
@@ -27,8 +27,17 @@ SMALL = {"param_dtype": "bf16", "optim": OptimConfig(moment_dtype="int8")}
 
 def test_by_device():
     """15% of the memory are left, for XLA too, while there is a choice."""
-    chosen = [LONG.fastest(CONFIG, gib * GiB) for gib in (130, 60, 38, 32)]
-    assert chosen == [(remat, None) for remat in (*REMAT_BY_SPEED, "full")]
+    for remat in REMAT_BY_SPEED:
+        total = LONG.plan(CONFIG, remat).total
+        assert LONG.fastest(CONFIG, int(total / MARGIN) + 1) == (remat, None)
+    assert LONG.fastest(CONFIG, total) == ("full", None)
+
+
+def test_a_scan_takes_no_mix():
+    """It would need a stack for each policy."""
+    config = dataclasses.replace(CONFIG, scan_layers=True)
+    chosen = {LONG.fastest(config, gib * GiB)[0] for gib in range(30, 130, 4)}
+    assert chosen >= {"dots", "attention", "full"} and not any("dots," in remat for remat in chosen)
 
 
 def test_rows_that_do_not_fit_are_tiled_then_sent_to_the_host():

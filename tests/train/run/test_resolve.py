@@ -182,7 +182,7 @@ def test_a_gpu_that_is_not_here_is_resolved_as_one_that_is():
     run = resolve(config, dataclasses.replace(GPUS["h200"], memory_fraction=0.92))
     assert run.execution.attn == "pallas" and run.attn_reason == "auto: a Hopper GPU"
     assert (run.rows, run.execution.scan, run.execution.dtype) == (8, False, jnp.bfloat16)
-    assert run.memory_advice is None and "remat attention" in run.notes[-1]
+    assert run.memory_advice is None and "remat dots,dots,dots,attention" in run.notes[-1]
     a100 = resolve(config, GPUS["a100-80"])
     assert a100.execution.attn == "pallas_mma" and a100.attn_reason.startswith("auto: ")
 
