@@ -38,7 +38,7 @@ def loss_and_grads(mesh=None, **options):
     def loss(model, key):
         weights = jnp.cos(jnp.arange(B * T * 128, dtype=jnp.float32)).reshape(B, T, 128)
         x_BTD = model.hidden(TOKENS, segment_ids=SEGMENTS, dropout=key)
-        return jnp.mean(x_BTD * sharding.constrain(weights, "batch", None, None)) * 100
+        return jnp.mean(x_BTD * sharding.constrain(weights, "batch", "seq", None)) * 100
 
     key = None if options.get("lora") is None else jax.random.key(0)
     grad = jax.value_and_grad(loss, allow_int=True)
@@ -69,8 +69,10 @@ def test_loss_and_gradients_are_those_of_whole_rows(exact, options, tolerance):
     assert_same(loss_and_grads(**options, tile_size=16), loss_and_grads(**whole), tolerance)
 
 
-def test_over_a_mesh(exact, make_mesh):
-    tiled = loss_and_grads(make_mesh(2, 2, 2), remat="full", tile_size=16)
+@pytest.mark.parametrize(("sizes", "tile_size"), [((2, 2, 2), 16), ((1, 2, 1, 2), 8)])
+def test_over_a_mesh(exact, make_mesh, sizes, tile_size):
+    """Also over one that splits T: a device has 24 tokens of a row then, in three tiles."""
+    tiled = loss_and_grads(make_mesh(*sizes), remat="full", tile_size=tile_size)
     assert_same(tiled, loss_and_grads(matmul="bf16", remat="full", scan=True), 1e-5)
 
 
@@ -108,7 +110,7 @@ def test_parts_of_a_gradient_are_summed_in_float32():
 
 def test_rows_that_a_mesh_splits(make_mesh):
     """A tile has tokens of every device; nothing is gathered."""
-    mesh = make_mesh(1, 1, 4)
+    mesh = make_mesh(1, 1, 1, 4)
     x, w = jax.random.normal(jax.random.key(0), (2, 64, 8)), jnp.eye(8)[:, :4]
 
     def run(x, w):
@@ -118,9 +120,9 @@ def test_rows_that_a_mesh_splits(make_mesh):
     grad = jax.jit(jax.grad(run, argnums=(0, 1), has_aux=True))
     want, _ = grad(x, w)
     with jax.set_mesh(mesh):
-        place = jax.NamedSharding(mesh, P(None, "tensor"))
+        place = jax.NamedSharding(mesh, P(None, "seq"))
         got, y = grad(jax.device_put(x, place), w)
-        assert jax.typeof(y).sharding.spec == P(None, "tensor", None)
+        assert jax.typeof(y).sharding.spec == P(None, "seq", None)
         text = grad.lower(jax.device_put(x, place), w).compile().as_text()
     assert text is not None and "all-gather" not in text
     for a, b in zip(got, want, strict=True):

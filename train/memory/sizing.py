@@ -135,10 +135,11 @@ class Sizing:
 
     def _ways(self, config: Config) -> tuple[list[Way], list[Way]]:
         """Return remat policies without tiles, and with tiles, each list the fastest first."""
+        tokens = config.seq_len // self.mesh.shape["seq"]  # of a row, on one device
         if config.remat is not None:
             on_device = tiled = [config.remat]
         else:
-            on_device, tiled = [*REMAT_BY_SPEED], self._mixes(config.seq_len)
+            on_device, tiled = [*REMAT_BY_SPEED], self._mixes(config.seq_len, tokens)
             if self._in_scan(config, "dots"):  # a mix would need stacks of each policy
                 on_device = [remat for remat in on_device if "," not in remat]
             if config.seq_len >= LONG_ROW:
@@ -146,10 +147,10 @@ class Sizing:
             if config.scan_layers is False:  # which contradicts copies to the host
                 tiled = [remat for remat in tiled if "offload" not in remat]
         if config.tile_size is not None:
-            tile_count(config.seq_len, config.tile_size)
+            tile_count(tokens, config.tile_size)
             return [], [(remat, config.tile_size) for remat in tiled]
         whole: list[Way] = [(remat, None) for remat in on_device]
-        if config.seq_len <= TILE_SIZE or not divides(config.seq_len, TILE_SIZE):
+        if tokens <= TILE_SIZE or not divides(tokens, TILE_SIZE):
             return whole, []
         return whole, [(r, TILE_SIZE) for r in tiled if {*parse_remat(r)} <= {*IN_TILES}]
 
@@ -157,7 +158,7 @@ class Sizing:
         on_gpu = not isinstance(self.mesh, Mesh) or self.mesh.devices.flat[0].platform == "gpu"
         return in_scan(config.scan_layers, remat, on_gpu=on_gpu, seq_len=config.seq_len)
 
-    def _mixes(self, seq_len: int) -> list[str]:
+    def _mixes(self, seq_len: int, tokens: int) -> list[str]:
         """Return remat policies and mixes of them over four layers, the fastest first.
 
         A layer that recomputes attention takes longer by its forward pass over a row of one
@@ -165,8 +166,8 @@ class Sizing:
         """
         model = self.model
         width = model.num_heads * model.head_dim
-        recomputed = 2 * seq_len**2 * width / ATTENTION_RATE
-        copied = 2 * seq_len * model.hidden_size * self.dtype.itemsize / HOST_RATE
+        recomputed = 2 * seq_len * tokens * width / ATTENTION_RATE
+        copied = 2 * tokens * model.hidden_size * self.dtype.itemsize / HOST_RATE
         seconds = {
             "offload": 2 * copied,
             "offload_input": copied + recomputed,
