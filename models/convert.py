@@ -20,7 +20,7 @@ import tyro
 from models.byte_tokenizer import ByteTokenizer
 from models.config import ModelConfig
 from models.files import read_json, write_json
-from models.terminal import escape_unencodable
+from models.terminal import set_up_streams
 from models.weights import sidecar_files
 from models.weights.adapter_files import is_adapter, load_adapter, merge_parameters, save_adapter
 from models.weights.llama import layout_of
@@ -191,7 +191,7 @@ def _convert_adapter(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    escape_unencodable()
+    set_up_streams()
     try:
         with _exit_on_signal():
             tyro.cli(

@@ -26,7 +26,7 @@ from models.config import NO_ID
 from models.execution import Execution
 from models.internlm2 import InternLM2
 from models.sampling import Sampling, sample
-from models.terminal import escape_control, escape_unencodable
+from models.terminal import escape_control, set_up_streams
 from models.tokenizer import Tokenizer, load_tokenizer
 from models.unstack import unstack_layers
 from models.weights.hf_files import eos_ids
@@ -136,7 +136,7 @@ def stop_ids_of(directory: Path, model: InternLM2, tokenizer: Tokenizer) -> tupl
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    escape_unencodable()
+    set_up_streams()
     try:
         tyro.cli(
             _generate,

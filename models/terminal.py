@@ -1,6 +1,7 @@
 """Program output that any terminal can show: control characters and encodings."""
 
 import io
+import os
 import re
 import sys
 
@@ -18,8 +19,20 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def escape_unencodable() -> None:
-    """Let stdout and stderr write characters that their encoding lacks as backslash escapes."""
+def set_up_streams() -> None:
+    """Make standard output and standard error safe to write to.
+
+    Characters that their encoding lacks become backslash escapes. A stream that was closed before
+    the program began writes to nowhere; its file descriptor is taken, so that no file gets it.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # the lowest free number, which is this one
+            os.open(os.devnull, os.O_RDWR)
+    # Python leaves a closed stream as None.
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

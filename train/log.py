@@ -1,7 +1,6 @@
 """Set up the log of a run: one handler on standard output, in the first process only."""
 
 import contextlib
-import io
 import logging
 import os
 import sys
@@ -11,16 +10,10 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from models.terminal import escape_control, set_up_streams
+
 LOGGERS = ("jaxattn", "models", "train")
 """Top-level loggers of the project; every module logs with `logging.getLogger(__name__)`."""
-
-
-_CONTROL = {c: f"\\x{c:02x}" for c in (*range(32), *range(127, 160)) if c not in b"\n\t"}
-
-
-def escape_control(text: str) -> str:
-    """Escape control characters other than newline and tab, so that a terminal shows them."""
-    return text.translate(_CONTROL)
 
 
 class ConsoleHandler(logging.Handler):
@@ -64,14 +57,12 @@ def set_up_logging(level: str = "info") -> None:
 class SafeStream:
     """Wrap a console stream so that a write never raises.
 
-    Training must not end because its console is closed, its disk is full, or its encoding lacks a
-    character: what cannot be written is dropped, and characters outside the encoding are escaped.
+    Training must not end because its console is closed or its disk is full: text that cannot be
+    written is dropped.
     """
 
     def __init__(self, stream: Any):
         self._stream = stream
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
         """Write text, or drop it where the stream cannot take it."""
@@ -101,6 +92,7 @@ class SafeStream:
 @contextlib.contextmanager
 def safe_console() -> Iterator[None]:
     """Replace standard output and standard error by `SafeStream`s inside the block."""
+    set_up_streams()
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(SafeStream, streams)
     try:

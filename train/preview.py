@@ -15,12 +15,12 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from models.terminal import escape_control
 from models.tokenizer import Tokenizer, load_tokenizer
 from train.config.cli import fail, parse
 from train.config.command_line import check_complete, parse_flags
 from train.config.sections import DataConfig, chosen, require
 from train.data import Batch, Loader
-from train.log import escape_control
 from train.run.build import open_packed
 from train.run.inputs import default_tokenizer, read_model
 

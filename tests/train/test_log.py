@@ -10,7 +10,7 @@ import sys
 import pytest
 from tqdm import tqdm
 
-from train.log import SafeStream, safe_console, set_up_logging
+from train.log import safe_console, set_up_logging
 
 log = logging.getLogger("train.test")
 
@@ -89,11 +89,3 @@ def test_a_closed_console_is_no_error():
     with os.fdopen(write, "w") as pipe:
         done = subprocess.run([sys.executable, "-c", program], stdout=pipe, stderr=subprocess.PIPE)
     assert (done.returncode, done.stderr) == (7, b"")
-
-
-def test_characters_that_the_console_lacks_are_escaped():
-    raw = io.BytesIO()
-    stream = SafeStream(io.TextIOWrapper(raw, encoding="gbk"))
-    stream.write("上海 \U0001f600 é")
-    stream.flush()
-    assert raw.getvalue().decode("gbk") == "上海 \\U0001f600 é"

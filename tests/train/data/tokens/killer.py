@@ -75,7 +75,9 @@ def load(path: Path, directory: Path | None, log: Path, *, workers: int = 1) -> 
             file.writelines(whole)
             for number in range(len(whole), BATCHES):
                 batch = next(loader)
-                digest = hashlib.blake2b(b"".join(x.tobytes() for x in batch)).hexdigest()
+                digest = hashlib.blake2b(
+                    b"".join(x.tobytes() for x in batch if x is not None)
+                ).hexdigest()
                 file.write(json.dumps([digest, loader.state(), number]) + "\n")
                 file.flush()
 
