@@ -30,7 +30,7 @@ def train(config: Config) -> tuple[InternLM2, list[float]]:
         run = run.with_epochs(loader.report.rows)
         tx, graphdef, like = abstract_training(run)  # optax optimizer; shapes and shardings
         state = new_state(initial_params(run, like), tx, like)
-        step = compile_training(run, tx, graphdef, state)
+        step = compile_training(run, tx, graphdef, state, len(loader.sources))
         for number in range(1, run.steps + 1):
             batch = put_batch(next(loader), grad_accum=config.grad_accum, mesh=run.real_mesh)
             state, metrics = step(state, batch)  # the memory of the old state is reused

@@ -83,13 +83,20 @@ def write_adapter(
 
     Raises:
       OSError: the disk is full, or a file cannot be written.
+      ValueError: a value overflows in the dtype.
     """
     tensors = dict(_tensors(config, lora, params, layout))
     shapes = {name: x.shape for name, x in tensors.items()}
     write_json(directory / CONFIG, _peft_config(config, lora, base, layout))
     with SafetensorsWriter(directory / WEIGHTS, shapes, dtype) as file:
         for name, x in tensors.items():
-            file.put(name, x.astype(dtype))
+            stored = x.astype(dtype)
+            if not np.isfinite(stored).all() and np.isfinite(x).all():
+                raise ValueError(
+                    f"{name}: a value overflows in {dtype} (largest {np.abs(x).max():g}): take "
+                    "bfloat16 or float32"
+                )
+            file.put(name, stored)
 
 
 def load_adapter(directory: Path, config: ModelConfig) -> tuple[LoRA, AdapterParams]:

@@ -106,8 +106,8 @@ def check_loadable(directory: Path) -> None:
     if "adapter_config.json" in names and not names & {SINGLE, INDEX, BIN_SINGLE, BIN_INDEX}:
         raise ValueError(
             f"{directory} contains a LoRA adapter (adapter_config.json), not the weights of a "
-            "model: merge the adapter into its base model (peft: merge_and_unload) and take the "
-            "result"
+            f"model: take BASE --adapter={directory} to generate, --model=BASE --lora.adapter="
+            f"{directory} to train, or python -m models.convert {directory} DIR --merge BASE"
         )
 
 

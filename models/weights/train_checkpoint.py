@@ -83,7 +83,8 @@ class TrainCheckpoint:
           ValueError: names the fields in which the architectures differ.
         """
         mine = dataclasses.asdict(self.config)
-        if changed := [n for n, v in dataclasses.asdict(config).items() if v != mine[n]]:
+        other = dataclasses.asdict(config) | {"rope_scaling": mine["rope_scaling"]}  # --rope_factor
+        if changed := [n for n, v in other.items() if v != mine[n]]:
             raise ValueError(
                 f"{self.path} has adapters of another base model: {', '.join(changed)} differ"
             )

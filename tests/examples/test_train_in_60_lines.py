@@ -18,11 +18,12 @@ def test_it_has_sixty_lines():
 
 
 def test_the_loss_falls_and_the_weights_are_hf_files(tmp_path, monkeypatch, capsys):
-    """A few steps on a repetitive file bring the loss down; `load_hf` reads the saved weights."""
+    """A few steps on repetitive files bring the loss down; `load_hf` reads the saved weights."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     data, out = tmp_path / "text.txt", tmp_path / "weights"
-    data.write_text("abcdefgh " * 400)
-    flags = [str(data), "--steps=4", "--seq_len=64", f"--out={out}"]
+    data.write_text("abcdefgh " * 200)
+    (tmp_path / "more.txt").write_text("abcdefgh " * 200)
+    flags = [str(data), str(tmp_path / "more.txt"), "--steps=4", "--seq_len=64", f"--out={out}"]
     monkeypatch.setattr("sys.argv", [str(EXAMPLE), *flags])
     runpy.run_path(str(EXAMPLE), run_name="__main__")
     losses = [float(x) for x in re.findall(r"step \d/4: loss (\S+)", capsys.readouterr().out)]

@@ -170,7 +170,7 @@ def batches(cell: Cell, rows: int) -> list[Batch]:
     with open_data(
         cell.data, tokenizer, seq_len=length, batch_size=rows, reading=reading
     ) as loader:
-        return [next(loader) for _ in range(STEPS)]
+        return [next(loader)._replace(sources=None) for _ in range(STEPS)]
 
 
 def random_rows(rows: int, seq_len: int, vocab_size: int, *, packed: bool) -> Batch:

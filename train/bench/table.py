@@ -152,7 +152,7 @@ def _meshes(cells: list[Cell]) -> str:
     lines = [
         ["rows", "mesh", "GPUs", "tokens/s", "of each GPU", "of the first mesh", "loss off by"]
     ]
-    for _, group in _groups(meshed, "model", "rows", "attn", "remat", "seq_len"):
+    for _, group in _groups(meshed, "model", "rows", "attn", _stored_alike, "seq_len"):
         first = group[0]
         for cell in group:
             count = device_count(parse_mesh(cell["mesh"]))
@@ -236,6 +236,11 @@ def _groups(cells: list[Cell], *by) -> Iterator[tuple[tuple, list[Cell]]]:
         keys.sort(key=lambda key: (first[key[:-1]], key[-1]))
     for found in keys:
         yield found, [cell for cell in cells if values(cell) == found]
+
+
+def _stored_alike(cell: Cell) -> str:
+    """Return `_stored` without the mesh."""
+    return _stored({**cell, "mesh": None})
 
 
 def _stored(cell: Cell) -> str:

@@ -104,11 +104,13 @@ def nearest(name: str, known: Sequence[str], synonyms: Mapping[str, str]) -> str
     return f"; the nearest is {near[0]}; see --help" if near else "; see --help"
 
 
+_STYLE = re.compile(r"\x1b\[[0-9;]*m")
 _KINDS = {"int()": "INT", "float()": "FLOAT", "string to float": "FLOAT"}
 
 
 def _message(box: str) -> str:
     """Return the text inside tyro's frame, in plain words."""
+    box = _STYLE.sub("", box)  # of a terminal
     # The frame has no sides where the terminal is not UTF-8.
     lines = [line.strip("│ ") for line in box.splitlines()][1:]  # the first one is a title
     if lines and not lines[0].strip("-"):

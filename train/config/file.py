@@ -21,7 +21,7 @@ Values = dict[str, Any]
 
 SUFFIXES = (".yaml", ".yml", ".json")
 _SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-_NULL = ("", "~", "null", "none")
+_NULL = ("", "~", "null")  # not "none", which is a --remat
 COMMAND_LINE_ONLY = ("config", "print_config")
 
 

@@ -106,7 +106,7 @@ class OptimConfig:
 
     lr: Annotated[float | None, chosen("FLOAT")] = None
     """Peak learning rate. By default 2e-3 for nano, 3e-4 for larger presets, 2e-5 for trained
-    weights; a tenth of that for lion."""
+    weights, 2e-4 for adapters beside them; a tenth of that for lion."""
 
     betas: Annotated[tuple[float, float] | None, chosen("FLOAT FLOAT")] = None
     """Decay rates of the two moments; for lion, of its update and its moment. By default 0.9 0.95,

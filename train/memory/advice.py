@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator
 
 from jaxattn.device import GiB
-from models.remat import REMAT
+from models.remat import REMAT, parse_remat
 from train.config.config import Config
 from train.memory.plan import Plan
 
@@ -47,8 +47,9 @@ def suggest_flags(
             return f"take {flags}, which needs {plan.total / GiB:.2f} GiB{host}"
         least = min(least, plan.total)
     return (
-        f"no flag makes it fit ({least / GiB:.2f} GiB at the least): take more devices "
-        "(--mesh.fsdp; for long rows --mesh.seq), a shorter --seq_len or a smaller --model"
+        f"no flag makes it fit with this optimizer ({least / GiB:.2f} GiB at the least): take more "
+        "devices (--mesh.fsdp; for long rows --mesh.seq), a shorter --seq_len, --optim.name="
+        "adafactor or a smaller --model"
     )
 
 
@@ -77,8 +78,10 @@ def _changes(config: Config, most_grad_accum: int, fastest: str) -> Iterator[Cha
             yield setting(f"--grad_accum={grad_accum}", grad_accum=grad_accum)
         grad_accum *= 2
     order = [remat for remat in REMAT if "offload" not in remat]
-    if config.remat in order:
-        for remat in order[order.index(config.remat) + 1 :]:
+    members = parse_remat(config.remat) if config.remat else ()
+    if members and {*members} <= {*order}:
+        most = min(map(order.index, members))
+        for remat in order[most + (len({*members}) == 1) :]:
             yield setting(f"--remat={remat}", remat=remat)
     if config.optim.name == "adamw" and config.optim.moment_dtype != "int8":
         int8 = dataclasses.replace(config.optim, moment_dtype="int8")

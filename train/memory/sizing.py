@@ -142,16 +142,18 @@ class Sizing:
             on_device, tiled = [*REMAT_BY_SPEED], self._mixes(config.seq_len, tokens)
             if self._in_scan(config, "dots"):  # a mix would need stacks of each policy
                 on_device = [remat for remat in on_device if "," not in remat]
-            if config.seq_len >= LONG_ROW:
-                on_device.remove("full")  # slower than mixes with tiles
             if config.scan_layers is False:  # which contradicts copies to the host
                 tiled = [remat for remat in tiled if "offload" not in remat]
         if config.tile_size is not None:
             tile_count(tokens, config.tile_size)
             return [], [(remat, config.tile_size) for remat in tiled]
         whole: list[Way] = [(remat, None) for remat in on_device]
+        long_row = config.seq_len >= LONG_ROW
         if tokens <= TILE_SIZE or not divides(tokens, TILE_SIZE):
-            return whole, []
+            further: list[Way] = [(remat, None) for remat in tiled if (remat, None) not in whole]
+            return whole, further if long_row else []
+        if long_row and config.remat is None:
+            whole.remove(("full", None))  # slower than mixes with tiles
         return whole, [(r, TILE_SIZE) for r in tiled if {*parse_remat(r)} <= {*IN_TILES}]
 
     def _in_scan(self, config: Config, remat: str) -> bool:

@@ -56,7 +56,7 @@ class Skips:
         raise FloatingPointError(
             f"{line['in_a_row']:.0f} steps in a row were skipped (--guard.patience="
             f"{self._patience}), the last one step {line['step']}: {what}; all are in "
-            f"{self._path}. The weights before them are saved: look at these documents, or go on "
+            f"{self._path}. The last finite weights are saved: look at these documents, or go on "
             "with a smaller --optim.lr"
         )
 

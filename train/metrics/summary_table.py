@@ -1,6 +1,7 @@
 """Table of runs: what ran where, with which speed, memory and loss; HTML or Markdown."""
 
 import logging
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -64,7 +65,7 @@ def _settings(config: Mapping[str, Any]) -> list[str]:
         for section in ("flags", "chosen")
     )
     try:
-        devices = chosen["mesh.data"] * chosen["mesh.fsdp"] * chosen["mesh.tensor"]
+        devices = math.prod(size for name, size in chosen.items() if name.startswith("mesh."))
         accum = f" in {flags['grad_accum']}" if flags["grad_accum"] > 1 else ""
         stored = f"{flags['param_dtype']} weights"
         if flags.get("lora.rank") or flags.get("lora.adapter"):

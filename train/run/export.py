@@ -12,10 +12,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from models.byte_tokenizer import ByteTokenizer
 from models.lora import adapter_params
+from models.tokenizer import load_tokenizer
 from models.weights.adapter_files import write_adapter
 from models.weights.llama import layout_of
 from models.weights.save import snapshot_hf
-from models.weights.sidecar_files import check_tokenizer, generation_config
+from models.weights.sidecar_files import generation_config
 from train.checkpoint.checksum import all_finite
 from train.checkpoint.exports import Write
 from train.run.resolve import Run
@@ -40,11 +41,11 @@ def export_assets(run: Run) -> Path | None:
     if not run.config.export_every or run.execution.lora is not None:
         return None
     named, found = run.config.tokenizer, None
-    for directory in (Path(named) if named else None, run.weights):
+    for directory in (run.weights, Path(named) if named else None):
         if directory is not None and directory.is_dir():
-            with contextlib.suppress(ValueError):  # another tokenizer
-                check_tokenizer(run.tokenizer.fingerprint, directory)
-                found = directory
+            with contextlib.suppress(ValueError, OSError):  # none
+                if load_tokenizer(directory).fingerprint == run.tokenizer.fingerprint:
+                    found = directory
     generation_config(found, run.model)
     if found is None and run.tokenizer.fingerprint != ByteTokenizer.fingerprint:
         log.warning(f"exports get no tokenizer: copy the files of {run.tokenizer.name} there")

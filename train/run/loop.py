@@ -86,12 +86,12 @@ def run(config: Config) -> None:
                     log.info(f"all {run.steps} steps are done: to train on, give more --steps")
                 else:
                     step = compile_training(run, tx, graphdef, state, len(loader.sources))
-                    exports.begin(start)
                     if config.export_every:  # compiles, and finds at once what would fail
                         take_export(run, assets, graphdef, state)
                     run.out.mkdir(parents=True, exist_ok=True)
                     run_lock.acquire()
                     check_still_new(run, saved)
+                    exports.begin(start)
                     evaluate = Evaluation(
                         validation.sets,
                         graphdef,

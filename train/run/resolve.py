@@ -18,6 +18,8 @@ from jaxattn.device import DeviceSpec, GiB, device_memory, host_memory
 from jaxattn.sharded import kv_copies
 from models.config import PRESETS, ModelConfig
 from models.execution import Execution
+from models.lora import LoRA
+from models.remat import parse_remat
 from models.tokenizer import Tokenizer
 from models.weights.abstract import abstract
 from models.weights.run_layout import find_checkpoint
@@ -48,6 +50,8 @@ GPU_MODEL, CPU_MODEL = "internlm2-1.8b", "nano"
 GPU_TOKENS = 32_768
 """Default tokens of a step for each GPU that holds its own rows: one row of the longest case."""
 CPU_TOKENS = 2_048
+_LR_OF = {"lion": 0.1}
+"""Factor of the default learning rate by optimizer."""
 FP8_CAPABILITY = (8, 9)
 """Lowest compute capability with 8-bit floating-point matrix products."""
 
@@ -212,6 +216,10 @@ def resolve(config: Config, devices: Sequence[jax.Device] | DeviceSpec | None = 
     sized: dict[str, Any] = {"mesh": mesh, "rows": rows, "dtype": dtype, "host": host}
 
     name = config.model
+    if name is None and config.lora.adapter is not None:
+        raise ValueError(
+            f"--lora.adapter={config.lora.adapter} needs --model, the base model that it belongs to"
+        )
     if name is None:
         sizing = Sizing(model=PRESETS[GPU_MODEL], attn="xla", **sized)
         need = sizing.plan(config, config.remat or "full").total
@@ -236,6 +244,13 @@ def resolve(config: Config, devices: Sequence[jax.Device] | DeviceSpec | None = 
         size = f"{plan.total / GiB:.1f} GiB"
         why = "the fastest that fits" if sizing.fits(plan, memory) else "which needs the least"
         notes.append(f"remat {remat}{tiles}: {why}, with {size}")
+    scan = in_scan(config.scan_layers, remat, on_gpu=on_gpu, seq_len=config.seq_len)
+    if scan and model.num_layers % (policies := len(parse_remat(remat))):
+        raise ValueError(
+            f"--remat={remat} has {policies} policies, whose number must divide the "
+            f"{model.num_layers} layers where they are one loop: take another number, or "
+            "--scan_layers=False"
+        )
     execution = Execution(
         attn=attn,
         deterministic=config.deterministic,
@@ -245,7 +260,7 @@ def resolve(config: Config, devices: Sequence[jax.Device] | DeviceSpec | None = 
         tile_size=tile_size,
         lora=lora,
         quantize=quantize_kind(config),
-        scan=in_scan(config.scan_layers, remat, on_gpu=on_gpu, seq_len=config.seq_len),
+        scan=scan,
         matmul=config.matmul,
     )
     abstract(model, execution, mesh=mesh)  # raises where the mesh does not divide the model
@@ -263,7 +278,7 @@ def resolve(config: Config, devices: Sequence[jax.Device] | DeviceSpec | None = 
         packed=attn != "cudnn",
         rows=rows,
         steps=config.steps if config.epochs is None else 0,
-        lr=config.optim.lr or _lr(name, weights) * (0.1 if config.optim.name == "lion" else 1.0),
+        lr=config.optim.lr or _lr(name, weights, lora) * _LR_OF.get(config.optim.name, 1.0),
         out=Path(config.out or default_out(config, name, weights)),
         plan=plan,
         memory=memory,
@@ -415,7 +430,7 @@ def _memories(device: jax.Device) -> set[str]:
     return {memory.kind for memory in device.addressable_memories()}
 
 
-def _lr(name: str, weights: Path | None) -> float:
+def _lr(name: str, weights: Path | None, lora: LoRA | None) -> float:
     if weights is not None:
-        return 2e-5
+        return 2e-5 if lora is None else 2e-4
     return 2e-3 if name == "nano" else 3e-4

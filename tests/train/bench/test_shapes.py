@@ -40,8 +40,11 @@ def test_dense_rows_are_one_document():
 def test_files_are_packed_as_for_training(tmp_path):
     file = tmp_path / "some.jsonl"
     file.write_text("".join(json.dumps({"text": "abc" * n}) + "\n" for n in range(1, 9)))
-    cell = dataclasses.replace(CELL, rows="data", data=(str(file),))
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(file.read_bytes())
+    cell = dataclasses.replace(CELL, rows="data", data=(str(file), str(copy)))
     made = batches(cell, 2)
+    assert made[0].sources is None  # the compiled step has no losses by file
     assert len(made) == STEPS and made[0].tokens.shape == (2, 32)
     assert any(len(np.unique(batch.segment_ids)) > 2 for batch in made)
     with pytest.raises(ValueError, match="no such data file"):

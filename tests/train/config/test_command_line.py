@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from models.remat import REMAT
 from train.config.command_line import parse_flags
 from train.config.config import Config
 from train.config.recipes import RECIPES
@@ -175,3 +176,10 @@ def test_config_of_a_run(tiny, finished):
 
 def test_no_file_is_no_change():
     assert parse_flags([]) == Config()
+
+
+@pytest.mark.parametrize("remat", REMAT)
+def test_every_remat_can_be_read_from_a_file(tmp_path, remat):
+    """Also "none", which is not the absence of a value."""
+    (tmp_path / "a.yaml").write_text(f"remat: {remat}\n")
+    assert parse_flags([f"--config={tmp_path / 'a.yaml'}"]).remat == remat

@@ -11,7 +11,7 @@ import pytest
 from jaxattn.device import GPUS
 from models.config import PRESETS
 from train.config.config import Config
-from train.config.sections import DataConfig, MeshConfig, OptimConfig
+from train.config.sections import DataConfig, LoRAConfig, MeshConfig, OptimConfig
 from train.run.resolve import choose_model, default_out, resolve
 
 DATA = Path(__file__).parents[2] / "data"
@@ -209,3 +209,23 @@ def test_memory_is_checked_by_the_run_alone():
     run = resolve(Config(model="internlm2-20b"))
     with pytest.raises(ValueError, match="the run needs about .* GiB per device"):
         run.check_memory()
+
+
+def test_a_mix_of_policies_divides_the_layers_of_a_loop():
+    with pytest.raises(ValueError, match="--remat=full,full,dots has 3 policies, .* the 4 layers"):
+        resolve(Config(model="nano", remat="full,full,dots", scan_layers=True))
+
+
+def test_an_adapter_needs_its_base_model():
+    with pytest.raises(ValueError, match="--lora.adapter=here needs --model, the base model"):
+        resolve(Config(lora=LoRAConfig(adapter="here")))
+
+
+def test_long_rows_in_short_parts_may_recompute_all():
+    """7B over four small GPUs: parts of 16,384 tokens need no tiles, and "full" fits."""
+    optim = OptimConfig(moment_dtype="int8")
+    config = Config(
+        model="internlm2-7b", seq_len=65536, mesh=MeshConfig(seq=4), param_dtype="bf16", optim=optim
+    )
+    run = resolve(config, GPUS["rtx4090"])
+    assert run.memory_advice is None and run.execution.tile_size is None
