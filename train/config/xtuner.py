@@ -234,7 +234,7 @@ def _dtype(value: Any, facts: Facts, owner: str) -> Outcome | None:
     return Outcome(reason="float16 is not supported; bfloat16 is used on a GPU", lost=True)
 
 
-def _last_rate(value: float, facts: Facts, owner: str) -> Outcome:
+def _last_rate(value: int | float, facts: Facts, owner: str) -> Outcome:
     rate = facts.get("lr")
     if not rate:
         return Outcome(reason="lr is not known: give --optim.min_lr_ratio", lost=True)
@@ -250,7 +250,7 @@ def _scheduler(value: Any, facts: Facts, owner: str) -> Outcome | None:
     return Outcome(reason="another schedule: see --optim.schedule", lost=True)
 
 
-def _end(value: float, facts: Facts, owner: str) -> Outcome | None:
+def _end(value: int | float, facts: Facts, owner: str) -> Outcome | None:
     """End of a scheduler, in epochs."""
     epochs = facts.get("max_epochs")
     if owner != "LinearLR":
@@ -262,7 +262,7 @@ def _end(value: float, facts: Facts, owner: str) -> Outcome | None:
     return Outcome({"optim.warmup_ratio": float(f"{value / epochs:.6g}")})
 
 
-def _begin(value: float, facts: Facts, owner: str) -> Outcome | None:
+def _begin(value: int | float, facts: Facts, owner: str) -> Outcome | None:
     if owner == "LinearLR" and value:
         return Outcome(reason="a warm-up begins at the first step", lost=True)
     return None

@@ -114,13 +114,13 @@ def test_long_rows_are_checked_against_the_host():
     """
     h200 = dataclasses.replace(GPUS["h200"], memory_fraction=0.92)
     optim = OptimConfig(moment_dtype="int8")
-    config = Config(model="internlm2-7b", seq_len=262_144, rope_factor=8, param_dtype="bf16")
+    config = Config(model="internlm2-7b", seq_len=262_144, rope_factor=8.0, param_dtype="bf16")
     config = dataclasses.replace(config, batch_size=1, optim=optim)
     run = resolve(config, h200)
     assert run.execution.remat == "offload,offload,offload,attention"
     assert run.execution.tile_size == 16_384 and run.execution.scan
     run.check_memory()
-    small = dataclasses.replace(h200, host_memory=64)
+    small = dataclasses.replace(h200, host_memory=64.0)
     run = resolve(dataclasses.replace(config, remat="offload_input"), small)
     with pytest.raises(
         ValueError, match="on the host 64.00;.*51.20 GiB of the host: take --remat="
@@ -128,7 +128,7 @@ def test_long_rows_are_checked_against_the_host():
         run.check_memory()
     assert "\n" not in str(why.value)
     with pytest.raises(ValueError, match="tile_size=16384 does not divide a row of 262,147 tokens"):
-        resolve(dataclasses.replace(config, seq_len=262_147, tile_size=16_384, rope_factor=9), h200)
+        resolve(dataclasses.replace(config, seq_len=262_147, tile_size=16_384, rope_factor=9.0), h200)
 
 
 def test_offload_needs_pinned_memory(tiny, monkeypatch):

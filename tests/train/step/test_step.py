@@ -116,19 +116,20 @@ def test_eight_devices_equal_one(trainer, reference, sizes, grad_accum, attn):
     _close(got[2], reference[2])
 
 
-def test_a_run_resumes_on_another_seq(trainer, packed_rows, tmp_path):
+def test_a_run_resumes_on_another_seq(trainer, tmp_path):
     """From seq 1 to 4 to 2, by a checkpoint each time: the losses of one device throughout."""
     step, like = trainer.step(ONE)
     state, want = trainer.state(like), []
     for _ in range(3):
-        state, metrics = step(state, put_batch(packed_rows, grad_accum=1, mesh=like.mesh))
+        state, metrics = step(state, put_batch(trainer.rows, grad_accum=1, mesh=like.mesh))
         want.append(float(metrics["loss"]))
     got = []
     for sizes, accum, attn in ((ONE, 1, "xla"), (SEQ_4, 2, "eager"), (SEQ_2, 1, "xla")):
         step, like = trainer.step(sizes, accum, attn)
         with Checkpoints(tmp_path, keep_last=1) as checkpoints:
             state = checkpoints.restore(like)[0] if got else trainer.state(like)
-            state, metrics = step(state, put_batch(packed_rows, grad_accum=accum, mesh=like.mesh))
+            batch = put_batch(trainer.rows, grad_accum=accum, mesh=like.mesh)
+            state, metrics = step(state, batch)
             got.append(float(metrics["loss"]))
             if len(got) < len(want):
                 checkpoints.save(state, data={"row": 8 * len(got)}, identity={})
