@@ -167,8 +167,8 @@ class Config:
 
     tile_size: Annotated[int | None, chosen("INT")] = None
     """Most tokens of a row for which a layer's matrix products are computed at once; attention
-    always takes the whole row. A multiple of the tokens of a row: no tiles. By default 16,384 where
-    the whole row does not fit the device, else no tiles."""
+    always takes the whole row. At least the tokens of a row on one device: no tiles. By default
+    16,384 where the whole row does not fit the device, else no tiles."""
 
     scan_layers: Annotated[bool | None, chosen("{True,False}")] = None
     """Compile one layer for all layers (a scan): compiles faster, and runs slower unless rows are
