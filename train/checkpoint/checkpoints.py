@@ -95,10 +95,12 @@ class Checkpoints:
         names = sorted(identity.keys() | theirs.keys())
         differ = [n for n in names if identity.get(n) != theirs.get(n)]
         if differ:
+            shown = [{n: x[n] for n in differ if x.get(n) is not None} for x in (theirs, identity)]
+            pairs = [(n, *(x.get(n, "none") for x in shown)) for n in differ]
             raise ValueError(
                 f"{self._dir.parent} holds a checkpoint of another run (step {self.latest}): "
-                + ", ".join(f"{n} is {theirs.get(n)} there, {identity.get(n)} here" for n in differ)
-                + "; choose another --out, or the same flags"
+                + ", ".join(f"{name} is {there} there, {here} here" for name, there, here in pairs)
+                + "; choose another --out, or use the same flags"
             )
         ours, of_theirs = code_version(), run["code"]
         changed = [n for n in ours if ours[n] != of_theirs.get(n)]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 import jaxattn
+from models.lora import adapter_params_count
 from models.sharding import spec
 from train.atomic import replace_text
 from train.config.words import flatten_config
@@ -28,10 +29,14 @@ def describe_run(run: Run) -> list[str]:
     config = run.config
     mesh = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
     accum = "" if config.grad_accum == 1 else f" in {config.grad_accum} microbatches"
+    parameters, lora, trained = run.model.num_params(), run.execution.lora, ""
+    if lora is not None:
+        count = adapter_params_count(lora, run.model)
+        trained = f", beside {count:,} trained in adapters ({count / parameters:.2%})"
     return [
         *run.notes,
         f"{run.name}{' from random weights' * (run.weights is None)}: "
-        f"{run.model.num_params():,} parameters on {run.mesh.size} {run.device.device_kind} "
+        f"{parameters:,} parameters{trained} on {run.mesh.size} {run.device.device_kind} "
         f"({mesh}), {run.execution.dtype} compute, attention {run.execution.attn}; {run.rows} rows "
         f"x {config.seq_len} tokens a step{accum}; peak learning rate {run.lr:g}; tokenizer "
         f"{run.tokenizer.name}",

@@ -93,7 +93,7 @@ def test_other_weights_are_refused(tiny_run, copy, monkeypatch, capsys):
     """The identity of a run has the fingerprint of the weights that it began from."""
     identity_of = resume.identity_of
     monkeypatch.setattr(loop, "identity_of", lambda r: identity_of(r) | {"weights": "b" * 16})
-    with pytest.raises(ValueError, match="weights is None there, bbbb.* here; choose another"):
+    with pytest.raises(ValueError, match="weights is none there, bbbb.* here; choose another"):
         run(tiny_run(copy))
 
 
