@@ -11,6 +11,7 @@ CELL = Cell(
     mesh=None,
     remat="full",
     scan_layers=True,
+    tile_size=None,
     dtype="float32",
     matmul="bf16",
     param_dtype="fp32",

@@ -82,8 +82,11 @@ class BenchConfig:
     remat: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="")] = ()
     """Rematerialization policies, as in train.main. By default the fastest that fits."""
 
-    scan_layers: bool = False
+    scan_layers: Annotated[bool | None, chosen("{True,False}")] = None
     """Compile one layer for all layers, as in train.main."""
+
+    tile_size: Annotated[int | None, chosen("INT")] = None
+    """Most tokens of a row for which matrix products are computed at once, as in train.main."""
 
     dtype: Annotated[Literal["bfloat16", "float32"] | None, chosen("{bfloat16,float32}")] = None
     """Compute dtype. By default bfloat16 on a GPU, else float32."""
@@ -203,6 +206,7 @@ def cells_of(config: BenchConfig, *, on_gpu: bool) -> Iterator[Cell]:
             rows=rows,
             remat=remat,
             scan_layers=config.scan_layers,
+            tile_size=config.tile_size,
             dtype=config.dtype or ("bfloat16" if on_gpu else "float32"),
             matmul=config.matmul,
             param_dtype=config.param_dtype,

@@ -6,6 +6,7 @@ takes the time that a run waits when it starts again.
 """
 
 import dataclasses
+import math
 import sys
 import time
 from typing import Any
@@ -14,6 +15,7 @@ import jax
 
 from jaxattn.bench import harness
 from jaxattn.device import GiB
+from models.config import PRESETS
 from train.bench.shapes import (
     FIRST_LOSSES,
     Cell,
@@ -36,7 +38,7 @@ from train.step.step import put_batch
 RATE, STEPS = 1e-4, 100  # learning rate and steps of the run; they do not change the time
 OPTIONS = (
     *("attn", "seq_len", "grad_accum", "dtype", "param_dtype", "z_loss", "deterministic", "remat"),
-    *("model", "matmul", "base_dtype"),
+    *("model", "matmul", "base_dtype", "scan_layers", "tile_size"),
 )
 """Fields of a cell that are flags of train.main."""
 
@@ -69,7 +71,7 @@ class Program:
             batch_size=cell.batch_size * mesh.data * (mesh.fsdp or len(devices)),
             steps=STEPS,
             mesh=mesh,
-            scan_layers=None if "offload" in (cell.remat or "") else cell.scan_layers,
+            rope_factor=_rope_factor(cell),
             optim=OptimConfig(**optim),
             lora=cell.lora,
             **options,
@@ -79,7 +81,12 @@ class Program:
             raise NotImplementedError("cudnn has no document mask, take --rows=dense")
         self.run = dataclasses.replace(run, packed=cell.rows != "dense")
         execution = run.execution
-        self.cell = dataclasses.replace(cell, remat=execution.remat, scan_layers=execution.scan)
+        self.cell = dataclasses.replace(
+            cell,
+            remat=execution.remat,
+            scan_layers=execution.scan,
+            tile_size=execution.tile_size,
+        )
 
     def compile(self) -> tuple[jax.stages.Compiled, dict[str, Any]]:
         """Compile the step.
@@ -135,6 +142,14 @@ class Program:
         }
 
 
+def _rope_factor(cell: Cell) -> float | None:
+    """Return the factor that rows beyond the positions of the model need; None for others."""
+    model = PRESETS[cell.model]
+    factor = cell.seq_len / model.max_position_embeddings
+    known = model.rope_scaling.factor if model.rope_scaling else 1.0
+    return float(math.ceil(factor)) if factor > known else None
+
+
 def _needed(compiled: jax.stages.Compiled) -> int:
     """Return bytes per device: arguments, outputs without donated ones, temporary memory."""
     found = compiled.memory_analysis()
@@ -164,7 +179,8 @@ def main() -> None:
     def measure() -> harness.Cell:
         nonlocal program
         program = Program(cell)
-        chosen = {"remat": program.cell.remat, "scan_layers": program.cell.scan_layers}
+        names = ("remat", "scan_layers", "tile_size")
+        chosen = {name: getattr(program.cell, name) for name in names}
         return chosen | (program.compile()[1] if only_compile else program.measure())
 
     def out_of_memory() -> str:

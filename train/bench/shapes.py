@@ -57,10 +57,13 @@ class Cell:
     """One document each, documents of log-normal length, or packed files."""
 
     remat: str | None
-    """Key of `models.remat.REMAT`; None: the fastest that fits."""
+    """Key of `models.remat.REMAT`, or several with commas; None: the fastest that fits."""
 
-    scan_layers: bool
-    """Compile one layer for all layers."""
+    scan_layers: bool | None
+    """Compile one layer for all layers; None: as train.main."""
+
+    tile_size: int | None
+    """Tokens of a tile; None: as train.main."""
 
     dtype: str
     """Compute dtype."""

@@ -15,7 +15,7 @@ KEY = (
 )
 LATER = {
     **{"grad_accum": 1, "z_loss": 0.0, "deterministic": False, "matmul": "bf16"},
-    **{"lora_rank": None, "base_dtype": None, "mesh": None},
+    **{"lora_rank": None, "base_dtype": None, "mesh": None, "tile_size": None},
 }
 """Fields that identify a cell, with the values of files without them. A new cell replaces an old
 one with the same fields."""
@@ -72,11 +72,12 @@ def read(out: Path, device: str) -> list[Cell]:
 
 
 def key(cell: Cell) -> Iterable[tuple]:
-    """Yield the key of a cell, then that of its refusal before a remat was chosen."""
+    """Yield the key of a cell, then those of its refusal before the open choices were made."""
     full = LATER | cell
     if cell["attn"] in TORCH:  # chosen by the memory, as its remat is
         full["grad_accum"] = 1
-    for same in (full, full | {"remat": None}):
+    open_choices = {"remat": None, "scan_layers": None, "tile_size": None}
+    for same in (full, full | {"remat": None}, full | open_choices):
         yield tuple(json.dumps(same[name]) for name in (*KEY, *LATER))
 
 
@@ -249,6 +250,7 @@ def _stored(cell: Cell) -> str:
     name += "".join(f", {option}" for option in ("z_loss", "deterministic") if cell.get(option))
     name += ", fp8" if cell.get("matmul") == "fp8" else ""
     name += f", {cell['mesh']}" if cell.get("mesh") else ""
+    name += f", tiles of {cell['tile_size']:,}" if cell.get("tile_size") else ""
     if cell.get("lora_rank"):
         base = cell["base_dtype"] or cell["dtype"]
         return f"LoRA {cell['lora_rank']} on {base}, {cell['state']}{name}"

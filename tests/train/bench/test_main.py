@@ -36,7 +36,12 @@ def test_two_calls_make_one_table(tmp_path, capsys, children, without_torch):
     text = tmp_path / "some.jsonl"
     text.write_text("".join(json.dumps({"text": "abc" * n}) + "\n" for n in range(1, 11)))
     again = ["--attn", "xla", "torch_sdpa", "--rows", "data", "--data", str(text), "--remat=full"]
-    compact = ["--optim.moment_dtype=int8", "--param_dtype=bf16", "--no_cached", "--scan_layers"]
+    compact = [
+        "--optim.moment_dtype=int8",
+        "--param_dtype=bf16",
+        "--no_cached",
+        "--scan_layers=True",
+    ]
     compact += ["--grad_accum=2", "--z_loss=0.01", "--deterministic"]
     assert bench.main([*flags, *again, *compact]) == 0
     cells = json.loads((tmp_path / "bench.json").read_text())["cells"]
