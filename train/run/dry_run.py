@@ -9,6 +9,7 @@ import jax
 
 from jaxattn.device import GPUS, DeviceSpec, GiB
 from train.config.config import Config
+from train.config.words import flatten_config
 from train.distributed import device
 from train.run.build import abstract_training, compile_training
 from train.run.repeat import as_command, as_yaml
@@ -38,7 +39,12 @@ def dry_run(config: Config) -> bool:
 
 def print_config(config: Config, notes: Sequence[str]) -> None:
     """Print the flags that repeat a run as YAML, with notes as comments; errors as in `dry_run`."""
-    _print(*(f"# {note}" for note in notes), as_yaml(_resolve(config)).rstrip())
+    run, given = _resolve(config), flatten_config(config)
+    chosen = [flag for flag in run.chosen() if given[flag] in (None, "auto")]
+    if chosen:
+        note = f"chosen for {run.device.device_kind}: {', '.join(chosen)}"
+        notes = (*notes, note, "without these lines another machine makes its own choice")
+    _print(*(f"# {note}" for note in notes), as_yaml(run).rstrip())
 
 
 def _resolve(config: Config) -> Run:

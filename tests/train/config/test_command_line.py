@@ -156,7 +156,8 @@ def test_what_repeats_a_run(flags, tiny, tmp_path, monkeypatch, capsys):
         (tmp_path / file).write_text("text")
     run = resolve(parse_flags(["--model=tiny", *flags]))
     assert main(["--model=tiny", *flags, "--print_config"]) == 0
-    printed = capsys.readouterr().out
+    comment, remark, printed = capsys.readouterr().out.split("\n", 2)
+    assert comment.startswith("# chosen for cpu: ") and remark.startswith("# without these lines")
     again = resolve(parse_flags([write(tmp_path, printed)]))
     assert as_yaml(again) == as_yaml(run) == printed
     assert as_command(again) == as_command(run)
