@@ -120,6 +120,14 @@ class ModelConfig:
                 "rotary embedding turns pairs"
             )
 
+    def differences(self, other: "ModelConfig") -> list[str]:
+        """Return the fields in which a base model differs from this one.
+
+        The rotary scaling does not count: training may extend it (--rope_factor).
+        """
+        names = (field.name for field in dataclasses.fields(self) if field.name != "rope_scaling")
+        return [name for name in names if getattr(self, name) != getattr(other, name)]
+
     @property
     def head_dim(self) -> int:
         """Return the width of one head (H)."""

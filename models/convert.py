@@ -6,7 +6,6 @@ checkpoint of a training run, becomes a HF directory.
 """
 
 import contextlib
-import dataclasses
 import logging
 import math
 import signal
@@ -169,9 +168,7 @@ def _convert_adapter(
             of_base, stored, parameters = base_run.config, "float32", base_run.parameters()
         else:
             of_base, stored, parameters = hf_parameters(base, progress=False)
-        of_base = dataclasses.replace(of_base, rope_scaling=config.rope_scaling)  # --rope_factor
-        if of_base != config:
-            changed = [f for f, v in vars(config).items() if v != getattr(of_base, f)]
+        if changed := config.differences(of_base):
             raise ValueError(
                 f"--merge={base} is another base model: {', '.join(changed)} differ from the run's"
             )

@@ -147,10 +147,8 @@ def _products_backward(out, residuals, dys):
     x_q = _from_bits(x_bits)
     dxs, dws = [], []
     for w, scale, dy in zip(weights, scales, dys, strict=True):
-        dy_q, w_q = (
-            quantise(dy, scale_of(largest(dy), GRADIENT), GRADIENT),
-            quantise(w, scale, ACTIVATION),
-        )
+        dy_q = quantise(dy, scale_of(largest(dy), GRADIENT), GRADIENT)
+        w_q = quantise(w, scale, ACTIVATION)
         dxs.append(_times_transposed(dy_q, w_q, dy.dtype, like=x_q.values))
         dws.append(_sum_over_tokens(x_q, dy_q, like=w))
     return functools.reduce(operator.add, dxs), tuple(dws), None

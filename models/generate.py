@@ -27,7 +27,7 @@ from models.execution import Execution
 from models.internlm2 import InternLM2
 from models.sampling import Sampling, sample
 from models.terminal import escape_control, set_up_streams
-from models.tokenizer import Tokenizer, load_tokenizer
+from models.tokenizer import Tokenizer, load_given_or
 from models.unstack import unstack_layers
 from models.weights.hf_files import eos_ids
 from models.weights.load import check_loadable, load
@@ -232,14 +232,7 @@ def _tokenizer(directory: Path, spec: str | None) -> Tokenizer:
     if run is None:
         check_loadable(directory)
     own = directory if run is None else run.tokenizer_spec or directory
-    try:
-        tokenizer = load_tokenizer(spec or own)
-    except FileNotFoundError as error:
-        if spec is not None:
-            raise
-        raise ValueError(
-            f"{error}: name one with --tokenizer ('byte' for a model that was trained on bytes)"
-        ) from error
+    tokenizer = load_given_or(spec, own)
     if run is not None and run.tokenizer not in (None, tokenizer.fingerprint):
         raise ValueError(
             f"tokenizer {tokenizer.name} is not the one that {directory} was trained with, which "

@@ -60,6 +60,27 @@ class Tokenizer(Protocol):
         ...
 
 
+def load_given_or(spec: str | None, default: str | Path) -> Tokenizer:
+    """Load the tokenizer of --tokenizer, or a default.
+
+    Args:
+      spec: --tokenizer, as for `load_tokenizer`; None: the default.
+      default: of the model, as for `load_tokenizer`.
+
+    Raises:
+      FileNotFoundError, ValueError: as for `load_tokenizer`; a default that is missing is a
+        ValueError that names the flag.
+    """
+    try:
+        return load_tokenizer(spec or default)
+    except FileNotFoundError as error:
+        if spec is not None:
+            raise
+        raise ValueError(
+            f"{error}: name one with --tokenizer ('byte' for a model that was trained on bytes)"
+        ) from error
+
+
 def load_tokenizer(spec: str | Path) -> Tokenizer:
     """Load a tokenizer.
 

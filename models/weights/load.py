@@ -1,6 +1,7 @@
 """Loading of HF checkpoints into sharded device arrays, one tensor at a time."""
 
 import dataclasses
+import functools
 from collections.abc import Collection, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,11 @@ from models.execution import INFERENCE, Execution
 from models.files import read_json
 from models.internlm2 import InternLM2, with_new_adapters
 from models.lora import with_adapter_params
-from models.quantize import is_quantized, quantize_like, quantize_stack
+from models.quantize import is_quantized, quantize_like
 from models.weights import llama
 from models.weights.abstract import abstract, fill, named_params
 from models.weights.hf_files import BIN_INDEX, BIN_SINGLE, INDEX, SINGLE, HFDirectory
-from models.weights.orbax_checkpoint import is_orbax, load_orbax
+from models.weights.orbax_checkpoint import fill_with, is_orbax, load_orbax
 from models.weights.table import Weight, find_param, hf_tensors, is_known_extra, table
 from models.weights.train_checkpoint import TrainCheckpoint, find_run, read_adapter
 
@@ -45,8 +46,8 @@ def load(
 
     The weights of a run are those of its latest checkpoint; a run with adapters is loaded with its
     base model. With `adapter`, a PEFT directory or a run, the model has its adapters:
-    `execution.lora` is then replaced. Otherwise `execution.lora` gets new adapters, which are drawn
-    from `seed`.
+    `execution.lora` is then replaced, and a run brings its rotary scaling. Otherwise
+    `execution.lora` gets new adapters, which are drawn from `seed`.
 
     Raises:
       ValueError: the directory is a LoRA adapter, or a run whose base model is not there; or as for
@@ -66,11 +67,17 @@ def load(
         lora, params = read_adapter(adapter, config)
         execution = dataclasses.replace(execution, lora=lora)
     if run is not None:
-        model = _load_run(run, execution=execution, mesh=mesh, seed=seed)
+        read = functools.partial(_parameters, run)
+        model = fill_with(read, run.config, execution=execution, mesh=mesh, seed=seed)
     else:
         loader = load_orbax if is_orbax(directory) else load_hf
         model = loader(directory, execution=execution, mesh=mesh, progress=progress, seed=seed)
-    return model if params is None else with_adapter_params(model, params)
+    if adapter is None or params is None:
+        return model
+    if trained := find_run(adapter):  # with its --rope_factor
+        scaling = trained.config.rope_scaling
+        model.config = dataclasses.replace(model.config, rope_scaling=scaling)
+    return with_adapter_params(model, params)
 
 
 def _base(directory: Path, run: TrainCheckpoint, adapter: Path | None) -> Path:
@@ -85,15 +92,8 @@ def _base(directory: Path, run: TrainCheckpoint, adapter: Path | None) -> Path:
     return Path(run.base)
 
 
-def _load_run(
-    run: TrainCheckpoint, *, execution: Execution, mesh: Mesh | None, seed: int
-) -> InternLM2:
-    model = abstract(run.config, execution, mesh=mesh)
-    stored = abstract(run.config, dataclasses.replace(execution, quantize=None), mesh=mesh)
-    like = named_params(model)
-    parameters = run.parameters(named_params(stored))
-    values = {path: quantize_stack(like[path], value) for path, value in parameters}
-    return with_new_adapters(fill(model, values), seed=seed, mesh=mesh)
+def _parameters(run: TrainCheckpoint, stored: InternLM2) -> Generator[tuple[str, jax.Array]]:
+    return run.parameters(named_params(stored))
 
 
 def check_loadable(directory: Path) -> None:

@@ -5,7 +5,7 @@ arrays only as a whole: so writing and reading need memory for one parameter.
 """
 
 import dataclasses
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 
 import jax
@@ -65,14 +65,37 @@ def load_orbax(
     """
     directory = Path(directory)
     config = ModelConfig.from_hf(read_json(directory / CONFIG))
+
+    def read(stored: InternLM2) -> Generator[tuple[str, jax.Array]]:
+        total = len(named_params(stored))
+        yield from tqdm(
+            _read(directory, stored), "loading", total, unit="parameter", disable=not progress
+        )
+
+    return fill_with(read, config, execution=execution, mesh=mesh, seed=seed)
+
+
+def fill_with(
+    read: Callable[[InternLM2], Generator[tuple[str, jax.Array]]],
+    config: ModelConfig,
+    *,
+    execution: Execution,
+    mesh: Mesh | None,
+    seed: int,
+) -> InternLM2:
+    """Create a model from whole parameters, each quantised once it is read.
+
+    Args:
+      read: from a model of ShapeDtypeStructs that is not quantised, yields (path, parameter).
+      config: the architecture.
+      execution: as for `models.weights.load.load_hf`.
+      mesh: devices to shard the weights over; None: the default device.
+      seed: of the new adapters, if `execution.lora` asks for adapters.
+    """
     model = abstract(config, execution, mesh=mesh)
-    stored = abstract(config, dataclasses.replace(execution, quantize=None), mesh=mesh)
-    total = len(named_params(model))
-    parameters = tqdm(
-        _read(directory, stored), "loading", total, unit="parameter", disable=not progress
-    )
     like = named_params(model)
-    values = {path: quantize_stack(like[path], value) for path, value in parameters}
+    stored = abstract(config, dataclasses.replace(execution, quantize=None), mesh=mesh)
+    values = {path: quantize_stack(like[path], value) for path, value in read(stored)}
     return with_new_adapters(fill(model, values), seed=seed, mesh=mesh)
 
 

@@ -82,9 +82,7 @@ class TrainCheckpoint:
         Raises:
           ValueError: names the fields in which the architectures differ.
         """
-        mine = dataclasses.asdict(self.config)
-        other = dataclasses.asdict(config) | {"rope_scaling": mine["rope_scaling"]}  # --rope_factor
-        if changed := [n for n, v in other.items() if v != mine[n]]:
+        if changed := self.config.differences(config):
             raise ValueError(
                 f"{self.path} has adapters of another base model: {', '.join(changed)} differ"
             )

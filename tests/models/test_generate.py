@@ -13,7 +13,7 @@ from models import generate as command
 from models.execution import Execution
 from models.generate import generate, stop_ids_of
 from models.sampling import Sampling
-from models.tokenizer import ByteTokenizer
+from models.tokenizer import ByteTokenizer, load_tokenizer
 from models.weights.load import load_hf
 
 SPM = Path(__file__).parents[1] / "data" / "tokenizer_tiny_spm"
@@ -136,7 +136,7 @@ def test_command_prints_what_generate_returns(directory, capsys):
     argv = [str(directory), "--prompt", "Hello", "--max_new_tokens=8", "--dtype=float32"]
     assert command.main(argv) == 0
     out = capsys.readouterr().out
-    tokenizer = command.load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory)
     model = load_hf(directory, execution=Execution(dtype="float32"))
     (new,) = generate(
         model,

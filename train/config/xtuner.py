@@ -20,7 +20,7 @@ from train.config.words import flag_kinds, flag_words, shell
 
 
 class Outcome(NamedTuple):
-    """What became of a setting: flags, or the reason why it has none."""
+    """Hold the flags that a setting became, or the reason why it has none."""
 
     flags: Mapping[str, Any] = {}
     reason: str = ""
@@ -37,7 +37,7 @@ Rule = Callable[[Any, Facts, str], Outcome | None]
 
 @dataclasses.dataclass
 class XTunerConfig:
-    """What an XTuner config says.
+    """Hold the flags and the other settings of an XTuner config.
 
     Attributes:
       flags: values by flag.

@@ -1,1 +1,1 @@
-"""What a run needs of a device's memory, before anything is compiled, and what to change."""
+"""Plan the memory of a run before anything is compiled, and suggest flags that make it fit."""

@@ -1,4 +1,4 @@
-"""What a training step needs, per device, before anything is compiled.
+"""Plan the memory of a training step, per device, before anything is compiled.
 
 An estimate from shapes. Weights, optimizer and what remat keeps are there all the time; the logits
 are gone before the gradients grow, and activations before the weights are updated. So the fullest
@@ -54,7 +54,7 @@ class Plan:
     """Over fsdp and seq: the embedding table, and one block's weights and gradients."""
 
     activations: int
-    """What remat keeps of every block."""
+    """Saved activations of all blocks."""
 
     logits: int
     """One chunk of logits and its gradient, the output matrix and its float32 gradient."""
@@ -73,7 +73,7 @@ class Plan:
     weights, which are gone by then."""
 
     host: int
-    """What remat keeps in the host's memory, for each device; not part of the total."""
+    """Saved activations in host memory, for each device; not part of the total."""
 
     @property
     def fullest(self) -> tuple[str, dict[str, int]]:

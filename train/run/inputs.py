@@ -8,7 +8,7 @@ from models.byte_tokenizer import BYTE
 from models.config import PRESETS, ModelConfig, RopeScaling
 from models.files import read_json
 from models.lora import LoRA
-from models.tokenizer import Tokenizer, load_tokenizer
+from models.tokenizer import Tokenizer, load_given_or
 from models.weights.train_checkpoint import find_run, read_adapter
 from train.config.sections import DataConfig, LoRAConfig
 from train.data.files.readers import check_path
@@ -120,14 +120,7 @@ def read_tokenizer(spec: str | None, weights: Path | None, model: str) -> Tokeni
         ValueError: The weights have no tokenizer.
         OSError: The tokenizer cannot be read.
     """
-    try:
-        return load_tokenizer(spec or default_tokenizer(model, weights))
-    except FileNotFoundError as error:
-        if spec is not None:
-            raise
-        raise ValueError(
-            f"{error}: name one with --tokenizer ('byte' for a model that was trained on bytes)"
-        ) from error
+    return load_given_or(spec, default_tokenizer(model, weights))
 
 
 def check_vocabulary(tokenizer: Tokenizer, model: ModelConfig, name: str) -> None:

@@ -85,7 +85,7 @@ class Run:
     """Attention implementation, dtypes, remat and scan of the training step."""
 
     attn_reason: str
-    """Why `execution.attn` runs."""
+    """Reason for `execution.attn`."""
 
     packed: bool
     """True if a row may hold several documents, so that attention gets segment ids."""

@@ -1,4 +1,4 @@
-"""What --model and --tokenizer may be: a run, a config.json, a directory; each without detours."""
+"""Values of --model and --tokenizer: a run, a config.json, a directory of weights."""
 
 import dataclasses
 import json

@@ -107,9 +107,12 @@ def test_another_base_is_refused(config, base, tmp_path):
 
 
 def test_an_adapter_is_exported_merged_and_continued(config, base, tiny, tmp_path, exact_products):
-    """Convert writes a PEFT directory, or whole weights that compute the same as both together."""
+    """Convert writes a PEFT directory, or whole weights that compute the same as both together.
+
+    The positions that --rope_factor adds are those of the run, not of its base.
+    """
     out, tokens = tmp_path / "run", np.arange(48).reshape(2, 24) % 320
-    run(config(out))
+    run(config(out, rope_factor=7.0))
     remark = convert(out, tmp_path / "adapter")
     assert "PEFT adapter" in remark and str(base / "one") in remark
     options = Execution(dtype="float32", param_dtype="float32", attn="xla")
@@ -125,6 +128,9 @@ def test_an_adapter_is_exported_merged_and_continued(config, base, tiny, tmp_pat
         np.testing.assert_array_equal(*map(np.asarray, pair))
     of_run = load(out, execution=options)  # the adapters with their base
     np.testing.assert_array_equal(np.asarray(of_run(tokens)), np.asarray(both(tokens)))
+    for extended in (merged, of_run):
+        scaling = extended.config.rope_scaling
+        assert scaling is not None and scaling.factor == 7.0
     more, advice = tmp_path / "more", f"take --model={base / 'one'} --lora.adapter={out};"
     with pytest.raises(ValueError, match=f"is a run with adapters: .*{re.escape(advice)}"):
         run(config(more, model=str(out)))
