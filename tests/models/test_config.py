@@ -23,8 +23,10 @@ def test_presets_have_the_published_parameter_counts(preset, params):
 
 
 def test_released_presets_have_heads_of_128():
-    assert [c.head_dim for c in PRESETS.values()] == [64, 128, 128, 128]
-    assert [c.group_size for c in PRESETS.values()] == [2, 2, 4, 6]
+    # Fixtures of other tests add "tiny" for their session.
+    presets = [config for name, config in PRESETS.items() if name != "tiny"]
+    assert [c.head_dim for c in presets] == [64, 128, 128, 128]
+    assert [c.group_size for c in presets] == [2, 2, 4, 6]
 
 
 def test_from_hf_reads_a_released_config(tiny_dir):
