@@ -1,6 +1,7 @@
 """Turn the failures of orbax and tensorstore into one line."""
 
 import contextlib
+import functools
 import gc
 import itertools
 import logging
@@ -30,28 +31,37 @@ _AFTER_FAILURE = ("Event loop is closed", "Encountered error while reading array
 def quiet_orbax() -> Iterator[None]:
     """Drop orbax's tracebacks while the block runs; orbax raises each failure as well.
 
-    Records of other libraries in the same loggers pass. Logging, warnings and the hook for
-    unraisable exceptions are as before when the block ends.
+    Records of other libraries in the same loggers pass. Logging and warnings are as before when
+    the block ends.
     """
+    _drop_late_results()
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
+        for logger in loggers:
+            logger.addFilter(_not_from_orbax)
+        try:
+            yield
+        finally:
+            gc.collect()  # abandoned coroutines warn when they are collected
+            for logger in loggers:
+                logger.removeFilter(_not_from_orbax)
+
+
+@functools.cache
+def _drop_late_results() -> None:
+    """Drop the tracebacks of tensorstore's threads, until the process ends.
+
+    Orbax closes its event loop when the first array of a restore fails. Threads that read other
+    arrays then fail to deliver their results, at any time later.
+    """
     hook = sys.unraisablehook
 
     def quiet_hook(unraisable) -> None:
         if not any(text in str(unraisable.exc_value) for text in _AFTER_FAILURE):
             hook(unraisable)
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
-        for logger in loggers:
-            logger.addFilter(_not_from_orbax)
-        sys.unraisablehook = quiet_hook
-        try:
-            yield
-        finally:
-            gc.collect()  # abandoned coroutines warn when they are collected
-            sys.unraisablehook = hook
-            for logger in loggers:
-                logger.removeFilter(_not_from_orbax)
+    sys.unraisablehook = quiet_hook
 
 
 def cause(error: Exception) -> str:
