@@ -32,6 +32,7 @@ from train.step.lr_schedule import schedule
 from train.step.optim import optimizer
 from train.step.state import Params, TrainState, abstract_state, params_of
 from train.step.step import batch_struct, compile_step, make_step
+from train.step.update import by_layer
 
 log = logging.getLogger(__name__)
 
@@ -172,6 +173,7 @@ def compile_training(
         z_loss=config.z_loss,
         dropout_seed=config.seed if config.lora.dropout else None,
         sources=sources,
+        layered=by_layer(config.optim, scan=run.execution.scan) and not config.lora.used,
     )
     options = compiler_options(
         deterministic=config.deterministic, matmul=config.matmul, remat=run.execution.remat

@@ -25,7 +25,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, UInt32
 
-from train.step.rounding import random_bits, to_bfloat16
+from train.step.rounding import Place, random_bits, to_bfloat16
 
 BLOCK = 256
 """Largest number of elements that share a scale."""
@@ -64,8 +64,10 @@ def scale_by_adam8bit(
     eps: float = 1e-8,
     moment_dtype: Literal["bf16", "int8"],
     low_bit: Callable[[Any], Any],
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Return Adam's direction, m / (sqrt(v) + eps) of the unbiased moments.
+
+    `update` takes the `place` of a part of the weights (`train.step.rounding.Place`).
 
     Args:
         b1: decay of the first moment.
@@ -88,10 +90,11 @@ def scale_by_adam8bit(
 
         return Adam8bitState(jnp.int32(0), zeros(jnp.int8), zeros(jnp.uint8))
 
-    def update(updates, state, params=None):
+    def update(updates, state, params=None, *, place: Place | None = None, **_):
         count = state.count + 1
         gradients, tree = jax.tree.flatten(updates)
         moments = zip(tree.flatten_up_to(state.mu), tree.flatten_up_to(state.nu), strict=True)
+        place = place or Place(tuple(range(len(gradients))))
         directions, mus, nus = [], [], []
         for i, (g, (mu, nu)) in enumerate(zip(gradients, moments, strict=True)):
             m = b1 * _read(mu) + (1 - b1) * g
@@ -99,13 +102,13 @@ def scale_by_adam8bit(
             unbiased_m = m / (1 - b1 ** count.astype(jnp.float32))
             unbiased_v = v / (1 - b2 ** count.astype(jnp.float32))
             directions.append(unbiased_m / (jnp.sqrt(unbiased_v) + eps))
-            bits = functools.partial(random_bits, g.shape, count)
-            mus.append(_write(m, mu, bits(2 * i)))
-            nus.append(_write(jnp.sqrt(v), nu, bits(2 * i + 1)))
+            bits = functools.partial(random_bits, g.shape, count, layer=place.layer)
+            mus.append(_write(m, mu, bits(2 * place.streams[i])))
+            nus.append(_write(jnp.sqrt(v), nu, bits(2 * place.streams[i] + 1)))
         new = Adam8bitState(count, tree.unflatten(mus), tree.unflatten(nus))
         return tree.unflatten(directions), new
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def block_size(last: int) -> int:

@@ -29,7 +29,7 @@ MUON_RMS = 0.2
 
 def optimizer(
     config: OptimConfig, lr: float, steps: int, *, param_dtype: DTypeLike = jnp.float32
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Build the whole update rule.
 
     Args:
@@ -40,9 +40,11 @@ def optimizer(
 
     Returns:
         An optax transformation over trees of weights and float32 gradients. Updates are float32.
+        For a part of the weights, `update` takes the `norm` of all gradients and the `place` of the
+        part (`train.step.rounding.Place`).
     """
     rule = optax.chain(
-        optax.clip_by_global_norm(config.clip),
+        _clip_by_global_norm(config.clip),
         optax.chain(
             _direction(config),
             optax.add_decayed_weights(config.weight_decay, decayed),
@@ -58,12 +60,25 @@ def optimizer(
     def init(params):
         return rule.init(as_float32(params))
 
-    def update(updates, state, params=None):
+    def update(updates, state, params=None, **extra):
         # optax mixes Python floats with int32 counts: legal, but not under strict promotion
         with jax.numpy_dtype_promotion("standard"):
-            return rule.update(updates, state, as_float32(params))
+            return rule.update(updates, state, as_float32(params), **extra)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _clip_by_global_norm(longest: float) -> optax.GradientTransformationExtraArgs:
+    """Clip as `optax.clip_by_global_norm`, by the norm of all gradients where it is given."""
+
+    def update(updates, state, params=None, *, norm=None, **_):
+        norm = optax.tree.norm(updates) if norm is None else norm
+        clipped = jax.tree.map(
+            lambda u: jnp.where(norm < longest, u, u / norm.astype(u.dtype) * longest), updates
+        )
+        return clipped, state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def decayed(params):
@@ -122,20 +137,24 @@ def _on_whole_arrays(rule: optax.GradientTransformation) -> optax.GradientTransf
 
     The compiler adds the communication; results have the shardings of the arguments.
     """
+    rule = optax.with_extra_args_support(rule)
 
-    def update(updates, state, params=None):
+    def update(updates, state, params=None, **extra):
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
-            return rule.update(updates, state, params)
+            return rule.update(updates, state, params, **extra)
 
         def place(x):
             sharding = jax.typeof(x).sharding
             return NamedSharding(mesh, P() if sharding.mesh.empty else sharding.spec)
 
         out = jax.tree.map(place, (updates, state))
-        return jax.sharding.auto_axes(out_sharding=out)(rule.update)(updates, state, params)
+        on_shards = jax.sharding.auto_axes(
+            lambda *args: rule.update(*args[:3], **args[3]), out_sharding=out
+        )
+        return on_shards(updates, state, params, extra)
 
-    return optax.GradientTransformation(rule.init, update)
+    return optax.GradientTransformationExtraArgs(rule.init, update)
 
 
 def _name(path) -> str:

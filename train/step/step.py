@@ -26,19 +26,21 @@ from train.step.by_source import sum_by_source
 from train.step.guard import should_update
 from train.step.loss import cross_entropy_and_z
 from train.step.state import Params, TrainState, merge_params
+from train.step.update import update_weights
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
 def make_step(
     graphdef: nnx.GraphDef,
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformationExtraArgs,
     schedule: optax.Schedule,
     *,
     spike: float = math.inf,
     z_loss: float = 0.0,
     dropout_seed: int | None = None,
     sources: int = 1,
+    layered: bool = False,
 ) -> Step:
     """Make the training step, for `compile_step`.
 
@@ -52,6 +54,7 @@ def make_step(
         dropout_seed: seed of the adapters' dropout, which differs from step to step and between
             microbatches; None: no dropout.
         sources: number of sources of the data, whose losses are metrics if there are several.
+        layered: update the weights one layer at a time (`train.step.update`).
 
     Returns:
         (state, batch [A, B, T]) -> (new state, metrics). Metrics are float32 scalars: loss, the
@@ -80,8 +83,8 @@ def make_step(
         (total, (z, source_losses)), grads = _accumulate(
             of_microbatch, state.params, batch, sources
         )
-        grads = _in_float32(grads)
-        norm, updates = optax.tree.norm(grads), state.step - state.guard.skipped
+        norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+        updates = state.step - state.guard.skipped
         good, guard = should_update(
             state.guard, updates=updates, loss=total, norm=norm, spike=spike
         )
@@ -99,19 +102,13 @@ def make_step(
             metrics["source_tokens"] = sum_by_source(
                 jnp.asarray(batch.loss_mask), batch.sources, sources
             )
-        old = state.params, state.opt_state
-        params, opt_state = _apply(tx, grads, *old)
-        # A finite gradient can still give an update that is not. Only the weights concerned keep
-        # their values: skipping the whole step would take the memory of a second set of weights.
-        finite = jax.tree.map(jnp.isfinite, params)
-        counts = [jnp.sum(~ok, dtype=jnp.float32) for ok in jax.tree.leaves(finite)]
-        broken = jnp.where(good, sum(counts), 0.0)
+        params, opt_state, broken = update_weights(
+            tx, grads, state.params, state.opt_state, norm=norm, good=good, layered=layered
+        )
         guard = guard._replace(
             in_a_row=jnp.where(broken > 0, state.guard.in_a_row + 1, guard.in_a_row)
         )
         metrics |= {"in_a_row": guard.in_a_row.astype(jnp.float32), "not_finite": broken}
-        params = jax.tree.map(lambda ok, *p: jnp.where(good & ok, *p), finite, params, old[0])
-        opt_state = jax.tree.map(functools.partial(jnp.where, good), opt_state, old[1])
         return TrainState(state.step + 1, params, opt_state, guard, state.frozen), metrics
 
     return step
@@ -224,23 +221,6 @@ def _accumulate(of_microbatch: Callable, params: Params, batch: Batch, sources: 
     sums = jnp.float32(0), (jnp.float32(0), by_source_S)
     zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), (sums, params))
     return jax.lax.scan(add, zeros, (batch, jnp.arange(batch.tokens.shape[0])))[0]
-
-
-def _apply(
-    tx: optax.GradientTransformation, grads: Params, params: Params, opt_state: optax.OptState
-) -> tuple[Params, optax.OptState]:
-    """Return the updated parameters, in their own dtypes, and the updated optimizer state."""
-    updates, opt_state = tx.update(grads, opt_state, params)
-
-    def add(p: jax.Array, update: jax.Array) -> jax.Array:
-        # The optimizer has rounded updates of bfloat16 parameters, so that the cast is exact.
-        return (p.astype(update.dtype) + update).astype(p.dtype)
-
-    return jax.tree.map(add, params, updates), opt_state
-
-
-def _in_float32(grads: Params) -> Params:
-    return jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
 
 def _count_tokens(batch: Batch) -> jax.Array:
