@@ -1,5 +1,6 @@
 """Every test runs strict: 8 fake CPU devices, no silent dtype or rank promotion."""
 
+import gc
 import importlib.util
 import os
 import pathlib
@@ -15,6 +16,10 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 import pytest
+
+# Tracing and compiling make so many objects that Python looked for cycles 20 times a second, in a
+# heap with all of jax, flax and torch: 7% of the CPU time of the tests, now 2%.
+gc.set_threshold(100_000, 20, 20)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -10,8 +10,9 @@ programs and speed are not. The kernels use features that jax 0.11 and 0.12 do n
 * `plgpu.mma`, and what the mma.sync kernels do per thread: `interpret_mma` (one warpgroup only);
 * in 0.11, barriers whose last phases nobody waits for (0.12 allows them).
 
-And one change for speed: all threads of all programs share one compiled function, where jax
-compiles it in each thread.
+And three changes for speed: all threads of all programs share one compiled function, where jax
+compiles it in each thread; calls from it get numpy arrays, where jax places each number on a
+device; and XLA compiles quickly, because each program runs once.
 
 All this patches private code of jax, so it is bound to the versions it was checked with;
 `interpreted` fails the test, with the reason, on any other: CI must not pass with the kernels
@@ -63,6 +64,9 @@ def interpreted(*, detect_races: bool = False, gpu: str = "h200") -> Iterator[No
     from tests.jaxattn import interpreter_patches  # not before the version is known
 
     with contextlib.ExitStack() as stack:
+        before = jax.config.values["jax_disable_most_optimizations"]
+        jax.config.update("jax_disable_most_optimizations", True)
+        stack.callback(jax.config.update, "jax_disable_most_optimizations", before)
         stack.enter_context(mock.patch.object(device, "default_device", lambda: device.GPUS[gpu]))
         for owner, name, replacement in interpret_mma.patches():
             stack.enter_context(mock.patch.object(owner, name, replacement))

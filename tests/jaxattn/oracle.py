@@ -8,7 +8,6 @@ B batch, T query pos, S key pos, N query heads, K kv heads, H head dim.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +58,11 @@ class Problem:
             blocks=None if self.blocks is None else jnp.asarray(self.blocks),
         )
 
+    @functools.cached_property
+    def results(self) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+        """(`exact`, `plain`) of this problem, computed once: every implementation is compared."""
+        return _by_definition(self)
+
 
 def random_problem(seed, b: int, t: int, s: int, n: int, k: int, h: int, dtype, **mask) -> Problem:
     """Draw normal random inputs of these sizes."""
@@ -100,7 +104,7 @@ def visible_pairs(problem: Problem) -> np.ndarray:
 
 def exact(problem: Problem) -> tuple[np.ndarray, ...]:
     """o, dq, dk, dv in float64."""
-    return _by_definition(problem, lambda x: x)
+    return problem.results[0]
 
 
 def plain(problem: Problem) -> tuple[np.ndarray, ...]:
@@ -110,7 +114,7 @@ def plain(problem: Problem) -> tuple[np.ndarray, ...]:
     between are exact, so it does not depend on a device. (`jaxattn.eager` is no such measure: its
     backward multiplies the fp32 gradient of the scores, unrounded.)
     """
-    return _by_definition(problem, lambda x: x.astype(problem.q.dtype).astype(np.float64))
+    return problem.results[1]
 
 
 def log_sum_exp(problem: Problem) -> np.ndarray:
@@ -122,11 +126,12 @@ def log_sum_exp(problem: Problem) -> np.ndarray:
     return np.logaddexp.reduce(np.where(pairs[:, :, None], s, -np.inf), axis=3)
 
 
-def _by_definition(problem: Problem, rounded: Callable[[np.ndarray], np.ndarray]):
+def _by_definition(problem: Problem) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+    """Return the results in float64 and those of rounded factors: they share all but products."""
     q, k, v, do = (x.astype(np.float64) for x in (problem.q, problem.k, problem.v, problem.do))
     pairs = visible_pairs(problem)
     scale, group = q.shape[3] ** -0.5, q.shape[2] // k.shape[2]
-    o, dq, dk, dv = (np.zeros_like(x) for x in (q, q, k, v))
+    exact, rounded = (tuple(np.zeros_like(x) for x in (q, q, k, v)) for _ in range(2))
     for b in range(q.shape[0]):
         for n in range(q.shape[2]):
             at, kv_at = (b, slice(None), n), (b, slice(None), n // group)
@@ -139,13 +144,17 @@ def _by_definition(problem: Problem, rounded: Callable[[np.ndarray], np.ndarray]
             ds = p * (dp - (p * dp).sum(axis=1, keepdims=True))
             if problem.dlse is not None:
                 ds = ds + p * problem.dlse[at][:, None]
-            ds = rounded(ds)
-            p = rounded(p)
-            o[at] = p @ v[kv_at]
-            dq[at] = scale * ds @ k[kv_at]
-            dk[kv_at] += scale * ds.T @ q[at]
-            dv[kv_at] += p.T @ do[at]
-    return tuple(rounded(x) for x in (o, dq, dk, dv))
+            factors = (p, ds), tuple(_round(problem, x) for x in (p, ds))
+            for (o, dq, dk, dv), (p, ds) in zip((exact, rounded), factors, strict=True):
+                o[at] = p @ v[kv_at]
+                dq[at] = scale * ds @ k[kv_at]
+                dk[kv_at] += scale * ds.T @ q[at]
+                dv[kv_at] += p.T @ do[at]
+    return exact, tuple(_round(problem, x) for x in rounded)
+
+
+def _round(problem: Problem, x: np.ndarray) -> np.ndarray:
+    return x.astype(problem.q.dtype).astype(np.float64)
 
 
 @functools.partial(jax.jit, static_argnames=("impl", "deterministic"))

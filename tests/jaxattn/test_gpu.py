@@ -4,6 +4,10 @@ Run with `pytest -m gpu tests/jaxattn`; where beartype is not installed, add
 `-o addopts=--import-mode=importlib`. What interpret mode cannot show is shown here: asynchronous
 products, programs that run at once, and the copies' own clipping. A failure names its seed, and
 `SEED=... pytest ...` runs it again.
+
+A program depends on shapes and on the kind of mask, not on the documents. Tests of one signature
+follow each other, so that a process compiles it once: with several workers use `--dist=worksteal`,
+which gives each of them neighbouring tests.
 """
 
 import dataclasses
@@ -55,10 +59,8 @@ SIGNATURES = {
 }
 
 
-@pytest.fixture(scope="module", params=["pallas", "pallas_mma"])
-def impl(request) -> str:
-    """Kernels by wgmma and by mma.sync; on a GPU without wgmma both names are the latter."""
-    return request.param
+# Kernels by wgmma and by mma.sync; on a GPU without wgmma both names are the latter.
+both_families = pytest.mark.parametrize("impl", ["pallas", "pallas_mma"])
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +97,11 @@ def any_order(rng, length):
 PATTERNS = (one_document, long_documents, short_documents, padding_between, any_order)
 
 
+# Both families and both backward passes are compared with one problem's results in float64, which
+# take up to 8 s of a processor and up to 170 MB, so few are kept.
+_for_neighbours = functools.lru_cache(maxsize=len(PATTERNS))
+
+
 def _runs(rng, length, mean, padding):
     """Ids 1, 2, .. of contiguous runs with random lengths about the mean, then padding."""
     cuts = np.cumsum(np.maximum(1, rng.geometric(1 / mean, length)))
@@ -103,14 +110,25 @@ def _runs(rng, length, mean, padding):
     return ids
 
 
+@pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda f: f.__name__)
+@both_families
 @pytest.mark.parametrize("name", SIGNATURES)
-def test_random_problem(name, pattern, seed, impl):
-    """60 problems: within `FACTOR` of the plain einsum's error, exact zeros where none is seen."""
+def test_random_problem(name, impl, pattern, deterministic, seed):
+    """60 problems: within `FACTOR` of the plain einsum's error, exact zeros where none is seen.
+
+    So are those of the deterministic backward; only its dq may differ from the other's.
+    """
     problem = _random(name, pattern, seed)
-    got = outputs(problem, impl)
+    got = outputs(problem, impl, deterministic=deterministic)
     check_zeros(problem, got)
     check_error(problem, got, f"(SEED={seed})")
+    if deterministic:
+        for x, y, of in zip(got, outputs(problem, impl), NAMES, strict=True):
+            if of != "dq":
+                np.testing.assert_array_equal(
+                    x.view(np.uint16), y.view(np.uint16), f"{of} (SEED={seed})"
+                )
 
 
 # (B, T, S, N, K, H, dtype), causal, window, share of live blocks, a pattern for each batch row.
@@ -128,25 +146,18 @@ BLOCK_SIGNATURES = {
 @pytest.mark.parametrize(
     "pattern", [one_document, long_documents, any_order], ids=lambda f: f.__name__
 )
+@both_families
 @pytest.mark.parametrize("name", BLOCK_SIGNATURES)
-def test_block_patterns(name, pattern, seed, impl):
+def test_block_patterns(name, impl, pattern, seed):
     """21 patterns with holes, empty rows and empty columns; `one_document` is without ids."""
-    (b, t, s, *sizes), causal, window, share, by_row = BLOCK_SIGNATURES[name]
-    seeds = [seed, *name.encode(), *pattern.__name__.encode()]
-    rng = np.random.default_rng(seeds)
-    blocks = rng.random((b if by_row else 1, -(-t // 128), -(-s // 128))) < share
-    blocks[0, 1], blocks[0, :, 1] = False, False
-    mask = {"causal": causal, "window": window, "blocks": blocks if by_row else blocks[0]}
-    if pattern is not one_document:
-        mask["ids"] = np.stack([pattern(rng, t) for _ in range(b)])
-        mask["kv_ids"] = None if t == s else np.stack([pattern(rng, s) for _ in range(b)])
-    problem = random_problem(seeds, b, t, s, *sizes, **mask)
+    problem = _with_blocks(name, pattern, seed)
     got = outputs(problem, impl)
     check_zeros(problem, got)
     check_error(problem, got, f"(SEED={seed})")
 
 
-def test_a_pattern_of_all_blocks_changes_nothing(seed, impl):
+@both_families
+def test_a_pattern_of_all_blocks_changes_nothing(impl, seed):
     """o, dk and dv are the same bits as without it: the same tiles in the same order."""
     problem = random_problem(seed, 2, 1024, 1024, 8, 2, 128, BF16)
     plain = outputs(problem, impl)
@@ -157,35 +168,16 @@ def test_a_pattern_of_all_blocks_changes_nothing(seed, impl):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("name", SIGNATURES)
-def test_random_problem_deterministic(name, pattern, seed, impl):
-    """The same 60 problems by the deterministic backward; only dq may differ from the other's."""
-    problem = _random(name, pattern, seed)
-    got = outputs(problem, impl, deterministic=True)
-    check_zeros(problem, got)
-    check_error(problem, got, f"(SEED={seed})")
-    for x, y, of in zip(got, outputs(problem, impl), NAMES, strict=True):
-        if of != "dq":
-            np.testing.assert_array_equal(
-                x.view(np.uint16), y.view(np.uint16), f"{of} (SEED={seed})"
-            )
-
-
-@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda f: f.__name__)
+@both_families
 @pytest.mark.parametrize("name", ["causal, group of 6, B=3", "causal, group of 2, fp16"])
-def test_scores_far_apart(name, pattern, seed, impl):
+def test_scores_far_apart(name, impl, pattern, seed):
     """Scores up to thousands, which the forward's first pass cannot hold, next to ordinary ones.
 
     Output and log-sum-exp only: dq multiplies the rounding of o by keys of up to 100.
     """
-    problem = _random(name, pattern, seed)
-    rng = np.random.default_rng([seed, len(name)])
-    large = np.where(rng.random(problem.k.shape[:3]) < 0.3, 10.0 ** rng.uniform(0, 2), 1.0)
-    problem = dataclasses.replace(problem, k=(problem.k * large[..., None]).astype(problem.k.dtype))
+    problem = _far_apart(name, pattern, seed)
     q, k, v = (jnp.asarray(x) for x in (problem.q, problem.k, problem.v))
-    o, lse = jax.jit(functools.partial(attention, impl=impl, return_lse=True))(
-        q, k, v, problem.mask
-    )
+    o, lse = _forward(q, k, v, problem.mask, impl)
     want = exact(problem)[0]
     error = np.abs(np.asarray(o, np.float64) - want).max()
     allowed = 1.5 * np.abs(plain(problem)[0] - want).max() + 2.0**-8 * np.abs(want).max()
@@ -193,7 +185,13 @@ def test_scores_far_apart(name, pattern, seed, impl):
     np.testing.assert_allclose(np.asarray(lse), log_sum_exp(problem), rtol=1e-5, atol=1e-4)
 
 
-def test_thousand_documents(seed, impl):
+@functools.partial(jax.jit, static_argnames="impl")
+def _forward(q, k, v, mask, impl):
+    return attention(q, k, v, mask, impl=impl, return_lse=True)
+
+
+@both_families
+def test_thousand_documents(impl, seed):
     """1,000 documents of 1 to 7 tokens in a row, in which a tile has dozens.
 
     Measured 1.56 times the plain einsum's mean error of dq: the kernels take sum(p * dp) from o as
@@ -210,7 +208,8 @@ def test_thousand_documents(seed, impl):
 
 
 @pytest.mark.parametrize("row", [0, 2])
-def test_row_of_padding(row, seed, impl):
+@both_families
+def test_row_of_padding(impl, row, seed):
     """A batch row without a document, first or last, is exactly 0 and disturbs no other."""
     rng = np.random.default_rng(seed)
     ids = np.stack([short_documents(rng, 333) for _ in range(3)])
@@ -222,7 +221,8 @@ def test_row_of_padding(row, seed, impl):
     check_error(problem, got, f"(SEED={seed})")
 
 
-def test_packed_equals_unpacked(seed, impl):
+@both_families
+def test_packed_equals_unpacked(impl, seed):
     """Document by document, a packed row is what a row of that document alone gives."""
     lengths = (1, 63, 700, 129)
     ids = np.repeat(np.arange(1, 5), lengths)[None]
@@ -239,8 +239,9 @@ def test_packed_equals_unpacked(seed, impl):
 
 
 @pytest.mark.parametrize("pattern", [one_document, short_documents], ids=lambda f: f.__name__)
+@both_families
 @pytest.mark.parametrize("name", ["causal, 32 heads on 8, several items a program", "head_dim 64"])
-def test_twenty_runs_agree(name, pattern, seed, impl):
+def test_twenty_runs_agree(name, impl, pattern, seed):
     """o, dk and dv are the same bits every time; dq moves by the order of its fp32 sums only.
 
     A missing barrier shows as a run that differs.
@@ -267,6 +268,7 @@ def test_twenty_runs_agree(name, pattern, seed, impl):
 @pytest.mark.parametrize(
     "pattern", [one_document, short_documents, any_order], ids=lambda f: f.__name__
 )
+@both_families
 @pytest.mark.parametrize(
     "name",
     [
@@ -276,7 +278,7 @@ def test_twenty_runs_agree(name, pattern, seed, impl):
         "wide window to both sides",
     ],
 )
-def test_twenty_deterministic_runs_are_equal(name, pattern, seed, impl):
+def test_twenty_deterministic_runs_are_equal(name, impl, pattern, seed):
     """o, dq, dk and dv are the same bits in each of 20 runs."""
     problem = _random(name, pattern, seed)
     first = outputs(problem, impl, deterministic=True)
@@ -289,7 +291,7 @@ def test_twenty_deterministic_runs_are_equal(name, pattern, seed, impl):
             )
 
 
-@functools.cache
+@_for_neighbours
 def _random(name: str, pattern, seed: int) -> Problem:
     (b, t, s, *sizes), causal, window = SIGNATURES[name]
     seeds = [seed, *name.encode(), *pattern.__name__.encode()]
@@ -298,3 +300,25 @@ def _random(name: str, pattern, seed: int) -> Problem:
     kv_ids = None if t == s else np.stack([pattern(rng, s) for _ in range(b)])
     mask = {"ids": ids, "kv_ids": kv_ids, "causal": causal, "window": window}
     return random_problem(seeds, b, t, s, *sizes, **mask)
+
+
+@_for_neighbours
+def _with_blocks(name: str, pattern, seed: int) -> Problem:
+    (b, t, s, *sizes), causal, window, share, by_row = BLOCK_SIGNATURES[name]
+    seeds = [seed, *name.encode(), *pattern.__name__.encode()]
+    rng = np.random.default_rng(seeds)
+    blocks = rng.random((b if by_row else 1, -(-t // 128), -(-s // 128))) < share
+    blocks[0, 1], blocks[0, :, 1] = False, False
+    mask = {"causal": causal, "window": window, "blocks": blocks if by_row else blocks[0]}
+    if pattern is not one_document:
+        mask["ids"] = np.stack([pattern(rng, t) for _ in range(b)])
+        mask["kv_ids"] = None if t == s else np.stack([pattern(rng, s) for _ in range(b)])
+    return random_problem(seeds, b, t, s, *sizes, **mask)
+
+
+@_for_neighbours
+def _far_apart(name: str, pattern, seed: int) -> Problem:
+    problem = _random(name, pattern, seed)
+    rng = np.random.default_rng([seed, len(name)])
+    large = np.where(rng.random(problem.k.shape[:3]) < 0.3, 10.0 ** rng.uniform(0, 2), 1.0)
+    return dataclasses.replace(problem, k=(problem.k * large[..., None]).astype(problem.k.dtype))
