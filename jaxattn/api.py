@@ -236,25 +236,23 @@ def resolve(
 
 @dataclasses.dataclass(frozen=True)
 class Dispatch:
-    """Selected implementation and its work on a batch, for a log line."""
+    """Selected implementation and its work on a batch, for a log line.
+
+    Attributes:
+      impl: name of the implementation.
+      reason: reason of the choice.
+      device: kind of the device.
+      tiles: tiles or slices, in words.
+      mask: kind of the mask.
+      skipped: fraction of the score matrix's tiles that the forward pass skips; None: unknown.
+    """
 
     impl: Implementation
-    """Name of the implementation."""
-
     reason: str
-    """Reason of the choice."""
-
     device: str
-    """Kind of the device."""
-
     tiles: str
-    """Tiles or slices, in words."""
-
     mask: str
-    """Kind of the mask."""
-
     skipped: float | None
-    """Fraction of the score matrix's tiles that the forward pass skips; None: unknown."""
 
     def __str__(self) -> str:
         """Format as one line, without the name of the model."""
@@ -287,8 +285,7 @@ def describe(impl: str, q: Shaped, k: Shaped, mask: Mask) -> Dispatch:
     device = hardware.default_device()
     parts = sharded.local(q, k)
     batch, t, num_heads = parts[0].shape[:3]
-    s = k.shape[1]
-    skipped: float | None = 0.0
+    s, skipped = k.shape[1], 0.0
     if name in FAMILIES:  # the heads of one device, but all rows, as in the mask
         q_rows, k_rows = (x.update(shape=(q.shape[0], *x.shape[1:])) for x in parts)
         tiles, skipped = pallas.describe(mask, q_rows, k_rows, **_kernels(name))

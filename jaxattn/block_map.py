@@ -123,12 +123,8 @@ def stride(mask: Mask, length: int) -> int:
 def query_map(mask: Mask, batch: int, t: int, s: int, tiling: Tiling) -> BlockMap:
     """Build the work list of a kernel whose programs own queries and loop over keys (forward).
 
-    Args:
-      mask: the mask, concrete or traced.
-      batch: rows of the batch.
-      t: queries in a batch row.
-      s: keys in a batch row.
-      tiling: tile sizes; rows are queries, columns are keys.
+    The mask, concrete or traced, is that of `batch` rows with t queries and s keys each. Rows of
+    the tiling are queries, columns are keys.
 
     Raises:
       NotImplementedError: the mask has a block pattern, and the tiles do not divide its blocks.
@@ -142,15 +138,7 @@ def query_map(mask: Mask, batch: int, t: int, s: int, tiling: Tiling) -> BlockMa
 def key_map(mask: Mask, batch: int, t: int, s: int, tiling: Tiling) -> BlockMap:
     """Build the work list of a kernel whose programs own keys and loop over queries (backward).
 
-    Args:
-      mask: the mask, concrete or traced.
-      batch: rows of the batch.
-      t: queries in a batch row.
-      s: keys in a batch row.
-      tiling: tile sizes; rows are keys, columns are queries.
-
-    Raises:
-      NotImplementedError: the mask has a block pattern, and the tiles do not divide its blocks.
+    Arguments and errors as for `query_map`; rows of the tiling are keys, columns are queries.
     """
     after = mask.reach(t, s)
     band = Band(before=0 if mask.causal else after, after=after)

@@ -35,11 +35,9 @@ class LiveTiles:
     def listed(
         self, first_BR: Int[Array, "B R"], last_BR: Int[Array, "B R"]
     ) -> tuple[Int[Array, "B R"], Int[Array, "B R"]]:
-        """Convert ranges of columns to ranges of live columns.
+        """Convert ranges of columns, first to last of each row, to ranges of live columns.
 
-        Args:
-          first_BR: first column of each row of a batch; above last_BR for an empty range.
-          last_BR: last column; columns beyond the batch row are cut.
+        A range is empty if first_BR is above last_BR. Columns beyond the batch row are cut.
 
         Returns:
           (first, last), counted in live columns only: tile n of the list begins at n * tile. If

@@ -20,29 +20,25 @@ class DeviceSpec:
     """Describe a GPU model; has the attributes of `jax.Device` that jaxattn and train read.
 
     A `DeviceSpec` takes the place of a `jax.Device` where no such GPU is installed.
+
+    Attributes:
+      device_kind: name of the GPU as in `jax.Device.device_kind`.
+      memory: total memory in GiB, as nvidia-smi reports it.
+      compute_capability: CUDA compute capability, "9.0" for Hopper.
+      peak_flops: dense bf16 tensor-core FLOP/s with fp32 accumulation; None: unknown.
+      bandwidth: memory bandwidth in bytes/s; None: unknown.
+      host_memory: assumed main memory in GiB for each GPU of the machine.
+      memory_fraction: fraction of the memory that jax allocates
+        (XLA_PYTHON_CLIENT_MEM_FRACTION); jax's default.
     """
 
     device_kind: str
-    """Name of the GPU as in `jax.Device.device_kind`."""
-
     memory: float
-    """Total memory in GiB, as nvidia-smi reports it."""
-
     compute_capability: str
-    """CUDA compute capability, "9.0" for Hopper."""
-
     peak_flops: float | None = None
-    """Dense bf16 tensor-core FLOP/s with fp32 accumulation; None: unknown."""
-
     bandwidth: float | None = None
-    """Memory bandwidth in bytes/s; None: unknown."""
-
     host_memory: float = 128.0
-    """Assumed main memory in GiB for each GPU of the machine."""
-
     memory_fraction: float = 0.75
-    """Fraction of the memory that jax allocates (XLA_PYTHON_CLIENT_MEM_FRACTION); jax's default."""
-
     platform: str = "gpu"
 
     def memory_stats(self) -> dict[str, int]:
@@ -96,21 +92,13 @@ def host_memory() -> int:
 
 
 def peak_flops(device: jax.Device | DeviceSpec | str) -> float | None:
-    """Return the peak of a device in dense bf16 FLOP/s, or None if `GPUS` lacks the device.
-
-    Args:
-      device: a device, or its `device_kind`.
-    """
+    """Return the peak of a device (or `device_kind`) in dense bf16 FLOP/s; None: not in `GPUS`."""
     spec = _spec(device)
     return spec and spec.peak_flops
 
 
 def memory_bandwidth(device: jax.Device | DeviceSpec | str) -> float | None:
-    """Return the memory bandwidth of a device in bytes/s, or None if `GPUS` lacks the device.
-
-    Args:
-      device: a device, or its `device_kind`.
-    """
+    """Return the memory bandwidth of a device (or `device_kind`), bytes/s; None: not in `GPUS`."""
     spec = _spec(device)
     return spec and spec.bandwidth
 

@@ -86,12 +86,7 @@ class Mask:
         return " + ".join(parts) or "full"
 
     def validate(self, batch: int, t: int, s: int) -> None:
-        """Check the mask against the shapes of a call, before anything is compiled.
-
-        Args:
-          batch: rows of the batch.
-          t: queries in a row.
-          s: keys in a row.
+        """Check the mask against a call of `batch` rows with t queries and s keys each.
 
         Raises:
           ValueError: a shape, a dtype or the window does not fit.
@@ -135,11 +130,7 @@ class Mask:
     def reach(self, t: int, s: int) -> int | None:
         """Return the largest visible distance in tokens under the window; None: no window.
 
-        At most the tokens of a row, so that int32 positions can be added to it.
-
-        Args:
-          t: queries in a row.
-          s: keys in a row.
+        At most the tokens of a row (t queries, s keys), so that int32 positions can be added to it.
         """
         return None if self.window is None else min(int(self.window) - 1, max(t, s))
 

@@ -32,10 +32,6 @@ QKV_NAME = "attn_qkv"
 def local(q: Shaped, k: Shaped) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
     """Return the shapes of q and k that one device attends with; those of the largest part.
 
-    Args:
-      q: queries [B, T, N, H], or a ShapeDtypeStruct with its sharding.
-      k: keys [B, S, K, H], or a ShapeDtypeStruct.
-
     Raises:
       ValueError: positions are sharded, and heads or positions do not divide.
     """
@@ -54,13 +50,8 @@ def local(q: Shaped, k: Shaped) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStr
 def plan_rows(plan: Callable[[Mask], Any], q: Shaped, mask: Mask) -> Mask:
     """Add the tile metadata of each device's rows to a mask, concatenated over devices.
 
-    Args:
-      plan: computes the tile metadata of one device's rows.
-      q: queries [B, T, N, H].
-      mask: mask of all rows.
-
-    Returns:
-      The mask with `plan`, and with the ids of whole rows on each device.
+    `plan` computes the metadata of one device's rows. On each device, the mask that is returned has
+    the ids of whole rows.
 
     Raises:
       ValueError: the sharding of the mask is not that of the rows.
@@ -79,13 +70,8 @@ def run_on_parts(
 ) -> Any:
     """Run `run` on each device's rows and heads; directly without an explicit mesh.
 
-    Args:
-      run: (q, k, v, mask) -> out [B, T, N, H], with `return_lse` also the log-sum-exp [B, T, N].
-      q: queries [B, T, N, H].
-      k: keys [B, S, K, H].
-      v: values [B, S, K, H].
-      mask: mask of all rows.
-      return_lse: True if `run` returns both.
+    `run` maps q [B, T, N, H], k and v [B, S, K, H] and the mask to the output [B, T, N, H], with
+    `return_lse` also to the log-sum-exp [B, T, N].
 
     Raises:
       ValueError: the head dim is sharded, heads or positions do not divide, or the shardings of k,
@@ -163,10 +149,7 @@ def _move(x: Array, over: tuple[str, ...], *, split: int, join: int) -> Array:
 def kv_copies(num_heads: int, num_kv_heads: int, devices: int) -> int:
     """Return how often each kv head is repeated so that the heads can be dealt out to devices.
 
-    Args:
-      num_heads: N, a multiple of K and of the devices.
-      num_kv_heads: K.
-      devices: number of devices that share the heads of a row.
+    num_heads is a multiple of num_kv_heads and of the devices that share the heads of a row.
     """
     group = num_heads // num_kv_heads
     return group // math.gcd(group, num_heads // devices)

@@ -24,19 +24,16 @@ import jax
 import jax.numpy as jnp
 
 from jaxattn import device as hardware
-from jaxattn import tune_candidates as wgmma
-from jaxattn import tune_candidates_mma as mma
 from jaxattn.bench.cell import inputs
 from jaxattn.bench.harness import milliseconds, output_file
 from jaxattn.bench.shapes import SHAPES, Shape
 from jaxattn.errors import first_line
 from jaxattn.mask import Mask
 from jaxattn.pallas import op
-from jaxattn.pallas import tiles as wgmma_tiles
 from jaxattn.pallas.mma import tiles as mma_tiles
-from jaxattn.tune_candidates import Layout
-
-Tiles = op.AnyTiles
+from jaxattn.pallas.tiles import Tiles
+from jaxattn.pallas.wgmma import tiles as wgmma_tiles
+from jaxattn.tune_candidates import Layout, Search, smem_bytes
 
 # Heads of InternLM2, each with one document of 32k tokens, with long documents and short ones.
 TUNED = {
@@ -84,33 +81,6 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Search:
-    """Candidates of one kernel family on one chip.
-
-    Attributes:
-      family: key of `op.FAMILIES`.
-      table: default path of the table.
-      fields: fields of a row that name the chip.
-      rule: from a layout, the tiles that the search starts from.
-      forward: from a layout, the candidates of the forward kernel.
-      backward: from a layout, the candidates of the backward kernel.
-      why_not: from a candidate and a layout, the reason why it cannot run, or None.
-      smem_bytes: from a candidate and a layout, its shared memory.
-      text: a candidate in words.
-    """
-
-    family: str
-    table: pathlib.Path
-    fields: dict[str, str]
-    rule: Callable
-    forward: Callable
-    backward: Callable
-    why_not: Callable
-    smem_bytes: Callable
-    text: Callable
-
-
 def search_of(family: str | None, capability: str) -> Search:
     """Return the candidates of a family (None: the device's) for a compute capability.
 
@@ -120,38 +90,21 @@ def search_of(family: str | None, capability: str) -> Search:
         capability = "9.0"
     if family is None:
         family = "wgmma" if op.runs_on("wgmma", capability) else "mma"
-    if family == "wgmma":
-        return Search(
-            family=family,
-            table=wgmma_tiles.TABLE,
-            fields={},
-            rule=lambda layout: wgmma_tiles.rule_tiles(*layout),
-            forward=wgmma.forward_candidates,
-            backward=lambda layout: wgmma.backward_candidates(),
-            why_not=wgmma.why_not,
-            smem_bytes=wgmma.smem_bytes,
-            text=wgmma.text,
-        )
-    return Search(
-        family=family,
-        table=mma_tiles.TABLE,
-        fields={"capability": capability},
-        rule=lambda layout: mma_tiles.rule_tiles(*layout, capability=capability),
-        forward=mma.forward_candidates,
-        backward=functools.partial(mma.backward_candidates, capability=capability),
-        why_not=functools.partial(mma.why_not, capability=capability),
-        smem_bytes=mma.smem_bytes,
-        text=mma.text,
-    )
+    # The kernels by wgmma are listed for the one chip that they run on.
+    return Search(family=family, capability="9.0" if family == "wgmma" else capability)
 
 
 def dry_run(search: Search, layout: Layout) -> None:
     """Print every candidate with its shared memory, or the reason why it cannot run."""
     print(f"  rule: {search.rule(layout)}")
-    for part in (*search.forward(layout), *search.backward(layout)):
-        why = search.why_not(part, layout)
-        size = f"{search.smem_bytes(part, layout):,} bytes"
-        print(f"  {search.text(part)}: {f'no, {why}' if why else size}")
+    for kernel, parts in (
+        ("forward", search.forward(layout)),
+        ("backward", search.backward(layout)),
+    ):
+        for part in parts:
+            why = search.why_not(part, layout)
+            size = f"{smem_bytes(part, layout):,} bytes"
+            print(f"  {kernel} {part}: {f'no, {why}' if why else size}")
 
 
 def tune(search: Search, layout: Layout, shapes: dict[str, Shape]) -> dict:
@@ -201,8 +154,8 @@ def fastest(
         masks = compiled(run, arrays, shape, list(times))
         expected = run(*arrays, masks[start].result())
         for tiles in list(times):
-            part = tiles.forward if run is _forward else tiles.backward
-            label = f"  {name:20} {_TEXT[tiles.family](part):44}"
+            kernel = "forward" if run is _forward else "backward"
+            label = f"  {name:20} {f'{kernel} {getattr(tiles, kernel)}':44}"
             ms = _attempt(functools.partial(run, *arrays), masks[tiles], expected)
             if isinstance(ms, str):
                 print(f"{label} dropped: {ms}", flush=True)
@@ -268,7 +221,6 @@ def write(row: dict, path: pathlib.Path) -> None:
 
 _LAYOUT = ("num_heads", "num_kv_heads", "head_dim")
 _KEY = ("capability", *_LAYOUT)
-_TEXT = {"wgmma": wgmma.text, "mma": mma.text}
 
 
 def _attempt(run: Callable, compiled: Future[Mask], expected: tuple) -> float | str:

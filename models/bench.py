@@ -123,11 +123,7 @@ def measure(
 
 
 def measure_load(config: ModelConfig, directory: Path) -> dict:
-    """Load weights in a new process onto its default device.
-
-    Args:
-      config: the architecture.
-      directory: HF directory of the weights.
+    """Load a HF directory in a new process onto its default device.
 
     Returns:
       device; bytes of the files; seconds; gb_per_second; before_host_bytes, memory of the process

@@ -75,14 +75,10 @@ class Attention(nnx.Module):
         dropout: DropoutKeys = NO_DROPOUT,
         bound: Float[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-        """Project to q, k, v and apply rotary embedding.
+        """Project x, the output of the norm, to q, k, v and apply rotary embedding.
 
-        Args:
-          x_BTD: output of the norm; the weights must have its dtype.
-          rope: cos and sin from `rope_table`.
-          dropout: random keys of the adapters' dropout.
-          bound: upper bound of |x|, for fp8 products (`models.fp8`); None: products in the dtype
-            of x.
+        The weights must have the dtype of x. `bound` is an upper bound of |x| for fp8 products
+        (`models.fp8`); None: products in the dtype of x.
         """
         add = functools.partial(add_adapter, self.lora, dropout=dropout)
         T = sharding.positions(x_BTD)
@@ -112,16 +108,8 @@ class Attention(nnx.Module):
             y_BTD = fp8.product(o_BTNH, wo_NHD, fp8.largest(o_BTNH), stream)
         else:
             y_BTD = project("BTNH,NHD->BTD", o_BTNH, wo_NHD, out=stream)
-        y_BTD = add_adapter(
-            self.lora,
-            "wo",
-            y_BTD,
-            "BTNH,NHD->BTD",
-            o_BTNH,
-            dropout=dropout,
-            x_axes=heads,
-            out=stream,
-        )
+        add = functools.partial(add_adapter, self.lora, dropout=dropout)
+        y_BTD = add("wo", y_BTD, "BTNH,NHD->BTD", o_BTNH, x_axes=heads, out=stream)
         if self.bias:
             y_BTD += self.wo_bias_D[...][None, None]
         return y_BTD
@@ -156,19 +144,10 @@ class Block(nnx.Module):
         matmul: str = "bf16",
         tile_size: int | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """Apply the layer.
+        """Apply the layer to the residual stream x; also return the second result of `attend`.
 
-        Args:
-          x_BTD: residual stream.
-          rope: cos and sin from `rope_table`.
-          attend: attention function, see `Attend`.
-          layer_cache: passed to `attend`.
-          dropout: random keys of the adapters' dropout.
-          matmul: as in `models.execution.Execution`.
-          tile_size: as in `models.execution.Execution`.
-
-        Returns:
-          The residual stream after the layer, and the second result of `attend`.
+        `rope` is the result of `rope_table`, `layer_cache` is passed to `attend`, `dropout` has the
+        random keys of the adapters, `matmul` and `tile_size` are as in `Execution`.
         """
         # Gathered and dequantised once, not for every tile.
         block = self if tile_size is None else self._in_use(x_BTD.dtype)
@@ -210,11 +189,7 @@ class Block(nnx.Module):
     def _in_use(self, dtype) -> "Block":
         """Return the block with its linear layers as `weight_in_use` returns them."""
         block = jax.tree.map(lambda x: x, self)
-        for module, name, _ in LINEAR.values():
-            owner = getattr(block, module)
-            param = getattr(owner, name)
-            setattr(owner, name, param.replace(weight_in_use(param, dtype)))
-        return block
+        return _replace_linear(block, lambda param, _: weight_in_use(param, dtype))
 
 
 LINEAR = {
@@ -233,8 +208,13 @@ def quantize_block(block: Block, kind: Literal["nf4", "int8"]) -> Block:
     Raises:
       ValueError: nf4, and an input axis is not a multiple of 64.
     """
+    return _replace_linear(block, lambda w, inputs: quantize(w.get_value(), kind, inputs=inputs))
+
+
+def _replace_linear(block: Block, new: Callable[[nnx.Param, int], Any]) -> Block:
+    """Set the weights of the linear layers to new(parameter, number of input axes)."""
     for module, name, inputs in LINEAR.values():
         owner = getattr(block, module)
         param = getattr(owner, name)
-        setattr(owner, name, param.replace(quantize(param.get_value(), kind, inputs=inputs)))
+        setattr(owner, name, param.replace(new(param, inputs)))
     return block

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,6 +22,7 @@ CHAT_TOKENS = (
 
 _FIRST_BYTE = 3
 _FIRST_CHAT = 259
+_CHAT = re.compile(f"({'|'.join(map(re.escape, CHAT_TOKENS))})")
 
 
 @dataclasses.dataclass
@@ -44,7 +46,7 @@ class ByteTokenizer:
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer`. Of the special tokens the six chat tokens are recognised."""
         ids: list[int] = []
-        for piece in _split_chat(text):
+        for piece in _CHAT.split(text):
             if piece in CHAT_TOKENS:
                 ids.append(_FIRST_CHAT + CHAT_TOKENS.index(piece))
             else:
@@ -61,24 +63,6 @@ class ByteTokenizer:
         """See `Tokenizer`. Ids from 265, of a padded vocabulary, become U+FFFD."""
         parts = [_byte_piece(int(i), skip_special) for i in ids]
         return b"".join(parts).decode("utf-8", "replace")
-
-
-def _split_chat(text: str) -> list[str]:
-    """Split a text before and after every chat token."""
-    pieces = [text]
-    for token in CHAT_TOKENS:
-        pieces = [
-            part
-            for piece in pieces
-            for part in ([piece] if piece in CHAT_TOKENS else _cut(piece, token))
-        ]
-    return pieces
-
-
-def _cut(text: str, token: str) -> list[str]:
-    parts = text.split(token)
-    between = [x for part in parts for x in (part, token)][:-1]
-    return [x for x in between if x]
 
 
 @functools.cache

@@ -8,6 +8,7 @@ layers a step would read, write and read again the part of every layer.
 """
 
 import dataclasses
+import functools
 from typing import cast
 
 import jax
@@ -62,11 +63,9 @@ def prefill(
 ) -> tuple[Float[Array, "B V"], KVCache]:
     """Process whole prompts with the model's attention implementation.
 
-    Args:
-      model: the model.
-      tokens_BT: prompts, padded on the left. Under a mesh T is a multiple of its seq axis.
-      filled_BT: 1 for a token, 0 for padding; the last column is all ones.
-      capacity: slots of the cache (static), at least T; see `capacity_for`.
+    The prompts are padded on the left: filled_BT is 1 for a token and 0 for padding, and its last
+    column is all ones. Under a mesh T is a multiple of its seq axis. The cache has `capacity`
+    slots, see `capacity_for`.
 
     Returns:
       Logits [B, V] after the last token, fp32, and the cache.
@@ -106,22 +105,20 @@ def decode(
 ) -> tuple[Float[Array, "B V"], KVCache]:
     """Process one token of each row. The caller ensures that the cache has a free slot.
 
-    Args:
-      model: the model.
-      cache: the cache; donated under jit, it is updated in place.
-      tokens_B: the sampled tokens.
+    A cache that is donated under jit is updated in place.
 
     Returns:
       Logits [B, V] after these tokens, fp32, and the cache with their keys and values.
     """
     with sharding.mesh_of(model.norm_D[...]):
         tokens_B1 = sharding.constrain(tokens_B[:, None], "batch", None)
-        filled_BS = _write(cache.filled_BS, jnp.ones_like(tokens_B1), cache.used, axis=1)
+        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=cache.used)
+        filled_BS = write(cache.filled_BS, jnp.ones_like(tokens_B1), axis=1)
 
         def attend(q_B1NH, k_B1KH, v_B1KH, layer_cache):
             k_BKSH, v_BKSH = layer_cache
-            k_BKSH = _write(k_BKSH, k_B1KH.swapaxes(1, 2), cache.used, axis=2)
-            v_BKSH = _write(v_BKSH, v_B1KH.swapaxes(1, 2), cache.used, axis=2)
+            k_BKSH = write(k_BKSH, k_B1KH.swapaxes(1, 2), axis=2)
+            v_BKSH = write(v_BKSH, v_B1KH.swapaxes(1, 2), axis=2)
             o_BNH = attend_cached(q_B1NH[:, 0], k_BKSH, v_BKSH, filled_BS)
             return o_BNH[:, None], (k_BKSH, v_BKSH)
 
@@ -144,10 +141,6 @@ def _by_layer(x_LBTKH: Array, capacity: int) -> tuple[Array, ...]:
     """Split the keys or values of prompts into one array per layer, padded to the capacity."""
     room = [(0, 0), (0, 0), (0, capacity - x_LBTKH.shape[2]), (0, 0)]
     return tuple(jnp.pad(x_BTKH.swapaxes(1, 2), room) for x_BTKH in x_LBTKH)
-
-
-def _write(cache, new, slot, *, axis):
-    return jax.lax.dynamic_update_slice_in_dim(cache, new, slot, axis)
 
 
 def _last_logits(model, x_BTD):

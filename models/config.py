@@ -36,8 +36,14 @@ HF_DEFAULTS: Mapping[str, Any] = {
 
 
 NO_ID = -1
-"""Id of a special token that a model does not have."""
+"""Id of a special token that a model does not have; null in config.json."""
 
+_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
+_HF_NAMES = {
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+}
 _TYPE_NAMES = {int: "a whole number", float: "a finite number", bool: "true or false"}
 # Upper bounds, far above every model that exists: they refuse a damaged config.json before a loop
 # over 10^9 layers, or an array that no machine can hold.
@@ -103,7 +109,7 @@ class ModelConfig:
                 raise ValueError(f"{field}={getattr(self, field)} must be positive")
             if not getattr(self, field) <= most:
                 raise ValueError(f"{field}={getattr(self, field)!r:.40} must be at most {most:,}")
-        for field in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        for field in _IDS:
             if abs(getattr(self, field)) >= 1 << 31:
                 raise ValueError(f"{field}={getattr(self, field)!r:.40} must be below 2^31")
         if self.hidden_size % self.num_heads:
@@ -158,9 +164,6 @@ class ModelConfig:
         dtype) is not read: the weights files name the dtype of each tensor. The config.json of an
         InternLM2 in Llama's layout is accepted, see `models.llama_config`.
 
-        Args:
-          hf: parsed JSON.
-
         Returns:
           The configuration. Of a list of eos ids it keeps the first; all of the list stop
           generation, see `models.generate.stop_ids_of`.
@@ -178,32 +181,19 @@ class ModelConfig:
         value = {**HF_DEFAULTS, **hf}
         if value["hidden_act"] != "silu":
             raise ValueError(f"hidden_act={value['hidden_act']!r} must be 'silu'")
-        eos = value["eos_token_id"]
-        eos = next(iter(eos), None) if isinstance(eos, list) else eos
-        theta, scaling = rope_from_hf(hf)
-        heads = value["num_attention_heads"]
-        kv_heads = value["num_key_value_heads"]
-        fields = dict(
-            vocab_size=value["vocab_size"],
-            hidden_size=value["hidden_size"],
-            num_layers=value["num_hidden_layers"],
-            num_heads=heads,
-            num_kv_heads=heads if kv_heads is None else kv_heads,
-            intermediate_size=value["intermediate_size"],
-            rms_norm_eps=value["rms_norm_eps"],
-            rope_theta=HF_DEFAULTS["rope_theta"] if theta is None else theta,
-            rope_scaling=scaling,
-            max_position_embeddings=value["max_position_embeddings"],
-            bias=value["bias"],
-            tie_word_embeddings=value["tie_word_embeddings"],
-            pad_token_id=_id(value["pad_token_id"]),
-            bos_token_id=_id(value["bos_token_id"]),
-            eos_token_id=_id(eos),
-            initializer_range=value["initializer_range"],
+        if isinstance(value["eos_token_id"], list):
+            value["eos_token_id"] = next(iter(value["eos_token_id"]), None)
+        if value["num_key_value_heads"] is None:
+            value["num_key_value_heads"] = value["num_attention_heads"]
+        value |= {name: NO_ID for name in _IDS if value[name] is None}
+        theta, value["rope_scaling"] = rope_from_hf(hf)
+        value["rope_theta"] = HF_DEFAULTS["rope_theta"] if theta is None else theta
+        return cls(
+            **{
+                field.name: _checked(field.name, value[_hf_name(field)], field.type)
+                for field in dataclasses.fields(cls)
+            }
         )
-        for field in dataclasses.fields(cls):
-            fields[field.name] = _checked(field.name, fields[field.name], field.type)
-        return cls(**fields)
 
     def to_hf(self, *, dtype: str = "bfloat16") -> dict[str, Any]:
         """Return the contents of a config.json like those of the releases (transformers 4 keys).
@@ -214,8 +204,10 @@ class ModelConfig:
         Returns:
           A dict for JSON; `from_hf` returns this configuration from it.
         """
+        fields = {_hf_name(f): getattr(self, f.name) for f in dataclasses.fields(self)}
+        fields |= {name: None for name in _IDS if fields[name] == NO_ID}
         scaling = self.rope_scaling
-        return {
+        hf = fields | {
             "architectures": ["InternLM2ForCausalLM"],
             "attn_implementation": "eager",
             "auto_map": {
@@ -223,28 +215,19 @@ class ModelConfig:
                 "AutoModelForCausalLM": "modeling_internlm2.InternLM2ForCausalLM",
                 "AutoModel": "modeling_internlm2.InternLM2ForCausalLM",
             },
-            "bias": self.bias,
-            "bos_token_id": _null(self.bos_token_id),
-            "eos_token_id": _null(self.eos_token_id),
             "hidden_act": "silu",
-            "hidden_size": self.hidden_size,
-            "initializer_range": self.initializer_range,
-            "intermediate_size": self.intermediate_size,
-            "max_position_embeddings": self.max_position_embeddings,
             "model_type": "internlm2",
-            "num_attention_heads": self.num_heads,
-            "num_hidden_layers": self.num_layers,
-            "num_key_value_heads": self.num_kv_heads,
-            "pad_token_id": _null(self.pad_token_id),
-            "rms_norm_eps": self.rms_norm_eps,
             # The original accepts a float factor only, never an int.
             "rope_scaling": scaling and {"type": scaling.type, "factor": float(scaling.factor)},
-            "rope_theta": self.rope_theta,
-            "tie_word_embeddings": self.tie_word_embeddings,
             "torch_dtype": dtype,
             "use_cache": True,
-            "vocab_size": self.vocab_size,
         }
+        return dict(sorted(hf.items()))
+
+
+def _hf_name(field: dataclasses.Field) -> str:
+    """Return the key of a field in HF's config.json."""
+    return _HF_NAMES.get(field.name, field.name)
 
 
 def _checked(name: str, value: Any, kind: Any) -> Any:
@@ -258,16 +241,6 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
     if not right.get(kind, True):
         raise ValueError(f"{name}={value!r:.40} in config.json must be {_TYPE_NAMES[kind]}")
     return float(value) if kind is float else value
-
-
-def _id(value: Any) -> Any:
-    """Convert HF's null to NO_ID."""
-    return NO_ID if value is None else value
-
-
-def _null(token_id: int) -> int | None:
-    """Convert NO_ID to HF's null."""
-    return None if token_id == NO_ID else token_id
 
 
 def _preset(V: int, D: int, L: int, N: int, K: int, F: int, rope_factor: float) -> ModelConfig:

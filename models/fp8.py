@@ -173,14 +173,8 @@ def swiglu(
     """Compute w2(silu(w1 x) * w3 x) with 8-bit products, three forward and six backward.
 
     x is quantised once for w1 and w3. The activation, and the gradients of gate and up, are written
-    in 8 bits only.
-
-    Args:
-      x_BTD: output of the norm.
-      w1_DF: weights, in the dtype of x.
-      w3_DF: as w1.
-      w2_FD: as w1.
-      bound: upper bound of |x|; has no gradient.
+    in 8 bits only. The weights have the dtype of x, the output of the norm; `bound`, an upper bound
+    of |x|, has no gradient.
     """
     return _swiglu_forward(x_BTD, w1_DF, w3_DF, w2_FD, bound)[0]
 
@@ -285,10 +279,8 @@ def _from_bits(bits):
 
 def _times(x: Quantised, w: Quantised, dtype, out: sharding.Axes) -> Array:
     """Return x w, summed over all dimensions of x after T."""
-    mesh = jax.sharding.get_abstract_mesh()
-    place = None if mesh.empty else sharding.spec(out, mesh)
     summed = x.values.ndim - 2
-    return _dot(x, w, range(2, 2 + summed), range(summed), dtype, place)
+    return _dot(x, w, range(2, 2 + summed), range(summed), dtype, sharding.current_spec(out))
 
 
 def _times_transposed(dy: Quantised, w: Quantised, dtype, like: Array) -> Array:

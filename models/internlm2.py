@@ -184,10 +184,9 @@ class InternLM2(nnx.Module):
           attend: attention function of each block.
           layer_caches: one item for each layer, passed to its `attend`, or None; must be None with
             `scan`.
-          scan: run one compiled loop over the layers, or compile each layer. The results are the
-            same.
-          matmul: matrix products of the blocks, as in `Execution`.
-          tile_size: tokens of a tile, as in `Execution`.
+          scan: as in `Execution`, like matmul and tile_size. The results are the same.
+          matmul: "bf16" or "fp8".
+          tile_size: tokens of a tile; None: no tiles.
           dropout: random key of the adapters' dropout; None: no dropout.
 
         Returns:

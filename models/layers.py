@@ -156,11 +156,8 @@ class SwiGLU(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Apply the layer, in the dtype of x; the weights must have this dtype, or be quantised.
 
-        Args:
-          x_BTD: output of the norm.
-          dropout: random keys of the adapters' dropout.
-          bound: upper bound of |x|, for fp8 products (`models.fp8`); None: products in the dtype
-            of x.
+        `bound` is an upper bound of |x| for fp8 products (`models.fp8`); None: products in the
+        dtype of x.
         """
         w1_DF = weight_in_use(self.w1_DF, x_BTD.dtype)
         w3_DF = weight_in_use(self.w3_DF, x_BTD.dtype)

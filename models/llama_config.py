@@ -25,9 +25,6 @@ _DEFAULTS: Mapping[str, Any] = {
 def from_llama(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Return the contents of InternLM2's config.json for those of a Llama.
 
-    Args:
-      hf: contents of a config.json with model_type "llama".
-
     Raises:
       ValueError: the feed-forward layers have biases, or heads have another width than hidden_size
         / num_attention_heads. Rotary scaling and activation are checked with InternLM2's.
@@ -38,10 +35,7 @@ def from_llama(hf: Mapping[str, Any]) -> dict[str, Any]:
             f"mlp_bias={value['mlp_bias']!r:.40} in config.json: InternLM2's feed-forward layers "
             "have no biases, so this Llama is no InternLM2"
         )
-    head_dim, sizes = (
-        value["head_dim"],
-        (value.get("hidden_size"), value.get("num_attention_heads")),
-    )
+    head_dim, sizes = value["head_dim"], (value["hidden_size"], value["num_attention_heads"])
     whole = all(type(size) is int and size > 0 for size in sizes)
     if head_dim is not None and whole and head_dim * sizes[1] != sizes[0]:
         raise ValueError(

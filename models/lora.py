@@ -130,14 +130,10 @@ class Adapter(nnx.Module):
         out: sharding.Axes,
         key: Key[Array, ""] | None,
     ) -> Float[Array, "B T ..."]:
-        """Compute scale * dropout(x) A B.
+        """Compute scale * dropout(x) A B; x, A and B must have the compute type.
 
-        Args:
-          subscripts: of the linear layer's einsum, such as "BTD,DKgH->BTKgH".
-          x: the layer's input, in the compute type; A and B must have this type.
-          x_axes: logical axes of x.
-          out: logical axes of the result.
-          key: random key of the dropout; None: no dropout.
+        `subscripts` is that of the linear layer's einsum, such as "BTD,DKgH->BTKgH"; `x_axes` and
+        `out` are the logical axes of x and of the result. Without a key there is no dropout.
         """
         operands, result = subscripts.split("->")
         x_names, w_names = operands.split(",")
@@ -161,11 +157,9 @@ def make_adapters(
 ) -> Adapters:
     """Create the adapters of a module's linear layers, by target; empty without LoRA.
 
-    Args:
-      lora: which targets, and their rank.
-      weights: shape, logical axes and number of input axes of each linear layer of the module.
-      rngs: the key of its `params` stream, with a number for each target, draws A. The stream
-        itself does not advance: the other weights are the same with and without adapters.
+    `weights` has the shape, logical axes and number of input axes of each linear layer. The key of
+    the `params` stream, with a number for each target, draws A. The stream itself does not advance:
+    the other weights are the same with and without adapters.
 
     Raises:
       ValueError: the rank exceeds a layer.
@@ -193,14 +187,8 @@ def add_adapter(
 ) -> Array:
     """Add the output of a linear layer's adapter, if it has one, to the layer's output y.
 
-    Args:
-      adapters: from `make_adapters`.
-      name: the target.
-      y: output of the linear layer.
-      subscripts: of its einsum.
-      x: its input.
-      dropout: random keys by target.
-      **axes: x_axes and out, as for `Adapter`.
+    `name` is the target; x is the layer's input; subscripts and axes (x_axes, out) are arguments of
+    the `Adapter`.
     """
     if name not in adapters:
         return y
@@ -279,14 +267,7 @@ def with_adapter_params(model: Any, params: Mapping[str, tuple[Any, Any]]) -> An
 def merged(
     w: Float[Array, "..."], a: Float[Array, "..."], b: Float[Array, "..."], lora: LoRA
 ) -> Float[Array, "..."]:
-    """Return W + scale * A B in float32, rounded once to the type of W.
-
-    Args:
-      w: [*in, *out].
-      a: [*in, R].
-      b: [R, *out].
-      lora: for the scale.
-    """
+    """Return W [*in, *out] + scale * A [*in, R] B [R, *out], rounded once to the type of W."""
     with jax.default_matmul_precision("highest"):
         update = jnp.tensordot(a.astype(jnp.float32), b.astype(jnp.float32), 1)
     return (w.astype(jnp.float32) + lora.scale * update).astype(w.dtype)
@@ -299,7 +280,5 @@ def _key(rngs: nnx.Rngs, target: str) -> Array:
 
 def _dropout(x: Array, rate: float, key: Array, axes: Sequence[str | None]) -> Array:
     """Set a share of x to zero and scale the rest up; the same elements on any mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    where: dict[str, Any] = {} if mesh.empty else {"out_sharding": sharding.spec(axes, mesh)}
-    kept = jax.random.bernoulli(key, 1 - rate, x.shape, **where)
+    kept = jax.random.bernoulli(key, 1 - rate, x.shape, out_sharding=sharding.current_spec(axes))
     return jnp.where(kept, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))

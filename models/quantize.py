@@ -99,12 +99,7 @@ Quantized = NF4 | Int8Rows
 
 
 def quantize(w: Float[Array, "..."], kind: Literal["nf4", "int8"], *, inputs: int) -> Quantized:
-    """Quantise one weight.
-
-    Args:
-      w: [*in, *out], float.
-      kind: the format.
-      inputs: number of input axes, which come first.
+    """Quantise one weight [*in, *out]; `inputs` is the number of input axes.
 
     Raises:
       ValueError: nf4, and the last input axis is not a multiple of 64.
@@ -120,10 +115,8 @@ def quantize_like(like: Quantized, w: Float[Array, "..."]) -> Quantized:
 def quantize_stack(like: Any, w_L: Array) -> Any:
     """Quantise a weight of all layers [L, *in, *out], one layer after the other.
 
-    Args:
-      like: structs, with their shardings, of the quantised stack. If it is no quantised weight, w_L
-        is returned.
-      w_L: the weight.
+    `like` has structs, with their shardings, of the quantised stack. If it is no quantised weight,
+    w_L is returned.
     """
     if not is_quantized(like):
         return w_L
@@ -140,10 +133,8 @@ def dequantize(
 ) -> Float[Array, "..."]:
     """Return the weight [*in, *out] that `quantize` stored, computed in float32, as dtype.
 
-    Args:
-      q: one weight; under a mesh gathered, as `sharding.gathered` leaves it.
-      dtype: of the result.
-      axes: logical axes of the gathered weight, under a mesh; None: not split.
+    Under a mesh the weight is gathered, as `sharding.gathered` leaves it, with these logical axes
+    (None: not split).
     """
     axes = axes or (None,) * (q.scales.ndim + (0 if isinstance(q, NF4) else q.inputs))
     return (_dequantize_nf4 if isinstance(q, NF4) else _dequantize_int8)(q, dtype, axes)

@@ -53,9 +53,7 @@ def parse_remat(remat: str, *, flag: str = "remat") -> tuple[str, ...]:
     "offload_input,full" keeps the inputs of layers 0, 2, 4 .. in host memory, and those of layers
     1, 3, 5 .. on the device.
 
-    Args:
-      remat: keys of `REMAT`, separated by commas.
-      flag: name of the value, for the error.
+    `remat` has keys of `REMAT`, separated by commas; `flag` is its name in the error.
 
     Raises:
       ValueError: a name is unknown.

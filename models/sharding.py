@@ -45,11 +45,9 @@ STORAGE_ONLY = ("fsdp", "seq")  # mesh axes that `gathered` removes from a weigh
 
 
 def spec(axes: Sequence[str | None], mesh: Mesh | AbstractMesh) -> P:
-    """Return the PartitionSpec of an array with these logical axes.
+    """Return the PartitionSpec of an array with these logical axes, None for one that is not split.
 
-    Args:
-      axes: a name from `RULES` or None (not split) for every dimension.
-      mesh: missing axes, and axes with one device, split nothing.
+    Axes that the mesh lacks, and axes with one device, split nothing.
 
     Raises:
       ValueError: a name is unknown, or two dimensions use one mesh axis.
@@ -66,17 +64,18 @@ def spec(axes: Sequence[str | None], mesh: Mesh | AbstractMesh) -> P:
     return P(*[e[0] if len(e) == 1 else (e or None) for e in entries])
 
 
+def current_spec(axes: Sequence[str | None]) -> P | None:
+    """Return `spec` of these axes on the current mesh; None without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else spec(axes, mesh)
+
+
 def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Return a NamedSharding for every array of a tree that contains parameters.
 
-    Args:
-      tree: a model, its gradients, an optimizer state over it, or `jax.eval_shape` of those.
-        Parameters have logical axes; any other leaf is replicated.
-      mesh: devices to shard over.
-
-    Returns:
-      The same tree with a NamedSharding for each array: for `jit(out_shardings=...)`,
-      `jax.device_put`, or the restore of a checkpoint.
+    The tree is a model, its gradients, an optimizer state over it, or `jax.eval_shape` of those.
+    Parameters have logical axes; any other leaf is replicated. The result is for
+    `jit(out_shardings=...)`, `jax.device_put`, or the restore of a checkpoint.
 
     Raises:
       ValueError: dimensions do not divide by their mesh axes; the message names all of them.
@@ -122,10 +121,8 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 def gathered(w: jax.Array, *axes: str | None) -> jax.Array:
     """All-gather a stored weight over fsdp and seq; the transpose reduce-scatters the gradient."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return w
-    return jax.sharding.reshard(w, P(*[_in_use(entry) for entry in spec(axes, mesh)]))
+    stored = current_spec(axes)
+    return w if stored is None else jax.sharding.reshard(w, P(*map(_in_use, stored)))
 
 
 def in_use(axes: Axes) -> Axes:
@@ -135,26 +132,17 @@ def in_use(axes: Axes) -> Axes:
 
 def einsum(subscripts: str, *operands: jax.Array, out: Axes, **kwargs) -> jax.Array:
     """Compute `jnp.einsum` with the logical axes `out`; needed where it contracts a split axis."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return jnp.einsum(subscripts, *operands, **kwargs)
-    return jnp.einsum(subscripts, *operands, out_sharding=spec(out, mesh), **kwargs)
+    return jnp.einsum(subscripts, *operands, out_sharding=current_spec(out), **kwargs)
 
 
 def take_rows(table: jax.Array, ids: jax.Array | np.ndarray, *axes: str | None) -> jax.Array:
     """Look up table[ids], sharded by the logical axes of the result."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return table.at[ids].get(mode="clip")
-    return table.at[ids].get(mode="clip", out_sharding=spec(axes, mesh))
+    return table.at[ids].get(mode="clip", out_sharding=current_spec(axes))
 
 
 def reshape(x: jax.Array, shape: Sequence[int], *axes: str | None) -> jax.Array:
     """Reshape x, sharded by the logical axes of the result."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x.reshape(shape)
-    return jax.lax.reshape(x, tuple(shape), out_sharding=NamedSharding(mesh, spec(axes, mesh)))
+    return jnp.reshape(x, shape, out_sharding=current_spec(axes))
 
 
 def struct(shape: Sequence[int], dtype: Any, *axes: str | None) -> jax.ShapeDtypeStruct:

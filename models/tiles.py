@@ -37,9 +37,7 @@ def divides(tokens: int, tile_size: int) -> bool:
 def tile_count(tokens: int, tile_size: int | None) -> int:
     """Return the number of tiles of a row: the least that divides it into at most tile_size tokens.
 
-    Args:
-      tokens: of a row, on one device.
-      tile_size: most tokens of a tile; None: one tile.
+    `tokens` are those of a row on one device. Without a tile_size there is one tile.
 
     Raises:
       ValueError: only tiles of less than a quarter of tile_size divide the row.
@@ -64,8 +62,8 @@ def over_tiles(
     """Apply a function to tiles of T, forward and backward.
 
     Values inside the function need the memory of one tile. The backward pass computes each tile
-    again: policies of `models.remat` see nothing inside.
-    Under a mesh that splits T, a tile is made of neighbouring tokens of every device.
+    again: policies of `models.remat` see nothing inside. Under a mesh that splits T, a tile is made
+    of neighbouring tokens of every device.
 
     Args:
       function: see `Function`; captures no array.

@@ -61,11 +61,7 @@ class Tokenizer(Protocol):
 
 
 def load_given_or(spec: str | None, default: str | Path) -> Tokenizer:
-    """Load the tokenizer of --tokenizer, or a default.
-
-    Args:
-      spec: --tokenizer, as for `load_tokenizer`; None: the default.
-      default: of the model, as for `load_tokenizer`.
+    """Load the tokenizer of --tokenizer, or, without one, the default of a model.
 
     Raises:
       FileNotFoundError, ValueError: as for `load_tokenizer`; a default that is missing is a
@@ -108,7 +104,9 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     config = read_json(config_path) if config_path.exists() else {}
     has_model, has_json = (path / "tokenizer.model").exists(), (path / "tokenizer.json").exists()
     if has_json or (has_model and "added_tokens_decoder" in config):
-        return _from_directory(path, name=path.resolve().name)
+        fast = _read_fast(path)
+        _check_added_tokens(path, fast)
+        return FastTokenizer(fast, name=path.resolve().name)
     if has_model:
         return _from_sentencepiece(path / "tokenizer.model")
     if "auto_map" in config:
@@ -122,9 +120,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
 def save_fast(source: Path, destination: Path) -> None:
     """Write the tokenizer of a directory as a tokenizer.json that needs no code of its own.
 
-    Args:
-      source: directory with tokenizer_config.json, and tokenizer.json or tokenizer.model.
-      destination: an existing directory.
+    The source has a tokenizer_config.json, and tokenizer.json or tokenizer.model.
 
     Raises:
       ValueError: the tokenizer cannot be read.
@@ -229,12 +225,6 @@ def _from_sentencepiece(path: Path) -> FastTokenizer:
         fast = _read_fast(Path(directory))
     _check_added_tokens(path.parent, fast)
     return FastTokenizer(fast, name=str(path))
-
-
-def _from_directory(path: Path, *, name: str) -> FastTokenizer:
-    fast = _read_fast(path)
-    _check_added_tokens(path, fast)
-    return FastTokenizer(fast, name=name)
 
 
 def _added_tokens(directory: Path) -> dict[str, int]:

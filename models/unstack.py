@@ -17,15 +17,12 @@ def unstack_layers(model: Any, *, consume: bool = False) -> Any:
     copies each layer's part; with one program for every layer it compiles and tunes the products
     of each layer anew.
 
-    Args:
-      model: an `InternLM2`.
-      consume: free each stack as soon as it has been split. The model cannot be used afterwards.
-
     Returns:
       An `InternLM2` whose `blocks` is a list of L blocks.
 
-    Memory: the weights in the compute dtype, beside the model's. With `consume`, one stack (w1 of
-    all layers, in 20B a quarter of the model) more than the model.
+    Memory: the weights in the compute dtype, beside the model's. With `consume` each stack is freed
+    as soon as it has been split: one stack (w1 of all layers, in 20B a quarter of the model) more
+    than the model, which cannot be used afterwards.
     """
     leaves, tree = jax.tree.flatten(model.blocks, is_leaf=is_quantized)
     parts = []

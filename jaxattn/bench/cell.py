@@ -33,12 +33,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure(shape: Shape, impl: api.Implementation, *, check: bool) -> Cell:
-    """Measure one cell.
-
-    Args:
-      shape: shape of the problem.
-      impl: a name in `jaxattn.IMPLEMENTATIONS`.
-      check: compare with fp32 as well.
+    """Measure one cell; with `check`, compare with fp32 as well.
 
     Returns:
       forward_ms and both_ms (forward and backward); temp_bytes, the memory of both passes beyond

@@ -35,11 +35,8 @@ Cell = dict[str, Any]
 def run_child(module: str, fields: Cell, *flags: str, **environment: str) -> Cell:
     """Run `python -m module FIELDS flags` and return the cell that it prints last.
 
-    Args:
-      module: calls `report`.
-      fields: fields of the cell, passed as JSON in the first argument.
-      flags: further arguments.
-      environment: variables that are added to the environment.
+    The module calls `report`. FIELDS are the fields of the cell, as JSON. `environment` adds
+    variables to that of the process.
 
     Returns:
       The cell; `fields` with `why` if the process ended without one.
@@ -56,11 +53,7 @@ def run_child(module: str, fields: Cell, *flags: str, **environment: str) -> Cel
 
 
 def child_fields(argv: Sequence[str] | None = None) -> Cell:
-    """Return the fields that `run_child` passed to this process.
-
-    Args:
-      argv: arguments; None: those of the process.
-    """
+    """Return the fields that `run_child` passed to this process (argv None: its arguments)."""
     return json.loads((sys.argv[1:] if argv is None else argv)[0])
 
 
@@ -72,10 +65,7 @@ def report(
 ) -> None:
     """Call `measure` and print `fields` with its results, or with `why`, as a line of JSON.
 
-    Args:
-      measure: returns the results.
-      fields: fields of the cell.
-      out_of_memory: returns the reason if jax runs out of memory.
+    `out_of_memory` returns the reason if jax runs out of memory.
     """
     try:
         results = measure()
@@ -106,29 +96,18 @@ def machine() -> dict[str, str]:
     return json.loads(done.stdout.splitlines()[-1]) | {"date": f"{datetime.date.today()}"}
 
 
-def milliseconds(
-    run: Callable[[], object],
-    wait: Callable[[object], object],
-    *,
-    seconds: float = 0.5,
-    repeats: int = 5,
-) -> float:
-    """Return the median over `repeats` of the mean time of back-to-back launches.
+def milliseconds(run: Callable[[], object], wait: Callable[[object], object]) -> float:
+    """Return the median over 5 repeats of the mean time of back-to-back launches.
 
-    The launches of all repeats fill `seconds`. Slower work is launched once in each of 3 repeats.
-
-    Args:
-      run: launches the work, without waiting for it.
-      wait: waits for the result of `run`.
-      seconds: time to spend.
-      repeats: number of measurements.
+    The launches of all repeats fill half a second. Slower work is launched once in each of 3
+    repeats. `run` launches the work without waiting for it, `wait` waits for its result.
     """
     for _ in range(2):  # compile, fill caches; the second time is an estimate
         begin = time.perf_counter()
         wait(run())
     took = time.perf_counter() - begin
-    repeats = repeats if took < seconds else 3
-    launches = max(1, round(seconds / repeats / took))
+    repeats = 5 if took < 0.5 else 3
+    launches = max(1, round(0.5 / repeats / took))
     times = []
     for _ in range(repeats):
         begin = time.perf_counter()
@@ -142,9 +121,7 @@ def milliseconds(
 def read_cells(path: pathlib.Path, device: str) -> list[Cell]:
     """Read the cells that earlier calls wrote; none if there is no file.
 
-    Args:
-      path: file of `write_cells`.
-      device: `machine()["device"]` of the new cells.
+    The device is `machine()["device"]` of the new cells.
 
     Raises:
       ValueError: the file has another content, or cells of another device.
@@ -164,11 +141,7 @@ def read_cells(path: pathlib.Path, device: str) -> list[Cell]:
 def merge(cells: list[Cell], new: Cell, key: Callable[[Cell], Iterable[object]]) -> list[Cell]:
     """Append a cell, and remove the cells that it replaces.
 
-    Args:
-      cells: cells so far.
-      new: the new cell.
-      key: returns the keys of a cell; the new cell replaces cells whose first key is one of its
-        keys.
+    `key` returns the keys of a cell; the new cell replaces cells whose first key is one of its own.
     """
     replaced = list(key(new))
     return [cell for cell in cells if next(iter(key(cell))) not in replaced] + [new]

@@ -1,4 +1,4 @@
-"""Launch of the kernels: one producer and two consumer warpgroups, ordered by barriers."""
+"""Launch of the kernels, with the names of their arrays and of their shared memory."""
 
 import types
 from collections.abc import Callable, Mapping
@@ -7,35 +7,32 @@ from typing import Any
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 
-from jaxattn.pallas.tiles import CONSUMERS
-
-# Index of the producer warpgroup; the consumers come before it.
-PRODUCER = CONSUMERS
-# Registers per thread. The producer needs few: 24 + 2 * 240 = 3 * 168 is all that exist.
-PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240
-
 
 def launch(
     kernel: Callable[..., None],
     *,
     name: str,
     programs: int,
+    warpgroups: int,
     inputs: Mapping[str, Any],
     out: Mapping[str, jax.ShapeDtypeStruct],
     scratch: Mapping[str, Any],
+    semantics: plgpu.LoweringSemantics,
     **parameters,
 ) -> tuple[jax.Array, ...]:
     """Run a kernel on its inputs, and return its outputs.
 
     Args:
       kernel: takes two namespaces, `gmem` with the refs of inputs and outputs, and `smem` with the
-        refs of scratch; its axes are "program" and "wg".
+        refs of scratch; its axes are "program" and, with several warpgroups, "wg".
       name: the kernel's name in profiles.
       programs: size of the grid.
+      warpgroups: warpgroups of a program.
       inputs: arrays by name; the kernel finds None for an input that is None.
       out: shapes and dtypes of the outputs by name.
       scratch: shared memory and barriers of one program, by name. Their order is the order of the
         addresses, on which the register allocation of ptxas depends: another order may spill.
+      semantics: code for a warpgroup (wgmma), or for a thread (mma.sync).
       parameters: further fields of `plgpu.CompilerParams`.
     """
     given = {name: x for name, x in inputs.items() if x is not None}
@@ -46,21 +43,21 @@ def launch(
         smem = dict(zip(scratch, refs[len(names) :], strict=True))
         kernel(types.SimpleNamespace(**gmem), types.SimpleNamespace(**smem))
 
+    threads = {"num_threads": warpgroups, "thread_name": "wg"} if warpgroups > 1 else {}
     return plgpu.kernel(
         with_names,
         out_type=tuple(out.values()),
         grid=(programs,),
         grid_names=("program",),
-        num_threads=CONSUMERS + 1,
-        thread_name="wg",
         scratch_types=tuple(scratch.values()),
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
-            # The table of each kernel names the barrier of every hand-over; automatic barriers
-            # would stop a warpgroup at each store to shared memory.
+            # The kernels name the barrier of every hand-over; automatic barriers would stop a
+            # warpgroup at each store to shared memory.
             unsafe_no_auto_barriers=True,
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+            lowering_semantics=semantics,
             **parameters,
         ),
         kernel_name=name,
+        **threads,
     )(*given.values())

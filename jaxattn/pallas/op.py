@@ -22,9 +22,12 @@ from jaxattn.pallas.mma import backward as mma_backward
 from jaxattn.pallas.mma import dq_kernel as mma_dq_kernel
 from jaxattn.pallas.mma import forward as mma_forward
 from jaxattn.pallas.mma import tiles as mma_tiles
+from jaxattn.pallas.operands import BackwardOperands, Operands
 from jaxattn.pallas.softmax import LOG2E
-from jaxattn.pallas.tiles import Tiles, choose_tiles
-from jaxattn.pallas.wgmma.backward import dq_kernel, kernel
+from jaxattn.pallas.tiles import CHIPS, Tiles
+from jaxattn.pallas.wgmma import tiles as wgmma_tiles
+from jaxattn.pallas.wgmma.backward import dq_kernel
+from jaxattn.pallas.wgmma.backward import kernel as backward_kernel
 from jaxattn.pallas.wgmma.forward import kernel as forward_kernel
 from jaxattn.pallas.wgmma.forward.context import SHORT_KV
 
@@ -34,19 +37,25 @@ DTYPES = (jnp.bfloat16, jnp.float16)
 # under jax.checkpoint does not run the forward kernel a second time.
 OUT_NAME, LSE_NAME = "attn_out", "attn_lse"
 
-AnyTiles = Tiles | mma_tiles.Tiles
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
     """Kernels of one matrix instruction.
 
+    All kernels take (operands, work, *, scale, tiles): `Operands` or `BackwardOperands`, the block
+    map for these tiles, the factor on the scores, above 0, and their part of `Tiles`.
+
     Attributes:
       capabilities: compute capabilities that they run on.
       gpus: these GPUs in words.
-      forward: the forward kernel.
-      backward: the backward kernel.
-      query_gradient: the dq kernel of the deterministic backward.
+      forward: from a `query_map`, returns o [R, N, H] in the dtype of q, and the log-sum-exp of the
+        scaled scores in units of log 2, fp32 [N, R rounded up to a row tile]; +inf for rows that
+        see nothing, whose o is 0.
+      backward: from a `key_map`, returns dq (None without `with_dq`), dk and dv in the dtype of q.
+        dk and dv are the same bits in every run; dq is summed in fp32 in the order in which
+        programs finish, so its last bits may differ.
+      query_gradient: from a `query_map`, returns dq, the same bits in every run: one program sums
+        each dq in fp32, over the key tiles in their order.
       short_kv: keys of the last tile if fewer suffice; None: it is as long as the others.
     """
 
@@ -63,12 +72,12 @@ FAMILIES: Mapping[str, Family] = {
         capabilities=("9.0",),
         gpus="Hopper GPUs (H100, H200; sm_90)",
         forward=forward_kernel.forward,
-        backward=kernel.backward,
+        backward=backward_kernel.backward,
         query_gradient=dq_kernel.query_gradient,
         short_kv=SHORT_KV,
     ),
     "mma": Family(
-        capabilities=tuple(mma_tiles.CHIPS),
+        capabilities=tuple(CHIPS),
         gpus="Ampere, Ada, Hopper and Blackwell workstation GPUs "
         "(sm_80, sm_86, sm_89, sm_90, sm_120)",
         forward=mma_forward.forward,
@@ -97,7 +106,7 @@ class Plan:
     queries: BlockMap
     keys: BlockMap
     dq: BlockMap | None
-    tiles: AnyTiles = dataclasses.field(metadata={"static": True})
+    tiles: Tiles = dataclasses.field(metadata={"static": True})
     problem: str = dataclasses.field(metadata={"static": True})
 
 
@@ -154,10 +163,10 @@ def prepare(
     heads = q.shape[2], k.shape[2], q.shape[3]
     if family == "mma":
         return planned(mask, q, k, mma_tiles.choose_tiles(*heads, capability))
-    return planned(mask, q, k, choose_tiles(*heads))
+    return planned(mask, q, k, wgmma_tiles.choose_tiles(*heads))
 
 
-def planned(mask: Mask, q: Shaped, k: Shaped, tiles: AnyTiles) -> Mask:
+def planned(mask: Mask, q: Shaped, k: Shaped, tiles: Tiles) -> Mask:
     """Do `prepare` for given tile sizes."""
     sizes = q.shape[0], q.shape[1], k.shape[1]
     problem = _problem(mask, q, k, tiles.family)
@@ -194,7 +203,7 @@ def runs_on(family: str, capability: str) -> bool:
 
 def architecture(device: jax.Device | DeviceSpec) -> str:
     """Return the architecture of a GPU that the kernels run on, in words."""
-    return mma_tiles.CHIPS[capability_of(device)].name
+    return CHIPS[capability_of(device)].name
 
 
 def why_not(
@@ -228,7 +237,7 @@ def _problem(mask: Mask, q: Shaped, k: Shaped, family: str) -> str:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))  # one compilation, not 50, outside a jit too
-def _plan(mask: Mask, sizes: tuple[int, int, int], tiles: AnyTiles, problem: str) -> Plan:
+def _plan(mask: Mask, sizes: tuple[int, int, int], tiles: Tiles, problem: str) -> Plan:
     fwd, bwd, dq = (part.tiling for part in (tiles.forward, tiles.backward, tiles.dq))
     return Plan(
         queries=block_map.query_map(mask, *sizes, fwd),
@@ -253,8 +262,9 @@ def _flash(q_RNH, k_CKH, v_CKH, plan: Plan, scale: float, deterministic: bool):
 
 
 def _flash_forward(q_RNH, k_CKH, v_CKH, plan: Plan, scale: float, deterministic: bool):
+    operands = Operands(q_RNH=q_RNH, k_CKH=k_CKH, v_CKH=v_CKH)
     o_RNH, lse_NR = FAMILIES[plan.tiles.family].forward(
-        q_RNH, k_CKH, v_CKH, plan.queries, scale=scale, tiles=plan.tiles.forward
+        operands, plan.queries, scale=scale, tiles=plan.tiles.forward
     )
     # Under a scan that saves both, XLA fuses the kernel with the writes into the stacked residuals,
     # and runs the kernel a second time for other readers of o. The barrier prevents the fusion.
@@ -276,15 +286,17 @@ def _flash_backward(scale: float, deterministic: bool, residuals, gradients):
     # d lse / d s = p: the gradient of the log-sum-exp joins dp in p * (dp - delta). If the
     # log-sum-exp is unused, its gradient is a constant 0, which XLA folds away.
     delta_NR = delta_NR - dlse_NR * LOG2E
-    inputs = q_RNH, k_CKH, v_CKH, do_RNH, lse_NR, delta_NR
+    operands = BackwardOperands(
+        q_RNH=q_RNH, k_CKH=k_CKH, v_CKH=v_CKH, do_RNH=do_RNH, lse_NR=lse_NR, delta_NR=delta_NR
+    )
     tiles = plan.tiles
     family = FAMILIES[tiles.family]
     dq_RNH, dk_CKH, dv_CKH = family.backward(
-        *inputs, plan.keys, scale=scale, tiles=tiles.backward, with_dq=not deterministic
+        operands, plan.keys, scale=scale, tiles=tiles.backward, with_dq=not deterministic
     )
     if deterministic:
         work = plan.queries if plan.dq is None else plan.dq
-        dq_RNH = family.query_gradient(*inputs, work, scale=scale, tiles=tiles.dq)
+        dq_RNH = family.query_gradient(operands, work, scale=scale, tiles=tiles.dq)
     return dq_RNH, dk_CKH, dv_CKH, None
 
 

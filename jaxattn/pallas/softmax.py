@@ -121,10 +121,7 @@ def online_softmax(s, m, l, scale: float):
 def first_offset(s, m, scale: float):
     """Return the offset of rows that see their first key in this tile: their maximum.
 
-    Args:
-      s: scores [rows, columns], as for `online_softmax`.
-      m: offsets so far [rows]; M_START for rows that have seen nothing.
-      scale: as for `online_softmax`.
+    Arguments as for `online_softmax`; m [rows] is M_START for rows that have seen nothing.
     """
     top = jnp.maximum(s.max(axis=1) * (scale * LOG2E), M_START)
     return jnp.where(m == M_START, top, m)
@@ -137,11 +134,7 @@ def offset_softmax(s, m, l, scale: float):
     floating-point numbers with 8 bits of exponent, and only their ratios count. `set_flags` finds
     the rows above this bound afterwards, from l.
 
-    Args:
-      s: scores [rows, columns], as for `online_softmax`.
-      m: offset of the exponents [rows] from `first_offset`; finite.
-      l: running sum [rows, PARTS], as for `online_softmax`.
-      scale: as for `online_softmax`.
+    Arguments as for `online_softmax`; m [rows] is the finite offset from `first_offset`.
 
     Returns:
       (p = exp2(s' - m), new l).

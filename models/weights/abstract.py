@@ -23,10 +23,7 @@ def abstract(
 ) -> InternLM2:
     """Build a model with a ShapeDtypeStruct, sharding included, in place of every array.
 
-    Args:
-      config: the architecture.
-      execution: dtypes, attention implementation, rematerialization, scan.
-      mesh: devices to shard over; None: the default device.
+    Without a mesh, the arrays are on the default device.
 
     Raises:
       ValueError: the mesh does not divide the model.

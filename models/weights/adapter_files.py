@@ -53,13 +53,8 @@ def save_adapter(
 ) -> None:
     """Write a PEFT directory, which appears when it is complete.
 
-    Args:
-      directory: must not exist.
-      config: the architecture of the base model.
-      lora: rank, scale, dropout and targets.
-      params: the adapters' arrays.
-      base: name or path of the base model, for base_model_name_or_path.
-      layout: "internlm2", or "llama" for a base model in Llama's layout.
+    `config` and `base`, its name or path, are those of the base model; `layout` is "internlm2", or
+    "llama" for a base model in Llama's layout.
 
     Raises:
       FileExistsError: the directory exists.
@@ -82,8 +77,7 @@ def write_adapter(
     """Write the files of `save_adapter` into an existing directory, in a dtype.
 
     Raises:
-      OSError: the disk is full, or a file cannot be written.
-      ValueError: a value overflows in the dtype.
+      OSError, ValueError: as for `save_adapter`; or a value overflows in the dtype.
     """
     tensors = dict(_tensors(config, lora, params, layout))
     shapes = {name: x.shape for name, x in tensors.items()}
@@ -100,14 +94,9 @@ def write_adapter(
 
 
 def load_adapter(directory: Path, config: ModelConfig) -> tuple[LoRA, AdapterParams]:
-    """Read a PEFT directory in InternLM2's or Llama's layout.
+    """Read the adapters in a PEFT directory in InternLM2's or Llama's layout.
 
-    Args:
-      directory: holds adapter_config.json and adapter_model.safetensors.
-      config: the architecture of the base model.
-
-    Returns:
-      The description of the adapters, and their arrays.
+    `config` is the architecture of the base model.
 
     Raises:
       FileNotFoundError: a file is missing.
@@ -123,7 +112,9 @@ def load_adapter(directory: Path, config: ModelConfig) -> tuple[LoRA, AdapterPar
     layout = "llama" if any(".self_attn." in name or ".mlp." in name for name in found) else None
     layout = layout or "internlm2"
     targets = tuple(
-        t for t in TARGETS if any(f".{n}." in name for name in found for n in _names(t))
+        t
+        for t in TARGETS
+        if any(f".{n}." in name for name in found for n in _modules(config, layout, t))
     )
     try:
         lora = LoRA(
@@ -146,11 +137,6 @@ def merge_parameters(
 ) -> Iterator[tuple[str, jax.Array]]:
     """Add adapters to the parameters of their base model, one parameter after the other.
 
-    Args:
-      parameters: (path, parameter), from `models.weights.load.hf_parameters`.
-      lora: for the scale.
-      params: the adapters' arrays.
-
     Yields:
       (path, parameter in its own dtype): W + scale * A B, computed in float32 and rounded once.
     """
@@ -171,24 +157,23 @@ def _tensors(
     for i in range(config.num_layers):
         for target in lora.targets:
             a, b = (np.asarray(x[i], np.float32) for x in params[target])
-            a_hf = a.reshape(-1, lora.rank).T
             b_hf = b.reshape(lora.rank, -1).T
-            weight = _weights(config)[target]
-            for stem, rows in _parts(weight.hf.format(i=i), b_hf, config, layout):
-                yield f"{stem}.lora_A.weight", a_hf
-                yield f"{stem}.lora_B.weight", rows
+            for stem, rows in _hf_layers(config, layout, target, i).items():
+                yield f"{stem}.lora_A.weight", a.reshape(-1, lora.rank).T
+                yield f"{stem}.lora_B.weight", b_hf[rows]
 
 
-def _parts(
-    name: str, b_hf: np.ndarray, config: ModelConfig, layout: str
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (stem of the tensor's name, rows of B) of each HF linear layer of one of ours."""
-    if layout == "internlm2":
-        yield _PREFIX + name.removesuffix(".weight"), b_hf
-        return
-    names = llama.shapes(name, b_hf.shape, config)
-    for hf_name, rows in zip(names, llama.tensors(name, b_hf, config), strict=True):
-        yield _PREFIX + hf_name.removesuffix(".weight"), rows
+def _hf_layers(config: ModelConfig, layout: str, target: str, layer: int) -> dict[str, np.ndarray]:
+    """Return the HF linear layers that a target is stored as, by the stem of their tensors.
+
+    The values are the rows that a layer has of the InternLM2 weight, as HF stores it.
+    """
+    weight = _weight(config, target)
+    name, rows = weight.hf.format(i=layer), np.arange(weight.hf_shape(config)[0])
+    names = llama.shapes(name, rows.shape, config, layout)
+    parts = llama.tensors(name, rows, config, layout)
+    stems = (_PREFIX + name.removesuffix(".weight") for name in names)
+    return dict(zip(stems, parts, strict=True))
 
 
 def _joined(
@@ -200,43 +185,23 @@ def _joined(
     target: str,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (A, B) of a target, stacked over layers."""
-    weight = _weights(config)[target]
-    inputs = LINEAR[target][2]
-    sizes = weight.sizes(config)
+    inputs, sizes = LINEAR[target][2], _weight(config, target).sizes(config)
     ins, outs = sizes[:inputs], sizes[inputs:]
-    places = _row_places(weight.hf.format(i=0), math.prod(outs), config, layout)
     a_L, b_L = [], []
     for i in range(config.num_layers):
-        stems = [stem for stem, _ in _stems(weight, i, config, layout)]
-        first = found[f"{stems[0]}.lora_A.weight"]
-        for stem in stems[1:]:
-            if not np.array_equal(first, found[f"{stem}.lora_A.weight"]):
-                raise ValueError(
-                    f"{directory}: q, k and v of layer {i} have different lora_A, and wqkv here is "
-                    "one layer with one A: merge the adapter into its base with peft instead"
-                )
+        layers = _hf_layers(config, layout, target, i)
+        first, *others = (found[f"{stem}.lora_A.weight"] for stem in layers)
+        if not all(np.array_equal(first, other) for other in others):
+            raise ValueError(
+                f"{directory}: q, k and v of layer {i} have different lora_A, and wqkv here is "
+                "one layer with one A: merge the adapter into its base with peft instead"
+            )
         b_hf = np.empty((math.prod(outs), lora.rank), np.float32)
-        rows = np.concatenate([found[f"{stem}.lora_B.weight"] for stem in stems])
-        b_hf[places] = rows
+        for stem, rows in layers.items():
+            b_hf[rows] = found[f"{stem}.lora_B.weight"]
         a_L.append(first.T.reshape(*ins, lora.rank))
         b_L.append(b_hf.T.reshape(lora.rank, *outs))
     return np.stack(a_L), np.stack(b_L)
-
-
-def _row_places(name: str, rows: int, config: ModelConfig, layout: str) -> np.ndarray:
-    """Return where the rows of the HF layers' B, one after the other, are in B of ours."""
-    numbers = np.arange(rows)[:, None]
-    return np.concatenate([part[:, 0] for _, part in _parts(name, numbers, config, layout)])
-
-
-def _stems(
-    weight: Weight, layer: int, config: ModelConfig, layout: str
-) -> list[tuple[str, tuple[int, ...]]]:
-    """Return (stem of the names, shape of the weight) of each HF linear layer of one of ours."""
-    out, fan_in = weight.hf_shape(config)
-    numbers = np.empty((out, 1))
-    parts = _parts(weight.hf.format(i=layer), numbers, config, layout)
-    return [(stem, (len(rows), fan_in)) for stem, rows in parts]
 
 
 def _check_plain(path: Path, fields: Mapping[str, Any]) -> None:
@@ -264,9 +229,10 @@ def _check_shapes(
     expected = {}
     for i in range(config.num_layers):
         for target in lora.targets:
-            for stem, (out, fan_in) in _stems(_weights(config)[target], i, config, layout):
+            fan_in = _weight(config, target).hf_shape(config)[1]
+            for stem, rows in _hf_layers(config, layout, target, i).items():
                 expected[f"{stem}.lora_A.weight"] = (lora.rank, fan_in)
-                expected[f"{stem}.lora_B.weight"] = (out, lora.rank)
+                expected[f"{stem}.lora_B.weight"] = (len(rows), lora.rank)
     problems = [(n, f"{list(s)} is missing") for n, s in expected.items() if n not in found]
     problems += [(n, f"{list(x.shape)} is unknown") for n, x in found.items() if n not in expected]
     problems += [
@@ -287,9 +253,7 @@ def _check_shapes(
 
 
 def _peft_config(config: ModelConfig, lora: LoRA, base: str, layout: str) -> dict[str, Any]:
-    modules = lora.targets
-    if layout == "llama":
-        modules = tuple(n for t in lora.targets for n in _names(t)[1:])
+    modules = [name for t in lora.targets for name in _modules(config, layout, t)]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -298,7 +262,7 @@ def _peft_config(config: ModelConfig, lora: LoRA, base: str, layout: str) -> dic
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
         "use_rslora": lora.rslora,
-        "target_modules": list(modules),
+        "target_modules": modules,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -307,18 +271,12 @@ def _peft_config(config: ModelConfig, lora: LoRA, base: str, layout: str) -> dic
     }
 
 
-def _names(target: str) -> tuple[str, ...]:
-    """Return a target's name in InternLM2's layout, then its names in Llama's."""
-    return {
-        "wqkv": ("wqkv", "q_proj", "k_proj", "v_proj"),
-        "wo": ("wo", "o_proj"),
-        "w1": ("w1", "gate_proj"),
-        "w3": ("w3", "up_proj"),
-        "w2": ("w2", "down_proj"),
-    }[target]
+def _modules(config: ModelConfig, layout: str, target: str) -> list[str]:
+    """Return the names of the HF linear layers that a target is stored as, without their block."""
+    return [stem.rpartition(".")[2] for stem in _hf_layers(config, layout, target, 0)]
 
 
-def _weights(config: ModelConfig) -> dict[str, Weight]:
-    """Return the row of the weight table for each target."""
-    rows = {row.path: row for row in table(config)}
-    return {t: rows[f"blocks.{module}.{name}"] for t, (module, name, _) in LINEAR.items()}
+def _weight(config: ModelConfig, target: str) -> Weight:
+    """Return the row of the weight table for a target."""
+    module, name, _ = LINEAR[target]
+    return next(row for row in table(config) if row.path == f"blocks.{module}.{name}")

@@ -34,21 +34,19 @@ def layout_of(directory: Path | None) -> str:
     return "llama" if found.get("model_type") == "llama" else "internlm2"
 
 
-def layout_shapes(
-    name: str, shape: tuple[int, ...], config: ModelConfig, layout: str
+def shapes(
+    name: str, shape: tuple[int, ...], config: ModelConfig, layout: str = "llama"
 ) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes in a layout of one InternLM2 tensor; arguments as for `shapes`."""
-    return shapes(name, shape, config) if layout == "llama" else {name: shape}
-
-
-def shapes(name: str, shape: tuple[int, ...], config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes of the Llama tensors that one InternLM2 tensor becomes.
+    """Return names and shapes of the tensors that one InternLM2 tensor becomes in a layout.
 
     Args:
       name: HF name of the InternLM2 tensor.
       shape: shape of the InternLM2 tensor.
       config: the architecture.
+      layout: "llama", or "internlm2": the tensor itself.
     """
+    if layout == "internlm2":
+        return {name: shape}
     if "attention.wqkv" not in name:
         stem, _, kind = name.rpartition(".")
         for ours, theirs in _NAMES.items():
@@ -63,9 +61,11 @@ def shapes(name: str, shape: tuple[int, ...], config: ModelConfig) -> dict[str, 
     }
 
 
-def tensors(name: str, x: np.ndarray, config: ModelConfig) -> Iterator[np.ndarray]:
-    """Yield the Llama tensors of one InternLM2 tensor, in the order of `shapes`."""
-    if "attention.wqkv" not in name:
+def tensors(
+    name: str, x: np.ndarray, config: ModelConfig, layout: str = "llama"
+) -> Iterator[np.ndarray]:
+    """Yield the tensors of one InternLM2 tensor in a layout, in the order of `shapes`."""
+    if layout == "internlm2" or "attention.wqkv" not in name:
         yield x
         return
     K, G, H = config.num_kv_heads, config.group_size, config.head_dim
@@ -75,7 +75,7 @@ def tensors(name: str, x: np.ndarray, config: ModelConfig) -> Iterator[np.ndarra
 
 
 def join(parts: Sequence[np.ndarray], config: ModelConfig) -> np.ndarray:
-    """Return the InternLM2 tensor of the tensors of `layout_shapes`: the inverse of `tensors`."""
+    """Return the InternLM2 tensor of the tensors of `shapes`: the inverse of `tensors`."""
     if len(parts) == 1:
         return parts[0]
     K, H = config.num_kv_heads, config.head_dim

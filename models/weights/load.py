@@ -169,10 +169,6 @@ def hf_parameters(
 ) -> tuple[ModelConfig, str, Generator[tuple[str, jax.Array]]]:
     """Read the parameters of a HF checkpoint one after the other, for models larger than memory.
 
-    Args:
-      directory: as for `load_hf`.
-      progress: show a progress bar.
-
     Returns:
       The config; the widest dtype among the tensors, so that none is rounded; and an iterator of
       (path, parameter in this dtype, on the default device).
@@ -230,7 +226,7 @@ def _check_tensors(files: HFDirectory, config: ModelConfig) -> Stored:
     """Check names and shapes of all tensors; one error names all problems."""
     layout = llama.layout_of(files.path)
     stored = {
-        name: llama.layout_shapes(name, weight.hf_shape(config), config, layout)
+        name: llama.shapes(name, weight.hf_shape(config), config, layout)
         for name, weight, _ in hf_tensors(config)
     }
     expected = {name: shape for shapes in stored.values() for name, shape in shapes.items()}
@@ -295,23 +291,18 @@ def _placer(weight: Weight, logical: Mapping[str, str | None], config: ModelConf
 
     def place(value, x, layer):
         with sharding.mesh_of(x):
-            mesh = jax.sharding.get_abstract_mesh()
             if is_quantized(like):
                 x = quantize_like(like, weight.from_hf(x, config))
                 axes = like.axes_of(tuple(logical[a] for a in weight.axes))
                 x = jax.tree.map(lambda x, a: sharding.constrain(x, *a), x, axes)
             else:
-                kwargs = {}
-                if not mesh.empty:
-                    flat = weight.hf_axes.replace(",", "")
-                    kwargs = {"out_sharding": sharding.spec([logical[a] for a in flat], mesh)}
-                x = weight.from_hf(x, config, **kwargs).astype(like.dtype)
+                flat = [logical[a] for a in weight.hf_axes.replace(",", "")]
+                out = sharding.current_spec(flat)
+                x = weight.from_hf(x, config, out_sharding=out).astype(like.dtype)
             if not weight.stacked:
                 return x
 
-            def update(stack, x):
-                return jax.lax.dynamic_update_index_in_dim(stack, x, layer, 0)
-
+            update = functools.partial(jax.lax.dynamic_update_index_in_dim, index=layer, axis=0)
             return jax.tree.map(update, value, x)
 
     return jax.jit(place, donate_argnums=0)

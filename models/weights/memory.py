@@ -11,12 +11,6 @@ from models.weights.abstract import abstract, named_params
 from models.weights.table import hf_tensors
 
 
-def largest_parameter_bytes(config: ModelConfig, dtype: str) -> int:
-    """Return the bytes of the largest parameter, all layers: w1, w2, w3 or an embedding table."""
-    model = abstract(config, Execution(param_dtype=dtype))
-    return max(math.prod(p.shape) * p.dtype.itemsize for p in named_params(model).values())
-
-
 def largest_tensor_bytes(config: ModelConfig, dtype: str) -> int:
     """Return the bytes of the largest tensor of a HF checkpoint, where layers are separate."""
     shapes = (weight.hf_shape(config) for _, weight, _ in hf_tensors(config))
@@ -32,7 +26,9 @@ def check_memory(config: ModelConfig, dtype: str) -> None:
     Raises:
       MemoryError: the host has less free memory.
     """
-    need, free = 3 * largest_parameter_bytes(config, dtype), psutil.virtual_memory().available
+    parameters = named_params(abstract(config, Execution(param_dtype=dtype))).values()
+    need = 3 * max(math.prod(p.shape) * p.dtype.itemsize for p in parameters)
+    free = psutil.virtual_memory().available
     if need > free:
         raise MemoryError(
             f"converting needs {need / 1e9:.1f} GB of memory (three times the largest parameter "

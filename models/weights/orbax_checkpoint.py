@@ -85,12 +85,8 @@ def fill_with(
 ) -> InternLM2:
     """Create a model from whole parameters, each quantised once it is read.
 
-    Args:
-      read: from a model of ShapeDtypeStructs that is not quantised, yields (path, parameter).
-      config: the architecture.
-      execution: as for `models.weights.load.load_hf`.
-      mesh: devices to shard the weights over; None: the default device.
-      seed: of the new adapters, if `execution.lora` asks for adapters.
+    `read` yields (path, parameter) from a model of ShapeDtypeStructs that is not quantised. Other
+    arguments as for `models.weights.load.load_hf`.
     """
     model = abstract(config, execution, mesh=mesh)
     like = named_params(model)

@@ -61,12 +61,7 @@ class SafetensorsWriter(contextlib.ExitStack):
     """
 
     def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str):
-        """Create the file and write its header.
-
-        Args:
-          path: the file to create.
-          shapes: shape of every tensor by name, in the order of the file.
-          dtype: dtype of all tensors, a numpy name.
+        """Create the file and write its header: shapes by name, in the order of the file.
 
         Raises:
           OSError: the file cannot be written, for example because the disk is full.
@@ -88,11 +83,7 @@ class SafetensorsWriter(contextlib.ExitStack):
         self._file.write(struct.pack("<Q", len(encoded)) + encoded)
 
     def put(self, name: str, x: np.ndarray) -> None:
-        """Write one tensor.
-
-        Raises:
-          OSError: the file cannot be written, for example because the disk is full.
-        """
+        """Write one tensor; may raise OSError, as `__init__`."""
         assert x.shape == self._shapes[name] and x.dtype == self._dtype, (name, x.shape, x.dtype)
         self._file.seek(self._begin[name])
         # As bytes, because the buffer protocol has no bfloat16.

@@ -88,17 +88,8 @@ def write_hf(
 ) -> None:
     """Write a HF directory from an iterator of parameters, which need not all be in memory.
 
-    Raises the same errors as `save_hf`.
-
-    Args:
-      config: the architecture.
-      parameters: (path, array) of every parameter, in any order; no reference to an array is kept.
-      directory: as for `save_hf`.
-      dtype: dtype to store.
-      assets_from: as for `save_hf`.
-      layout: as for `save_hf`.
-      max_shard_bytes: as for `save_hf`.
-      progress: show a progress bar.
+    `parameters` yields (path, array) of every parameter, in any order; no reference to an array is
+    kept. Other arguments and errors as for `save_hf`.
     """
     assets_from = _check(layout, dtype, max_shard_bytes, assets_from)
     shards = _shards(config, layout, dtype, max_shard_bytes)
@@ -129,15 +120,8 @@ def snapshot_hf(
 
     The function uses no device, so that a thread can call it while training goes on. Several
     processes share the work: all call this function, each keeps the tensors of its own files, and
-    the files of all together are the HF directory.
-
-    Args:
-      model: a model on any devices, which all processes hold together.
-      dtype: as for `save_hf`.
-      layout: as for `save_hf`.
-      assets_from: as for `save_hf`.
-      part: number of this process.
-      parts: number of processes.
+    the files of all together are the HF directory. This process is number `part` of `parts`; other
+    arguments are as for `save_hf`.
 
     Returns:
       A function of an existing directory, to be called once.
@@ -196,7 +180,7 @@ def _shapes(config: ModelConfig, layout: str) -> Shapes:
     """Return the shape of every tensor by name, in the order of a forward pass."""
     shapes: Shapes = {}
     for name, weight, _ in _by_layer(config):
-        shapes |= llama.layout_shapes(name, weight.hf_shape(config), config, layout)
+        shapes |= llama.shapes(name, weight.hf_shape(config), config, layout)
     return shapes
 
 
@@ -253,11 +237,11 @@ def _tensors(
                     f"{float(largest):.6g}, limit {float(jnp.finfo(dtype).max):.6g}): take "
                     "bfloat16 or float32"
                 )
-            names = llama.layout_shapes(name, shape, config, layout)
+            names = llama.shapes(name, shape, config, layout)
             if not any(n in wanted for n in names):
                 continue
             x = np.asarray(x).reshape(shape)
-            parts = llama.tensors(name, x, config) if layout == "llama" else (x,)
+            parts = llama.tensors(name, x, config, layout)
             yield from ((n, part) for n, part in zip(names, parts, strict=True) if n in wanted)
         del value  # before the next one is made
     assert not rows, f"no parameter {', '.join(rows)}"

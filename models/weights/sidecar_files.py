@@ -100,13 +100,8 @@ def sidecar_config(
 ) -> dict[str, Any]:
     """Return the contents of a config.json, with the keys of the source's if the models are equal.
 
-    So keys that only transformers reads, and the names of the code, are kept.
-
-    Args:
-      source: a checkpoint, or None.
-      config: the architecture.
-      dtype: dtype of the weights.
-      layout: layout of the weights, "internlm2" or "llama".
+    So keys that only transformers reads, and the names of the code, are kept. `dtype` and `layout`,
+    "internlm2" or "llama", are those of the weights.
     """
     found = read_json(source / CONFIG) if source and (source / CONFIG).exists() else {}
     if found.get("model_type") == layout and ModelConfig.from_hf(found) == config:
@@ -126,10 +121,6 @@ def generation_config(source: Path | None, config: ModelConfig) -> dict[str, Any
 
     For a chat model, whose tokenizer has a chat template, <|im_end|> is added to the eos ids:
     without it generation would never stop. Other keys of the source's file are kept.
-
-    Args:
-      source: a checkpoint, or None.
-      config: the architecture.
 
     Raises:
       ValueError: the tokenizer of a chat model cannot be read, or an eos id is outside of the
@@ -155,9 +146,7 @@ def generation_config(source: Path | None, config: ModelConfig) -> dict[str, Any
 def check_tokenizer(fingerprint: str | None, source: Path) -> None:
     """Check that the tokenizer in a directory is the one that a run was trained with.
 
-    Args:
-      fingerprint: of the run's tokenizer; None: unknown, nothing is checked.
-      source: directory whose tokenizer is to be written beside the run's weights.
+    The fingerprint is that of the run's tokenizer; None: unknown, nothing is checked.
 
     Raises:
       ValueError: the tokenizer is another one: with it the model would read and write other text,

@@ -61,10 +61,7 @@ class Weight:
     def from_hf(self, x: jax.Array, config: ModelConfig, **kwargs) -> jax.Array:
         """Convert a HF tensor to the parameter (of one layer): split axes, reorder them.
 
-        Args:
-          x: HF tensor of shape `hf_shape`.
-          config: sizes of the axes.
-          **kwargs: arguments of reshape (out_sharding, in the order of hf_axes).
+        `kwargs` are arguments of reshape: out_sharding, in the order of hf_axes.
         """
         sizes, flat = _sizes(config), self.hf_axes.replace(",", "")
         split = x.reshape(tuple(sizes[a] for a in flat), **kwargs)

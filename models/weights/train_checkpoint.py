@@ -63,18 +63,14 @@ class TrainCheckpoint:
         """
         if self.lora is None:
             raise ValueError(f"{self.path} has all weights of a model, and no adapters")
-        model = abstract(self.config, Execution(lora=self.lora))
-        paths = {}
-        for target, pair in adapter_params(model).items():
-            module = LINEAR[target][0]
-            for name, like in zip("ab", pair, strict=True):
-                paths[f"blocks.{module}.lora.{target}.{name}"] = like
-        arrays = {path: np.asarray(value) for path, value in self._read(paths)}
-
-        def of(target: str, name: str) -> np.ndarray:
-            return arrays[f"blocks.{LINEAR[target][0]}.lora.{target}.{name}"]
-
-        return {target: (of(target, "a"), of(target, "b")) for target in self.lora.targets}
+        adapters = adapter_params(abstract(self.config, Execution(lora=self.lora)))
+        paths = {
+            f"blocks.{LINEAR[target][0]}.lora.{target}.{name}": like
+            for target, pair in adapters.items()
+            for name, like in zip("ab", pair, strict=True)
+        }
+        arrays = [np.asarray(value) for _, value in self._read(paths)]
+        return dict(zip(adapters, zip(arrays[::2], arrays[1::2], strict=True), strict=True))
 
     def check_base(self, config: ModelConfig) -> None:
         """Check that the adapters belong to a base model.
@@ -109,10 +105,7 @@ class TrainCheckpoint:
 
 
 def read_checkpoint(path: Path) -> TrainCheckpoint:
-    """Read the metadata of a training run's checkpoint.
-
-    Args:
-      path: directory from `run_layout.find_checkpoint`.
+    """Read the metadata of a training run's checkpoint, from `run_layout.find_checkpoint`.
 
     Raises:
       FileNotFoundError: the metadata is missing.
@@ -122,22 +115,16 @@ def read_checkpoint(path: Path) -> TrainCheckpoint:
     content = read_json(file)
     identity = content.get(run_layout.IDENTITY)
     identity = identity if isinstance(identity, dict) else {}
+    lora = identity.get(run_layout.LORA)
     try:
         config = run_layout.model_of(identity)
-    except TypeError as error:
+        if lora is not None:
+            lora = LoRA(**lora | {"targets": tuple(lora["targets"])})
+    except (TypeError, KeyError) as error:
         raise ValueError(f"{file} does not describe a model of this version: {error}") from error
     tokenizer = identity.get(run_layout.TOKENIZER)
     tokenizer = tokenizer if isinstance(tokenizer, str) else None
-    fields, flags = identity.get(run_layout.LORA), content.get("config")
-    lora = None
-    if isinstance(fields, dict):
-        lora = LoRA(
-            rank=fields["rank"],
-            alpha=fields["alpha"],
-            dropout=fields["dropout"],
-            targets=tuple(fields["targets"]),
-            rslora=fields["rslora"],
-        )
+    flags = content.get("config")
     flags = flags if isinstance(flags, dict) else {}
     return TrainCheckpoint(
         path, config, tokenizer, lora, flags.get("model"), flags.get("tokenizer")
@@ -155,14 +142,7 @@ def find_run(directory: Path) -> TrainCheckpoint | None:
 
 
 def read_adapter(directory: Path, config: ModelConfig) -> tuple[LoRA, AdapterParams]:
-    """Read the adapters in a PEFT directory, or of a training run.
-
-    Args:
-      directory: PEFT directory, run, or checkpoint of a run.
-      config: the architecture of the base model.
-
-    Returns:
-      As `load_adapter`.
+    """Read the adapters in a PEFT directory, or of a run or its checkpoint, as `load_adapter`.
 
     Raises:
       FileNotFoundError: a file is missing.

@@ -27,7 +27,7 @@ from jax.experimental.mosaic.gpu import utils
 
 from jaxattn.mask import Mask
 from jaxattn.pallas import op
-from jaxattn.pallas.mma.tiles import CHIPS
+from jaxattn.pallas.tiles import CHIPS
 
 LENGTH = 32768
 # What the compiler asks about its target: the limits of the compute capability (CUDA C++

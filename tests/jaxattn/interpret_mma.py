@@ -11,7 +11,7 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 
-from jaxattn.pallas.mma import cp_async, fragments, gmem
+from jaxattn.pallas.mma import cp_async, fragments, row_access
 
 
 def patches() -> list[tuple[Any, str, Any]]:
@@ -23,13 +23,12 @@ def patches() -> list[tuple[Any, str, Any]]:
         (cp_async, "commit", lambda: None),
         (cp_async, "wait", lambda groups: None),
         (cp_async, "barrier", barrier),
-        (fragments, "load_columns", load_columns),
-        (fragments, "load_rows", load_rows),
+        (fragments, "load_factor", load_factor),
         (fragments, "as_left_factor", lambda x: x),
         (fragments, "store_product", store_product),
-        (gmem, "load_by_row", load_by_row),
-        (gmem, "store_by_row", store_by_row),
-        (gmem, "add_rows", add_rows),
+        (row_access, "load_by_row", load_by_row),
+        (row_access, "store_by_row", store_by_row),
+        (row_access, "add_rows", add_rows),
     ]
 
 
@@ -76,14 +75,9 @@ def barrier(warpgroups=1):
     assert warpgroups == 1, "the interpreter's stand-in orders nothing"
 
 
-def load_columns(ref, k, *, transposed, m_warps=4):
-    columns = ref[:, pl.ds(16 * k, 16)]
-    return columns.T if transposed else columns
-
-
-def load_rows(ref, k, *, transposed=False, warpgroups=1, m_warps=4):
-    rows = ref[pl.ds(16 * k, 16), :]
-    return rows.T if transposed else rows
+def load_factor(ref, k, *, side, along, warpgroups=1, m_warps=4):
+    part = ref[:, pl.ds(16 * k, 16)] if along == "columns" else ref[pl.ds(16 * k, 16), :].T
+    return part if side == "left" else part.T
 
 
 def store_product(ref, value, m_warps):

@@ -22,8 +22,8 @@ from jaxattn import (
     prepare,
     resolve,
 )
-from jaxattn.pallas import op as pallas
-from jaxattn.pallas.tiles import rule_tiles
+from jaxattn.pallas.wgmma import tiles as wgmma_tiles
+from jaxattn.pallas.wgmma.tiles import rule_tiles
 from tests.jaxattn.interpret import hopper, interpreted
 from tests.jaxattn.oracle import random_problem
 
@@ -540,7 +540,9 @@ def test_describe_under_a_mesh(spec, monkeypatch):
     bnh = NamedSharding(mesh, PartitionSpec(*spec, None))
     whole = "8 slices of 512 queries x 4096 keys"
     assert describe("xla", q, k, mask).tiles == whole
-    monkeypatch.setattr(pallas, "choose_tiles", lambda *heads: heads_seen.append(heads) or rule)
+    monkeypatch.setattr(
+        wgmma_tiles, "choose_tiles", lambda *heads: heads_seen.append(heads) or rule
+    )
     heads_seen, rule = [], rule_tiles(16, 8, 128)
     with jax.set_mesh(mesh):
         q, k = (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=bnh) for x in (q, k))

@@ -10,7 +10,8 @@ import sys
 
 import pytest
 
-from jaxattn.pallas.mma.tiles import CHIPS, rule_tiles
+from jaxattn.pallas.mma.tiles import rule_tiles
+from jaxattn.pallas.tiles import CHIPS
 from tests.jaxattn import sass
 
 pytestmark = pytest.mark.codegen

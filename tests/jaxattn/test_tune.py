@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxattn import eager, tune, tune_candidates
+from jaxattn import eager, tune
 from jaxattn.bench.shapes import Shape
-from jaxattn.pallas import tiles
-from jaxattn.pallas.mma import tiles as mma_tiles
-from jaxattn.pallas.tiles import SMEM_BYTES, ForwardTiles
+from jaxattn.pallas.tiles import CHIPS, Tiles
+from jaxattn.pallas.wgmma import tiles
+from jaxattn.pallas.wgmma.tiles import ForwardTiles
+from jaxattn.tune_candidates import smem_bytes
 from tests.jaxattn.interpret import interpreted
 
 SMALL = Shape(batch=1, length=128, heads=4, kv_heads=2, head_dim=64, documents=(40.0, 0.7))
@@ -22,22 +23,23 @@ LAYOUT = (4, 2, 64)
 @pytest.mark.parametrize("layout", [(16, 8, 128), (48, 8, 128), (8, 8, 64), (32, 8, 64)])
 def test_rule_is_among_the_candidates(layout):
     """The search starts from the rule and leaves out only what has a reason."""
-    rule = tiles.rule_tiles(*layout)
-    candidates = tune_candidates.forward_candidates(layout)
+    search = tune.search_of("wgmma", "9.0")
+    rule, candidates = search.rule(layout), search.forward(layout)
+    assert rule == tiles.rule_tiles(*layout)
     assert rule.forward in candidates
-    assert rule.backward in tune_candidates.backward_candidates()
+    assert rule.backward in search.backward(layout)
     for part in (rule.forward, rule.backward):
-        assert tune_candidates.why_not(part, layout) is None
+        assert search.why_not(part, layout) is None
     for part in candidates:
-        fits = tune_candidates.smem_bytes(part, layout) <= SMEM_BYTES
-        assert fits == (tune_candidates.why_not(part, layout) is None)
+        fits = smem_bytes(part, layout) <= CHIPS["9.0"].smem
+        assert fits == (search.why_not(part, layout) is None)
         assert layout[0] // layout[1] % part.qheads_per_tile == 0
 
 
 @pytest.mark.parametrize(
     "layout", [(16, 8, 128), (48, 8, 128), (8, 1, 128), (8, 8, 64), (8, 1, 64)]
 )
-@pytest.mark.parametrize("capability", mma_tiles.CHIPS)
+@pytest.mark.parametrize("capability", CHIPS)
 def test_rule_of_mma_is_among_the_candidates(layout, capability):
     """On every chip the search starts from the rule, which is one of those that fit."""
     search = tune.search_of("mma", capability)
@@ -81,7 +83,7 @@ def test_without_a_gpu_it_says_what_it_needs(capsys):
 class FakePlan:
     """Says which tiles to use, and nothing else."""
 
-    tiles: tiles.Tiles
+    tiles: Tiles
 
 
 @pytest.fixture
@@ -124,7 +126,7 @@ def test_search_drops_what_is_wrong_and_keeps_the_fastest(fake_gpu, capsys):
     )
     candidates = [
         dataclasses.replace(rule, forward=part)
-        for part in tune_candidates.forward_candidates(LAYOUT)
+        for part in tune.search_of("wgmma", "9.0").forward(LAYOUT)
         if part.qheads_per_tile == 2
     ]
     best, ms = tune.fastest(tune._forward, rule, candidates, {"small": SMALL})

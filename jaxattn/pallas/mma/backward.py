@@ -6,8 +6,8 @@ and loops over the live tiles of queries of the group's G heads. Scores are tran
 queries]. P^T and dS^T go through shared memory: with two warps along each side of a product, 32 x
 32 scores and 32 x 64 numbers of a gradient per warp, the products need a fifth fewer loads from
 shared memory, the limit of this kernel, than with P^T and dS^T in registers. dQ is added to fp32
-numbers in global memory (`gmem.add_rows`); with two warpgroups, each computes half of its columns,
-so that a number is added once per 128 keys.
+numbers in global memory (`row_access.add_rows`); with two warpgroups, each computes half of its
+columns, so that a number is added once per 128 keys.
 
 Q, dO, lse and delta arrive by cp.async. With two stages the next tile's copies start at the
 beginning of an iteration; with one, after dK has read Q.
@@ -26,17 +26,20 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxattn.block_map import BlockMap
-from jaxattn.pallas.mma import cp_async, fragments, gmem
+from jaxattn.pallas.launch import launch
+from jaxattn.pallas.mma import cp_async, fragments, row_access
 from jaxattn.pallas.mma.fragments import MMA_K
-from jaxattn.pallas.mma.launch import launch
-from jaxattn.pallas.mma.tiles import WARPGROUP_ROWS, BackwardTiles
-from jaxattn.pallas.mma.work_tile import WorkTile, optional_arrays, zeros
+from jaxattn.pallas.mma.tiles import BackwardTiles
+from jaxattn.pallas.mma.work_tile import WorkTile, zeros
+from jaxattn.pallas.operands import BackwardOperands
 from jaxattn.pallas.smem import ring_slot, swizzled
 from jaxattn.pallas.softmax import LOG2E, by_col
+from jaxattn.pallas.tiles import WARPGROUP_ROWS
 
-# Tiles of queries in one head before the loop turns to the next head: programs that run at once
-# then read the same tiles of Q and dO, and add to the same tiles of dQ, while these are in L2.
-STRETCH = 32
+# Q tiles that a program processes in one head before it turns to the next head: programs that run
+# at once then read the same tiles of Q and dO, and add to the same tiles of dQ, while these are in
+# the L2 cache.
+Q_CHUNK = 32
 # Warps along the rows of a product, and as many along its columns.
 M_WARPS = 2
 
@@ -63,41 +66,13 @@ def scratch(head_dim: int, dtype: jnp.dtype, tiles: BackwardTiles) -> dict:
 
 
 def backward(
-    q_RNH: Float[Array, "R N H"],
-    k_CKH: Float[Array, "C K H"],
-    v_CKH: Float[Array, "C K H"],
-    do_RNH: Float[Array, "R N H"],
-    lse_NR: Float[Array, "N rows"],
-    delta_NR: Float[Array, "N rows"],
-    work: BlockMap,
-    *,
-    scale: float,
-    tiles: BackwardTiles,
-    with_dq: bool = True,
+    x: BackwardOperands, work: BlockMap, *, scale: float, tiles: BackwardTiles, with_dq: bool
 ) -> tuple[Float[Array, "R N H"] | None, Float[Array, "C K H"], Float[Array, "C K H"]]:
-    """Run the kernel.
-
-    Args:
-      q_RNH: queries, bf16 or fp16; H is 64 or 128.
-      k_CKH: keys, same dtype.
-      v_CKH: values, same dtype.
-      do_RNH: gradient of the output, same dtype.
-      lse_NR: log-sum-exp from the forward kernel; rows beyond R are not read for any visible pair.
-      delta_NR: subtrahend of dP: the sum over H of o * do, less the gradient of the natural
-        log-sum-exp if there is one; fp32, same shape as lse.
-      work: `key_map` for these tiles.
-      scale: factor on the scores, above 0.
-      tiles: tile sizes of `work`.
-      with_dq: compute dq, too.
-
-    Returns:
-      dq (or None), dk, dv in the inputs' dtype. dk and dv are the same bits in every run; dq is
-      summed in fp32 in the order in which programs finish, so its last bits may differ.
-    """
-    R, N, H = q_RNH.shape
-    C, K = k_CKH.shape[:2]
-    dtype, stages, warpgroups = q_RNH.dtype, tiles.stages, tiles.warpgroups
-    row_length, group = lse_NR.shape[1], N // K
+    """Run the backward kernel, see `jaxattn.pallas.op.Family`."""
+    R, N, H = x.q_RNH.shape
+    C, K = x.k_CKH.shape[:2]
+    dtype, stages, warpgroups = x.q_RNH.dtype, tiles.stages, tiles.warpgroups
+    row_length, group = x.lse_NR.shape[1], N // K
     key_tiles = -(-C // tiles.block_kv)
     layout = fragments.acc_layout(dtype, M_WARPS)
     shape = (WARPGROUP_ROWS, tiles.block_q)
@@ -106,36 +81,33 @@ def backward(
     dq_parts = H // warpgroups // dq_columns
     add_product = functools.partial(fragments.add_product, m_warps=M_WARPS)
 
-    def kernel(q, k, v, do, lse, delta, *refs, smem):
-        dq, *refs = refs if with_dq else (None, *refs)
-        *refs, dk, dv = refs
+    def kernel(gmem, smem):
         wg = lax.axis_index("wg") if warpgroups > 1 else jnp.int32(0)
         program = lax.axis_index("program")
         # Longest key tile first within a kv head, and one kv head after another.
         entry, kv_head = lax.rem(program, key_tiles), lax.div(program, key_tiles)
         row_bounds = smem.row_bounds.at[wg]
-        tile = WorkTile(work, refs, entry, wg, row_bounds=row_bounds, block_cols=tiles.block_q)
+        tile = WorkTile(gmem, entry, wg, row_bounds=row_bounds, block_cols=tiles.block_q)
         key = tile.row_tile * tiles.block_kv
         own = pl.ds(wg * WARPGROUP_ROWS, WARPGROUP_ROWS)
-        own_k, own_v, own_p, own_ds = (x.at[own] for x in (smem.k, smem.v, smem.p, smem.ds))
+        own_k, own_v, own_p, own_ds = (ref.at[own] for ref in (smem.k, smem.v, smem.p, smem.ds))
         barrier = functools.partial(cp_async.barrier, warpgroups)
         copy_rows = functools.partial(cp_async.copy_rows, warpgroups=warpgroups)
 
-        def place(position):
-            """Return the query tile and the query head of a position in the loop."""
-            done, g, j = position
-            return tile.count - 1 - done - j, kv_head * group + g
+        # A position in the loop is (tiles of the chunks before, head of the group, tile in the
+        # chunk): all tiles of a chunk for one head, then for the next head, then the next chunk.
+        def tile_and_head(position):
+            """Return the Q tile, from the last to the first, and the query head of a position."""
+            offset, g, j = position
+            return tile.count - 1 - offset - j, kv_head * group + g
 
         def advance(position):
-            """Return the next position: in the stretch of a head, the next head, the next stretch.
-
-            A position is (tiles in earlier stretches, head of the group, tile in the stretch).
-            """
-            done, g, j = position
-            last = j + 1 == jnp.minimum(tile.count - done, STRETCH)
+            """Return the next position."""
+            offset, g, j = position
+            last = j + 1 == jnp.minimum(tile.count - offset, Q_CHUNK)
             last_head = last & (g + 1 == group)
             return (
-                jnp.where(last_head, done + STRETCH, done),
+                jnp.where(last_head, offset + Q_CHUNK, offset),
                 jnp.where(last, jnp.where(last_head, 0, g + 1), g),
                 jnp.where(last, 0, j + 1),
             )
@@ -144,24 +116,24 @@ def backward(
             @pl.when(position[0] < tile.count)
             def _():
                 slot = ring_slot(i, stages)
-                t, head = place(position)
+                t, head = tile_and_head(position)
                 token = tile.column(t)
-                copy_rows(q, smem.q.at[slot], token, head)
-                copy_rows(do, smem.do.at[slot], token, head)
+                copy_rows(gmem.q, smem.q.at[slot], token, head)
+                copy_rows(gmem.do, smem.do.at[slot], token, head)
                 start = head * row_length + token
-                cp_async.copy_numbers(lse, smem.lse.at[slot], start)
-                cp_async.copy_numbers(delta, smem.delta.at[slot], start)
+                cp_async.copy_numbers(gmem.lse, smem.lse.at[slot], start)
+                cp_async.copy_numbers(gmem.delta, smem.delta.at[slot], start)
 
             cp_async.commit()
 
-        copy_rows(k, smem.k, key, kv_head)
-        copy_rows(v, smem.v, key, kv_head)
+        copy_rows(gmem.k, smem.k, key, kv_head)
+        copy_rows(gmem.v, smem.v, key, kv_head)
         first = (jnp.int32(0),) * 3
         start_copy(first, jnp.int32(0))
 
         def step(i, carry):
             dk_acc, dv_acc, *position = carry
-            t, head = place(position)
+            t, head = tile_and_head(position)
             slot = ring_slot(i, stages)
             q_tile, do_tile = smem.q.at[slot], smem.do.at[slot]
             ahead = advance(position)
@@ -181,9 +153,9 @@ def backward(
 
             def score_gradients():
                 start = zeros(shape, layout)
-                s = masked(add_product(start, own_k, q_tile, contraction=H, columns=True))
+                s = masked(add_product(start, own_k, q_tile, along="columns"))
                 p = jnp.exp2(s * (scale * LOG2E) - each_row(smem.lse))
-                dp = add_product(start, own_v, do_tile, contraction=H, columns=True)
+                dp = add_product(start, own_v, do_tile, along="columns")
                 fragments.store_product(own_p, p.astype(dtype), M_WARPS)
                 ds = p * (dp - each_row(smem.delta))
                 fragments.store_product(own_ds, ds.astype(dtype), M_WARPS)
@@ -192,9 +164,8 @@ def backward(
                 fragments.store_product(own_ds, zeros(shape, layout).astype(dtype), M_WARPS)
 
             def key_gradients(dk_acc, dv_acc):
-                sizes = {"contraction": tiles.block_q, "columns": False}
-                dv_acc = add_product(dv_acc, own_p, do_tile, **sizes)
-                return add_product(dk_acc, own_ds, q_tile, **sizes), dv_acc
+                dv_acc = add_product(dv_acc, own_p, do_tile, along="rows")
+                return add_product(dk_acc, own_ds, q_tile, along="rows"), dv_acc
 
             if warpgroups == 1:  # every visited tile is live
                 score_gradients()
@@ -212,16 +183,13 @@ def backward(
                 for part in range(dq_parts):
                     columns = pl.ds(part * dq_columns, warpgroups * dq_columns)
                     dq_acc = zeros((tiles.block_q, dq_columns), layout)
+                    load = functools.partial(fragments.load_factor, along="rows", m_warps=M_WARPS)
                     for c in range(tiles.block_kv // MMA_K):
-                        dq_acc = plgpu.mma(
-                            dq_acc,
-                            fragments.load_rows(smem.ds, c, transposed=True, m_warps=M_WARPS),
-                            fragments.load_rows(
-                                smem.k.at[:, columns], c, warpgroups=warpgroups, m_warps=M_WARPS
-                            ),
-                        )
-                    gmem.add_rows(
-                        dq,
+                        ds = load(smem.ds, c, side="left")
+                        k = load(smem.k.at[:, columns], c, side="right", warpgroups=warpgroups)
+                        dq_acc = plgpu.mma(dq_acc, ds, k)
+                    row_access.add_rows(
+                        gmem.dq,
                         dq_acc,
                         tile.column(t),
                         head,
@@ -240,29 +208,34 @@ def backward(
         fragments.store_product(own_v, dv_acc.astype(dtype), M_WARPS)
         fragments.store_product(own_k, (dk_acc * scale).astype(dtype), M_WARPS)
         barrier()
-        cp_async.store_rows(smem.v, dv, key, kv_head, warpgroups=warpgroups)
-        cp_async.store_rows(smem.k, dk, key, kv_head, warpgroups=warpgroups)
+        cp_async.store_rows(smem.v, gmem.dv, key, kv_head, warpgroups=warpgroups)
+        cp_async.store_rows(smem.k, gmem.dk, key, kv_head, warpgroups=warpgroups)
 
-    run = launch(
-        kernel,
-        name="flash_backward_mma" if with_dq else "flash_backward_dkv_mma",
-        programs=key_tiles * K,
-        scratch=scratch(H, dtype, tiles),
-        out=(jax.ShapeDtypeStruct((C, K, H), dtype),) * 2,
-        warpgroups=warpgroups,
-    )
+    arrays = {"q": x.q_RNH, "k": x.k_CKH, "v": x.v_CKH, "do": x.do_RNH}
     # A tile of queries may reach beyond the last of them.
-    stats = [jnp.pad(x.reshape(-1), (0, tiles.block_q)) for x in (lse_NR, delta_NR)]
-    sums = []
+    stats = {
+        name: jnp.pad(stat.reshape(-1), (0, tiles.block_q))
+        for name, stat in (("lse", x.lse_NR), ("delta", x.delta_NR))
+    }
+    dq_sum = None
     if with_dq:
         # Without the barrier XLA fills the zeros of all layers of a model in one pass, before the
         # first layer's backward.
         zero, stats = lax.optimization_barrier((jnp.float32(0), stats))
         eights = -(-(R + tiles.block_q) // 8)
-        sums = [jax.new_ref(jnp.broadcast_to(zero, (eights, N, 8 * H)))]
-    arrays = work.work, work.row_bounds, *optional_arrays(work)
-    dk, dv = run(q_RNH, k_CKH, v_CKH, do_RNH, *stats, *sums, *arrays)
-    if not with_dq:
+        dq_sum = jax.new_ref(jnp.broadcast_to(zero, (eights, N, 8 * H)))
+    dk, dv = launch(
+        kernel,
+        name="flash_backward_mma" if with_dq else "flash_backward_dkv_mma",
+        programs=key_tiles * K,
+        warpgroups=warpgroups,
+        inputs=arrays | stats | {"dq": dq_sum} | work.inputs,
+        out=dict.fromkeys(("dk", "dv"), jax.ShapeDtypeStruct((C, K, H), dtype)),
+        scratch=scratch(H, dtype, tiles),
+        semantics=plgpu.LoweringSemantics.Lane,
+        reduction_scratch_bytes=0,
+    )
+    if dq_sum is None:
         return None, dk, dv
-    dq = gmem.in_rows(sums[0][...], H, vector=tiles.vector)[:R]
+    dq = row_access.in_rows(dq_sum[...], H, vector=tiles.vector)[:R]
     return (dq * scale).astype(dtype), dk, dv

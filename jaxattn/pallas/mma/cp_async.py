@@ -56,14 +56,7 @@ def copy_rows(source, target, row, head, *, heads: int = 1, warpgroups: int = 1)
 def store_rows(source, target, row, head, *, heads: int = 1, warpgroups: int = 1) -> None:
     """Store a tile of shared memory in global memory; rows beyond its end are dropped.
 
-    Args:
-      source: [heads * rows, H] in shared memory, see `copy_rows`.
-      target: [R, N, H] in global memory.
-      row: first row to store, int32.
-      head: first head to store, int32.
-      heads: number of heads, each with a multiple of the 1024 / H rows that a warpgroup moves at a
-        time.
-      warpgroups: warpgroups of the program; all of them call this function.
+    Arguments as for `copy_rows`, with source and target exchanged.
     """
     dtype = source.dtype
 

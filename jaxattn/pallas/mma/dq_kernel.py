@@ -14,16 +14,17 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxattn.block_map import BlockMap
-from jaxattn.pallas.mma import cp_async, fragments, gmem
+from jaxattn.pallas.launch import launch
+from jaxattn.pallas.mma import cp_async, fragments, row_access
 from jaxattn.pallas.mma.fragments import MMA_K
-from jaxattn.pallas.mma.launch import launch
-from jaxattn.pallas.mma.tiles import DqTiles
-from jaxattn.pallas.mma.work_tile import WorkTile, optional_arrays, zeros
+from jaxattn.pallas.mma.tiles import ForwardTiles
+from jaxattn.pallas.mma.work_tile import WorkTile, zeros
+from jaxattn.pallas.operands import BackwardOperands
 from jaxattn.pallas.smem import ring_slot, swizzled
 from jaxattn.pallas.softmax import LOG2E, TILE, by_row
 
 
-def scratch(head_dim: int, dtype: jnp.dtype, tiles: DqTiles) -> dict:
+def scratch(head_dim: int, dtype: jnp.dtype, tiles: ForwardTiles) -> dict:
     """Return the shared memory of one program."""
     own = plgpu.SMEM((tiles.rows, head_dim), dtype, transforms=swizzled(dtype))
     kv = (tiles.stages, tiles.block_kv, head_dim)
@@ -33,47 +34,21 @@ def scratch(head_dim: int, dtype: jnp.dtype, tiles: DqTiles) -> dict:
 
 
 def query_gradient(
-    q_RNH: Float[Array, "R N H"],
-    k_CKH: Float[Array, "C K H"],
-    v_CKH: Float[Array, "C K H"],
-    do_RNH: Float[Array, "R N H"],
-    lse_NR: Float[Array, "N rows"],
-    delta_NR: Float[Array, "N rows"],
-    work: BlockMap,
-    *,
-    scale: float,
-    tiles: DqTiles,
+    x: BackwardOperands, work: BlockMap, *, scale: float, tiles: ForwardTiles
 ) -> Float[Array, "R N H"]:
-    """Run the kernel.
-
-    Args:
-      q_RNH: queries, bf16 or fp16; H is 64 or 128.
-      k_CKH: keys, same dtype.
-      v_CKH: values, same dtype.
-      do_RNH: gradient of the output, same dtype.
-      lse_NR: log-sum-exp in units of log 2; rows beyond R are not read for any visible pair.
-      delta_NR: subtrahend of dP, fp32, same shape as lse.
-      work: `query_map` for these tiles.
-      scale: factor on the scores, above 0.
-      tiles: tile sizes of `work`.
-
-    Returns:
-      dq in the inputs' dtype, the same bits in every run: one program sums each in fp32, over the
-      key tiles in their order.
-    """
-    R, N, H = q_RNH.shape
-    K = k_CKH.shape[1]
-    dtype, stages = q_RNH.dtype, tiles.stages
+    """Run the dq kernel, see `jaxattn.pallas.op.Family`."""
+    R, N, H = x.q_RNH.shape
+    K = x.k_CKH.shape[1]
+    dtype, stages = x.q_RNH.dtype, tiles.stages
     row_tiles = -(-R // tiles.queries)
     shape = (tiles.rows, tiles.block_kv)
 
-    def kernel(q, k, v, do, lse, delta, *refs, smem):
-        *refs, dq = refs
+    def kernel(gmem, smem):
         program = lax.axis_index("program")
         entry, tile_head = lax.rem(program, row_tiles), lax.div(program, row_tiles)
         head = tile_head * tiles.qheads_per_tile
         kv_head = lax.div(head, jnp.int32(N // K))
-        tile = WorkTile(work, refs, entry, 0, row_bounds=smem.row_bounds, block_cols=tiles.block_kv)
+        tile = WorkTile(gmem, entry, 0, row_bounds=smem.row_bounds, block_cols=tiles.block_kv)
         token = tile.row_tile * tiles.queries
         of_heads = {"heads": tiles.qheads_per_tile}
 
@@ -81,20 +56,21 @@ def query_gradient(
             @pl.when(j < tile.count)
             def _():
                 slot, at = ring_slot(j, stages), (tile.column(j), kv_head)
-                cp_async.copy_rows(k, smem.k.at[slot], *at)
-                cp_async.copy_rows(v, smem.v.at[slot], *at)
+                cp_async.copy_rows(gmem.k, smem.k.at[slot], *at)
+                cp_async.copy_rows(gmem.v, smem.v.at[slot], *at)
 
             cp_async.commit()
 
         def product(left, right):
             sums = zeros(shape, TILE)
-            return fragments.add_product(sums, left, right, contraction=H, columns=True, m_warps=4)
+            return fragments.add_product(sums, left, right, along="columns", m_warps=4)
 
-        cp_async.copy_rows(q, smem.q, token, head, **of_heads)
-        cp_async.copy_rows(do, smem.do, token, head, **of_heads)
+        cp_async.copy_rows(gmem.q, smem.q, token, head, **of_heads)
+        cp_async.copy_rows(gmem.do, smem.do, token, head, **of_heads)
         start_copy(jnp.int32(0))
         lse_rows, delta_rows = (
-            gmem.load_by_row(x, token, head, rows=tiles.rows, **of_heads) for x in (lse, delta)
+            row_access.load_by_row(stat, token, head, rows=tiles.rows, **of_heads)
+            for stat in (gmem.lse, gmem.delta)
         )
 
         def step(j, dq_acc):
@@ -110,7 +86,8 @@ def query_gradient(
             ds16 = fragments.as_left_factor(ds16)
             for i in range(tiles.block_kv // MMA_K):
                 part = ds16[:, i * MMA_K : (i + 1) * MMA_K]
-                dq_acc = plgpu.mma(dq_acc, part, fragments.load_rows(smem.k.at[slot], i))
+                k = fragments.load_factor(smem.k.at[slot], i, side="right", along="rows")
+                dq_acc = plgpu.mma(dq_acc, part, k)
             if stages == 1:
                 cp_async.barrier()
                 start_copy(j + 1)
@@ -120,16 +97,20 @@ def query_gradient(
         cp_async.barrier()
         smem.q[...] = (dq_acc * scale).astype(dtype)
         cp_async.barrier()
-        cp_async.store_rows(smem.q, dq, token, head, **of_heads)
+        cp_async.store_rows(smem.q, gmem.dq, token, head, **of_heads)
 
-    run = launch(
+    arrays = {"q": x.q_RNH, "k": x.k_CKH, "v": x.v_CKH, "do": x.do_RNH}
+    beyond = ((0, 0), (0, max(row_tiles * tiles.queries - x.lse_NR.shape[1], 0)))
+    stats = {"lse": jnp.pad(x.lse_NR, beyond), "delta": jnp.pad(x.delta_NR, beyond)}
+    [dq_RNH] = launch(
         kernel,
         name="flash_backward_dq_mma",
         programs=row_tiles * (N // tiles.qheads_per_tile),
+        warpgroups=1,
+        inputs=arrays | stats | work.inputs,
+        out={"dq": jax.ShapeDtypeStruct((R, N, H), dtype)},
         scratch=scratch(H, dtype, tiles),
-        out=jax.ShapeDtypeStruct((R, N, H), dtype),
+        semantics=plgpu.LoweringSemantics.Lane,
+        reduction_scratch_bytes=0,
     )
-    beyond = max(row_tiles * tiles.queries - lse_NR.shape[1], 0)
-    stats = [jnp.pad(x, ((0, 0), (0, beyond))) for x in (lse_NR, delta_NR)]
-    arrays = work.work, work.row_bounds, *optional_arrays(work)
-    return run(q_RNH, k_CKH, v_CKH, do_RNH, *stats, *arrays)
+    return dq_RNH

@@ -22,11 +22,12 @@ from jaxtyping import Array, Float
 
 from jaxattn.block_map import BlockMap
 from jaxattn.pallas import softmax
-from jaxattn.pallas.mma import cp_async, fragments, gmem
+from jaxattn.pallas.launch import launch
+from jaxattn.pallas.mma import cp_async, fragments, row_access
 from jaxattn.pallas.mma.fragments import MMA_K
-from jaxattn.pallas.mma.launch import launch
 from jaxattn.pallas.mma.tiles import ForwardTiles
-from jaxattn.pallas.mma.work_tile import WorkTile, optional_arrays, zeros
+from jaxattn.pallas.mma.work_tile import WorkTile, zeros
+from jaxattn.pallas.operands import Operands
 from jaxattn.pallas.smem import ring_slot, swizzled
 from jaxattn.pallas.softmax import PARTS, ROW, TILE, by_row
 
@@ -43,41 +44,21 @@ def scratch(head_dim: int, dtype: jnp.dtype, tiles: ForwardTiles) -> dict:
 
 
 def forward(
-    q_RNH: Float[Array, "R N H"],
-    k_CKH: Float[Array, "C K H"],
-    v_CKH: Float[Array, "C K H"],
-    work: BlockMap,
-    *,
-    scale: float,
-    tiles: ForwardTiles,
+    x: Operands, work: BlockMap, *, scale: float, tiles: ForwardTiles
 ) -> tuple[Float[Array, "R N H"], Float[Array, "N rows"]]:
-    """Run the kernel.
-
-    Args:
-      q_RNH: queries, bf16 or fp16; H is 64 or 128.
-      k_CKH: keys, same dtype.
-      v_CKH: values, same dtype.
-      work: `query_map` for these tiles.
-      scale: factor on the scores, above 0.
-      tiles: tile sizes of `work`.
-
-    Returns:
-      o_RNH in the dtype of q, and the log-sum-exp of the scaled scores in units of log 2, fp32
-      [N, R rounded up to a row tile]; +inf for rows that see nothing, whose o is 0.
-    """
-    R, N, H = q_RNH.shape
-    K = k_CKH.shape[1]
-    dtype, stages = q_RNH.dtype, tiles.stages
+    """Run the forward kernel, see `jaxattn.pallas.op.Family`."""
+    R, N, H = x.q_RNH.shape
+    K = x.k_CKH.shape[1]
+    dtype, stages = x.q_RNH.dtype, tiles.stages
     row_tiles = -(-R // tiles.queries)
 
-    def kernel(q, k, v, *refs, smem):
-        *refs, o, lse = refs
+    def kernel(gmem, smem):
         program = lax.axis_index("program")
         # Heads outermost: the programs that run at once read the K and V of few heads from L2.
         entry, tile_head = lax.rem(program, row_tiles), lax.div(program, row_tiles)
         head = tile_head * tiles.qheads_per_tile
         kv_head = lax.div(head, jnp.int32(N // K))
-        tile = WorkTile(work, refs, entry, 0, row_bounds=smem.row_bounds, block_cols=tiles.block_kv)
+        tile = WorkTile(gmem, entry, 0, row_bounds=smem.row_bounds, block_cols=tiles.block_kv)
         token = tile.row_tile * tiles.queries
         of_heads = {"heads": tiles.qheads_per_tile}
 
@@ -89,35 +70,35 @@ def forward(
 
             cp_async.commit()
 
-        cp_async.copy_rows(q, smem.q, token, head, **of_heads)
-        start_copy(k, smem.k, jnp.int32(0))
+        cp_async.copy_rows(gmem.q, smem.q, token, head, **of_heads)
+        start_copy(gmem.k, smem.k, jnp.int32(0))
         for j in range(stages - 1):
-            start_copy(v, smem.v, jnp.int32(j))
-            start_copy(k, smem.k, jnp.int32(j + 1))
+            start_copy(gmem.v, smem.v, jnp.int32(j))
+            start_copy(gmem.k, smem.k, jnp.int32(j + 1))
 
         def step(j, carry):
             o_acc, m, l = carry
             slot = ring_slot(j, stages)
             cp_async.wait(2 * (stages - 1))
             cp_async.barrier()
-            start_copy(v, smem.v, j + stages - 1)
+            start_copy(gmem.v, smem.v, j + stages - 1)
             s = fragments.add_product(
                 zeros((tiles.rows, tiles.block_kv), TILE),
                 smem.q,
                 smem.k.at[slot],
-                contraction=H,
-                columns=True,
+                along="columns",
                 m_warps=4,
             )
             cp_async.wait(2 * (stages - 1))
             cp_async.barrier()
-            start_copy(k, smem.k, j + stages)
+            start_copy(gmem.k, smem.k, j + stages)
             p, l, m, alpha = softmax.online_softmax(tile.masked(s, j), m, l, scale)
             o_acc = softmax.rescale(o_acc, alpha)
             p16 = fragments.as_left_factor(p.astype(dtype))
             for i in range(tiles.block_kv // MMA_K):
                 part = p16[:, i * MMA_K : (i + 1) * MMA_K]
-                o_acc = plgpu.mma(o_acc, part, fragments.load_rows(smem.v.at[slot], i))
+                v = fragments.load_factor(smem.v.at[slot], i, side="right", along="rows")
+                o_acc = plgpu.mma(o_acc, part, v)
             return o_acc, m, l
 
         carry = (
@@ -132,19 +113,22 @@ def forward(
         # Staged in the memory of Q, which all warps have read before the last barrier.
         smem.q[...] = o_acc.astype(dtype)
         cp_async.barrier()
-        cp_async.store_rows(smem.q, o, token, head, **of_heads)
-        gmem.store_by_row(
-            lse, jnp.where(sees_any, m + jnp.log2(l), jnp.inf), token, head, **of_heads
-        )
+        cp_async.store_rows(smem.q, gmem.o, token, head, **of_heads)
+        lse = jnp.where(sees_any, m + jnp.log2(l), jnp.inf)
+        row_access.store_by_row(gmem.lse, lse, token, head, **of_heads)
 
-    run = launch(
+    o_RNH, lse_NR = launch(
         kernel,
         name="flash_forward_mma",
         programs=row_tiles * (N // tiles.qheads_per_tile),
+        warpgroups=1,
+        inputs={"q": x.q_RNH, "k": x.k_CKH, "v": x.v_CKH, **work.inputs},
+        out={
+            "o": jax.ShapeDtypeStruct((R, N, H), dtype),
+            "lse": jax.ShapeDtypeStruct((N, row_tiles * tiles.queries), jnp.float32),
+        },
         scratch=scratch(H, dtype, tiles),
-        out=(
-            jax.ShapeDtypeStruct((R, N, H), dtype),
-            jax.ShapeDtypeStruct((N, row_tiles * tiles.queries), jnp.float32),
-        ),
+        semantics=plgpu.LoweringSemantics.Lane,
+        reduction_scratch_bytes=0,
     )
-    return run(q_RNH, k_CKH, v_CKH, work.work, work.row_bounds, *optional_arrays(work))
+    return o_RNH, lse_NR

@@ -7,7 +7,7 @@ product, 16 rows each, and the others its columns, 8 each. With 4 `m_warps` the 
 layout of wgmma (`softmax.TILE`), so both kernel families share `softmax`.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import jax.experimental.mosaic.gpu as mgpu
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -35,78 +35,109 @@ from jaxattn.pallas.softmax import TILE
 MMA_K = 16
 
 
-def lhs_layout(dtype, m_warps: int = 4):
-    """Return the layout of the left factor."""
-    return plgpu.Layout.MMA_LHS(jnp.dtype(dtype), m_warps=m_warps)
-
-
-def rhs_layout(dtype, m_warps: int = 4):
-    """Return the layout of the right factor."""
-    return plgpu.Layout.MMA_RHS(jnp.dtype(dtype), m_warps=m_warps)
-
-
 def acc_layout(dtype, m_warps: int):
     """Return the layout of the accumulator."""
     return plgpu.Layout.MMA_ACC(jnp.dtype(dtype), m_warps=m_warps)
 
 
-def load_columns(ref, k: int, *, transposed: bool, m_warps: int = 4):
-    """Load 16 columns of a tile in shared memory as a factor of `plgpu.mma`.
+def load_factor(
+    ref,
+    k: int,
+    *,
+    side: Literal["left", "right"],
+    along: Literal["rows", "columns"],
+    warpgroups: int = 1,
+    m_warps: int = 4,
+):
+    """Load 16 of the contraction of a tile in shared memory as a factor of `plgpu.mma`.
 
-    Args:
-      ref: [rows, H] in shared memory in the layout `swizzled`.
-      k: index of the columns 16 * k to 16 * k + 15.
-      transposed: False: as the left factor [rows, 16]; True: as the right factor [16, rows].
-      m_warps: warps along the rows of the product.
-    """
-    rows, dtype = ref.shape[0], ref.dtype
-    if not transposed:
-        step, layout = 16 * m_warps, lhs_layout(dtype, m_warps)
-        starts = [(row, MMA_K * k) for row in range(0, rows, step)]
-        return _load(ref, starts, (rows, MMA_K), layout, "left", m_warps)
-    step, layout = 64 // m_warps, rhs_layout(dtype, m_warps)
-    starts = [(row, MMA_K * k) for row in range(0, rows, step)]
-    return _load(ref, starts, (MMA_K, rows), layout, "right", m_warps)
-
-
-def load_rows(ref, k: int, *, transposed: bool = False, warpgroups: int = 1, m_warps: int = 4):
-    """Load 16 rows of a tile in shared memory as a factor of `plgpu.mma`.
+    By ldmatrix, four 8 x 8 matrices at a time.
 
     Args:
       ref: [rows, columns] in shared memory in the layout `swizzled`.
-      k: index of the rows 16 * k to 16 * k + 15.
-      transposed: False: as the right factor [16, columns]; True: as the left factor [columns, 16].
-      warpgroups: warpgroups that divide the columns of the right factor evenly.
+      k: the rows or columns 16 * k to 16 * k + 15 are loaded.
+      side: the left factor, [m, 16], or the right one, [16, n].
+      along: the axis of `ref` that is summed over. For rows, ldmatrix transposes.
+      warpgroups: warpgroups that divide the columns of a right factor along rows evenly.
       m_warps: warps along the rows of the product.
+
+    References:
+      PTX ISA, ldmatrix and the fragments of mma.m16n8k16.
     """
-    columns, dtype = ref.shape[1] // warpgroups, ref.dtype
-    if transposed:
-        step, layout = 16 * m_warps, lhs_layout(dtype, m_warps)
-        starts = [(MMA_K * k, column) for column in range(0, columns, step)]
-        return _load(ref, starts, (columns, MMA_K), layout, "left by columns", m_warps)
-    step, layout = 64 // m_warps, rhs_layout(dtype, m_warps)
-    starts = [(MMA_K * k, column) for column in range(0, columns, step)]
-    own = columns if warpgroups > 1 else 0
-    return _load(ref, starts, (MMA_K, columns), layout, "right by rows", m_warps, own)
+    dtype, n_warps, is_left = jnp.dtype(ref.dtype), 4 // m_warps, side == "left"
+    make_layout = plgpu.Layout.MMA_LHS if is_left else plgpu.Layout.MMA_RHS
+    layout = make_layout(dtype, m_warps=m_warps)
+    # The other axis, which is not summed over: its length, and the part that one load has.
+    length = ref.shape[0 if along == "columns" else 1] // warpgroups
+    step = 16 * m_warps if is_left else 64 // m_warps
+    size = (length, MMA_K) if is_left else (MMA_K, length)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(swizzled(dtype)),),
+        return_type=plgpu.ShapeDtypeStruct(size, dtype, layout=layout),
+    )
+    def load(_, ref: Any) -> Any:
+        row_stride, column_stride = tile_strides(ref)
+        m_warp, n_warp = warp_coordinates(m_warps)
+        # A lane's address is that of a row of one of the matrices. Neighbouring registers hold
+        # both halves of the contraction (right) or of 16 rows (left), as mma.sync takes them.
+        row = arith.andi(lane(), constant(7))
+        first = arith.andi(arith.shrui(lane(), constant(3)), constant(1))
+        second = arith.shrui(lane(), constant(4))
+        if is_left:
+            other, summed = arith.addi(first, scaled(m_warp, 2)), second
+        else:
+            other, summed = arith.addi(scaled(second, n_warps), n_warp), first
+        below, right = (other, summed) if along == "columns" else (summed, other)
+        i32 = ir.IntegerType.get_signless(32)
+        # Opaque to the compiler, which else keeps the offset of every piece in its own register.
+        of_lane = utils.inline_ptx(
+            "mov.b32 $0, $1;",
+            _swizzled_offset(below, right, row, row_stride),
+            result_types=i32,
+            has_side_effects=True,
+        )
+        registers = []
+        for start in range(0, length, step):
+            at_row, at_column = (start, MMA_K * k) if along == "columns" else (MMA_K * k, start)
+            offset = arith.xori(of_lane, constant(at_column % 64 // 8 * 16))
+            if warpgroups > 1 and length % 64:  # a part of 64 columns
+                offset = arith.xori(offset, scaled(warpgroup(), 2 * length))
+            elif warpgroups > 1:
+                offset = arith.addi(offset, scaled(warpgroup(), length // 64 * column_stride))
+            address = shifted(shared_pointer(ref), offset)
+            loaded = nvvm.ldmatrix(
+                shifted(address, at_row // 8 * row_stride + at_column // 64 * column_stride),
+                layout=nvvm.MMALayout.row if along == "columns" else nvvm.MMALayout.col,
+                num=4,
+                shape=ir.Attribute.parse("#nvvm.ld_st_matrix_shape<m=8, n=8>"),
+                elt_type=nvvm.LdStMatrixEltType.B16,
+            )
+            registers += [llvm.extractvalue(i32, loaded, [j]) for j in range(4)]
+        pair = ir.VectorType.get((2,), ir.MemRefType(ref.type).element_type)
+        target = layout.to_mgpu()
+        found = np.empty(target.registers_shape(size), dtype=object)
+        found.flat[:] = [utils.bitcast(r, pair) for r in registers]
+        return mgpu.FragmentedArray(_registers=found, _layout=target, _is_signed=None)
+
+    return load(ref)  # pyright: ignore[reportCallIssue]
 
 
-def add_product(sums, left, right, *, contraction: int, columns: bool, m_warps: int):
-    """Add left @ right.T (`columns`) or left @ right; both factors are in shared memory.
+def add_product(sums, left, right, *, along: Literal["rows", "columns"], m_warps: int):
+    """Add left @ right; both factors are in shared memory.
 
     Args:
       sums: fp32 [m, n] in the layout `acc_layout`.
       left: ref [m, contraction].
-      right: ref [n, contraction] (`columns`) or [contraction, n].
-      contraction: a multiple of 16.
-      columns: True if the contraction is along the columns of `right`.
+      right: ref [contraction, n], summed along rows, or [n, contraction], summed along columns.
+      along: the axis of `right` that is summed over.
       m_warps: warps along the rows of the product.
     """
-    for c in range(contraction // MMA_K):
-        if columns:
-            factor = load_columns(right, c, transposed=True, m_warps=m_warps)
-        else:
-            factor = load_rows(right, c, m_warps=m_warps)
-        sums = plgpu.mma(sums, load_columns(left, c, transposed=False, m_warps=m_warps), factor)
+    for c in range(left.shape[1] // MMA_K):
+        factor = load_factor(right, c, side="right", along=along, m_warps=m_warps)
+        sums = plgpu.mma(
+            sums, load_factor(left, c, side="left", along="columns", m_warps=m_warps), factor
+        )
     return sums
 
 
@@ -116,7 +147,7 @@ def as_left_factor(x):
     Args:
       x: [rows, columns] of 16-bit numbers in the layout `TILE`.
     """
-    layout = lhs_layout(x.dtype)
+    layout = plgpu.Layout.MMA_LHS(jnp.dtype(x.dtype), m_warps=4)
 
     @plgpu.inline_mgpu(
         arg_types=(TILE,),
@@ -180,78 +211,6 @@ def store_product(ref, value, m_warps: int) -> None:
                 llvm.store(register, address(eight + n % 2, piece + n // 2 * n_warps))
 
     store(ref, value)  # pyright: ignore[reportCallIssue]
-
-
-def _load(ref, starts, size: tuple[int, int], layout, kind: str, m_warps: int, own: int = 0):
-    """Load a fragment by ldmatrix, four 8 x 8 matrices at a time.
-
-    Args:
-      ref: [rows, columns] in shared memory in the layout `swizzled`.
-      starts: first row and column of each load, for the first warp.
-      size: shape of the fragment.
-      layout: layout of the fragment.
-      kind: factor, "left" or "right": the contraction is along columns; "left by columns" or
-        "right by rows": it is along rows, and ldmatrix transposes.
-      m_warps: warps along the rows of the product.
-      own: columns of a warpgroup, if several divide them; 0: one has all columns.
-
-    References:
-      PTX ISA, ldmatrix and the fragments of mma.m16n8k16.
-    """
-    dtype, n_warps = ref.dtype, 4 // m_warps
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(swizzled(dtype)),),
-        return_type=plgpu.ShapeDtypeStruct(size, dtype, layout=layout),
-    )
-    def load(_, ref: Any) -> Any:
-        row_stride, column_stride = tile_strides(ref)
-        m_warp, n_warp = warp_coordinates(m_warps)
-        # A lane's address is that of a row of one of the matrices. Neighbouring registers hold
-        # both halves of the contraction (right) or of 16 rows (left), as mma.sync takes them.
-        row = arith.andi(lane(), constant(7))
-        first = arith.andi(arith.shrui(lane(), constant(3)), constant(1))
-        second = arith.shrui(lane(), constant(4))
-        below, right = (first, second) if kind in ("left", "right by rows") else (second, first)
-        if kind == "left":
-            below = arith.addi(below, scaled(m_warp, 2))
-        elif kind == "left by columns":
-            right = arith.addi(right, scaled(m_warp, 2))
-        elif kind == "right":
-            below = arith.addi(scaled(below, n_warps), n_warp)
-        else:
-            right = arith.addi(scaled(right, n_warps), n_warp)
-        i32 = ir.IntegerType.get_signless(32)
-        # Opaque to the compiler, which else keeps the offset of every piece in its own register.
-        of_lane = utils.inline_ptx(
-            "mov.b32 $0, $1;",
-            _swizzled_offset(below, right, row, row_stride),
-            result_types=i32,
-            has_side_effects=True,
-        )
-        registers = []
-        for at_row, at_column in starts:
-            offset = arith.xori(of_lane, constant(at_column % 64 // 8 * 16))
-            if own % 64:  # a part of 64 columns
-                offset = arith.xori(offset, scaled(warpgroup(), 2 * own))
-            elif own:
-                offset = arith.addi(offset, scaled(warpgroup(), own // 64 * column_stride))
-            address = shifted(shared_pointer(ref), offset)
-            loaded = nvvm.ldmatrix(
-                shifted(address, at_row // 8 * row_stride + at_column // 64 * column_stride),
-                layout=nvvm.MMALayout.col if "by" in kind else nvvm.MMALayout.row,
-                num=4,
-                shape=ir.Attribute.parse("#nvvm.ld_st_matrix_shape<m=8, n=8>"),
-                elt_type=nvvm.LdStMatrixEltType.B16,
-            )
-            registers += [llvm.extractvalue(i32, loaded, [j]) for j in range(4)]
-        pair = ir.VectorType.get((2,), ir.MemRefType(ref.type).element_type)
-        target = layout.to_mgpu()
-        found = np.empty(target.registers_shape(size), dtype=object)
-        found.flat[:] = [utils.bitcast(r, pair) for r in registers]
-        return mgpu.FragmentedArray(_registers=found, _layout=target, _is_signed=None)
-
-    return load(ref)  # pyright: ignore[reportCallIssue]
 
 
 def _swizzled_offset(below, right, row, row_stride: int):

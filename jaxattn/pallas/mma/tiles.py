@@ -1,16 +1,12 @@
-"""Tile sizes of the mma.sync kernels for each chip: chosen by rule, or measured."""
+"""Tile sizes of the mma.sync kernels for each chip, by measured table or rule."""
 
 import dataclasses
-import functools
-import json
 import math
 import pathlib
-from typing import Any, ClassVar
 
 from jaxattn.block_map import Tiling
+from jaxattn.pallas.tiles import CHIPS, WARPGROUP_ROWS, Tiles, tuned_or
 
-# Rows of the tile of a warpgroup whose products have 16 rows per warp.
-WARPGROUP_ROWS = 64
 # Bytes of shared memory that the driver takes from each program.
 RESERVED_SMEM = 1024
 # Tile sizes that `python -m jaxattn.tune` measured.
@@ -18,36 +14,11 @@ TABLE = pathlib.Path(__file__).parents[2] / "tuned_mma.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Chip:
-    """Shared memory of a compute capability, in bytes.
-
-    Attributes:
-      smem: largest of one program.
-      smem_total: of a multiprocessor.
-      name: architecture, for log lines.
-    """
-
-    smem: int
-    smem_total: int
-    name: str
-
-
-# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
-CHIPS = {
-    "8.0": Chip(smem=166_912, smem_total=167_936, name="an Ampere GPU"),
-    "8.6": Chip(smem=101_376, smem_total=102_400, name="an Ampere GPU"),
-    "8.9": Chip(smem=101_376, smem_total=102_400, name="an Ada GPU"),
-    "9.0": Chip(smem=232_448, smem_total=233_472, name="a Hopper GPU"),
-    "12.0": Chip(smem=101_376, smem_total=102_400, name="a Blackwell workstation GPU"),
-}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class ForwardTiles:
-    """Tile sizes of the forward kernel.
+    """Tile sizes of the forward kernel and the dq kernel.
 
     Attributes:
-      rows: rows of a program, 64 or 128: queries times heads.
+      rows: rows of a program, queries times heads: 64, or in the forward kernel 128.
       qheads_per_tile: query heads of one kv head that share a tile (FlashAttention's pack_gqa): 1,
         2, 4 or 8.
       block_kv: keys in a tile, a multiple of 32.
@@ -59,6 +30,11 @@ class ForwardTiles:
     block_kv: int
     stages: int
 
+    def __str__(self) -> str:
+        """Return the sizes in words."""
+        heads = f"{self.qheads_per_tile} heads"
+        return f"{self.rows} rows, {heads}, {self.block_kv} keys, {_stages(self.stages)}"
+
     @property
     def queries(self) -> int:
         """Queries of a program, each with `qheads_per_tile` heads."""
@@ -69,11 +45,6 @@ class ForwardTiles:
         """Tile sizes of the block map."""
         repeat = self.qheads_per_tile
         return Tiling(group_rows=self.queries, groups=1, block_cols=self.block_kv, repeat=repeat)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DqTiles(ForwardTiles):
-    """Tile sizes of the dq kernel of the deterministic backward; `rows` is 64."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,6 +63,10 @@ class BackwardTiles:
     stages: int
     vector: bool
 
+    def __str__(self) -> str:
+        """Return the sizes in words."""
+        return f"{self.block_q} queries, {self.block_kv} keys, {_stages(self.stages)}"
+
     @property
     def warpgroups(self) -> int:
         """Warpgroups of a program."""
@@ -104,37 +79,15 @@ class BackwardTiles:
         return Tiling(group_rows=WARPGROUP_ROWS, groups=groups, block_cols=self.block_q)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Tiles:
-    """Tile sizes of all kernels."""
-
-    family: ClassVar[str] = "mma"
-    forward: ForwardTiles
-    backward: BackwardTiles
-    dq: DqTiles
-
-    def __str__(self) -> str:
-        """Return queries x keys of a program's tile and its query heads, for log lines."""
-        fwd, bwd = self.forward, self.backward
-        return (
-            f"forward {fwd.queries}x{fwd.block_kv} x {fwd.qheads_per_tile} heads, "
-            f"backward {bwd.block_q}x{bwd.block_kv}"
-        )
+def _stages(count: int) -> str:
+    return f"{count} stage{'s' if count > 1 else ''}"
 
 
 def choose_tiles(num_heads: int, num_kv_heads: int, head_dim: int, capability: str) -> Tiles:
-    """Return the tile sizes for these heads on a chip: measured by `jaxattn.tune`, else by rule.
-
-    They change speed; results differ by rounding only.
-
-    Args:
-      num_heads: query heads.
-      num_kv_heads: kv heads.
-      head_dim: head dim, 64 or 128.
-      capability: compute capability, a key of `CHIPS`.
-    """
-    layout = num_heads, num_kv_heads, head_dim
-    return tuned_tiles(TABLE).get((capability, *layout)) or rule_tiles(*layout, capability)
+    """Return the tile sizes for these heads on a chip: measured by `jaxattn.tune`, else by rule."""
+    layout = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    rule = rule_tiles(**layout, capability=capability)
+    return tuned_or(rule, TABLE, **layout, capability=capability)
 
 
 def rule_tiles(num_heads: int, num_kv_heads: int, head_dim: int, capability: str) -> Tiles:
@@ -163,13 +116,14 @@ def rule_tiles(num_heads: int, num_kv_heads: int, head_dim: int, capability: str
         return 2 if programs(2) == programs(1) else 1
 
     return Tiles(
+        family="mma",
         forward=ForwardTiles(
             rows=rows,
             qheads_per_tile=qheads,
             block_kv=64,
             stages=stages(rows // 64 * tile, 2 * tile),
         ),
-        dq=DqTiles(
+        dq=ForwardTiles(
             rows=64,
             # The rows that are copied at a time belong to one head.
             qheads_per_tile=min(qheads, head_dim // 16),
@@ -183,23 +137,3 @@ def rule_tiles(num_heads: int, num_kv_heads: int, head_dim: int, capability: str
             vector=capability not in ("8.0", "8.6", "8.9"),
         ),
     )
-
-
-@functools.cache
-def tuned_tiles(path: pathlib.Path) -> dict[tuple[Any, ...], Tiles]:
-    """Read the tiles by (capability, query heads, kv heads, head dim) from a table of the tuner.
-
-    Empty if there is no such file. The dq kernel is not tuned: its tiles are those of
-    `rule_tiles`.
-    """
-    if not path.exists():
-        return {}
-    tiles = {}
-    for row in json.loads(path.read_text()):
-        layout = row["num_heads"], row["num_kv_heads"], row["head_dim"]
-        tiles[row["capability"], *layout] = dataclasses.replace(
-            rule_tiles(*layout, row["capability"]),
-            forward=ForwardTiles(**row["forward"]),
-            backward=BackwardTiles(**row["backward"]),
-        )
-    return tiles

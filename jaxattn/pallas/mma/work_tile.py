@@ -1,19 +1,15 @@
 """A program's entry of the work list, shared by the kernels: its tiles, columns and mask."""
 
+import types
 from typing import Any
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from jaxattn.block_map import BlockMap, WorkField
+from jaxattn.block_map import WorkField
 from jaxattn.pallas import softmax
 from jaxattn.pallas.mma.lanes import THREADS
-
-
-def optional_arrays(work: BlockMap) -> list:
-    """Return the arrays of a block map that a mask may lack, in the order of a kernel's inputs."""
-    return [x for x in (work.cols, work.row_ids, work.col_ids) if x is not None]
 
 
 class WorkTile:
@@ -26,25 +22,21 @@ class WorkTile:
       live_to: end (exclusive) of the column tiles that rows of the group see.
     """
 
-    def __init__(self, work: BlockMap, refs, entry, group, *, row_bounds, block_cols: int):
+    def __init__(self, gmem: types.SimpleNamespace, entry, group, *, row_bounds, block_cols: int):
         """Read the entry, and copy the bounds of its rows to shared memory.
 
         Args:
-          work: the block map, for the presence of its optional arrays.
-          refs: refs of work, row_bounds and the `optional_arrays` in global memory.
+          gmem: refs to global memory, with those of the block map.
           entry: index in the work list.
           group: index of the group of rows.
           row_bounds: ref int32 [2, rows] in shared memory.
           block_cols: columns in a column tile.
         """
-        work_gmem, bounds_gmem, *optional = refs
-        self._cols = optional.pop(0) if work.cols is not None else None
-        self._ids = optional or None
+        self._gmem, self._at = gmem, (entry, group)
         self._block_cols, self._row_bounds = block_cols, row_bounds
-        self._at = entry, group
 
         def field(name: WorkField):
-            return work_gmem[entry, group, name.value]
+            return gmem.work[entry, group, name.value]
 
         self.row_tile, self._start = field(WorkField.ROW_TILE), field(WorkField.START)
         self.count, self._by_id = field(WorkField.COUNT), field(WorkField.BY_ID)
@@ -53,13 +45,13 @@ class WorkTile:
         strided = plgpu.Layout.WG_STRIDED(
             row_bounds.shape, vec_size=row_bounds.shape[1] * 2 // THREADS
         )
-        row_bounds[...] = plgpu.load(bounds_gmem.at[self._at], layout=strided, optimized=False)
+        row_bounds[...] = plgpu.load(gmem.row_bounds.at[self._at], layout=strided, optimized=False)
 
     def column(self, j):
         """Return the first column of the j-th column tile."""
-        if self._cols is None:
+        if self._gmem.cols is None:
             return self._start + j * self._block_cols
-        return self._cols[self._start + j]
+        return self._gmem.cols[self._start + j]
 
     def is_full(self, j):
         """Return True if the j-th column tile needs no mask."""
@@ -67,10 +59,10 @@ class WorkTile:
 
     def masked(self, s, j, layout: Any = None):
         """Set the hidden scores of the j-th column tile to -inf; see `softmax.mask_scores`."""
-        start, ids = self.column(j), None
-        if self._ids is not None:
-            row_ids, col_ids = self._ids
-            ids = self._by_id, row_ids.at[self._at], col_ids.at[pl.ds(start, self._block_cols)]
+        start, ids, gmem = self.column(j), None, self._gmem
+        if gmem.row_ids is not None:
+            col_ids = gmem.col_ids.at[pl.ds(start, self._block_cols)]
+            ids = self._by_id, gmem.row_ids.at[self._at], col_ids
         below, above = j < self._full_from, j >= self._full_to
         return softmax.mask_scores(
             s, start, self._row_bounds, below=below, above=above, ids=ids, layout=layout

@@ -6,7 +6,7 @@ import pytest
 from jaxattn.bench.shapes import SHAPES
 from jaxattn.block_map import Tiling, WorkField, query_map
 from jaxattn.pallas.tile_scheduler import persistent_schedule
-from jaxattn.pallas.tiles import CONSUMERS, choose_tiles
+from jaxattn.pallas.wgmma.tiles import CONSUMERS, choose_tiles
 
 SIZES = [(1024, 8, 132), (512, 24, 132), (200, 3, 132), (100, 8, 132), (16, 8, 128), (1, 1, 1)]
 

@@ -10,11 +10,11 @@ from jax import lax
 
 from jaxattn.block_map import WorkField
 from jaxattn.pallas import softmax, stmatrix
-from jaxattn.pallas.launch import CONSUMER_REGISTERS
 from jaxattn.pallas.smem import ring_slot
 from jaxattn.pallas.softmax import COL, LOG2E, by_col
 from jaxattn.pallas.tiles import WARPGROUP_ROWS
 from jaxattn.pallas.wgmma.backward.context import KernelContext
+from jaxattn.pallas.wgmma.tiles import CONSUMER_REGISTERS
 
 
 def consume(ctx: KernelContext, wg: int) -> None:

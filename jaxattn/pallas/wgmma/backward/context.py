@@ -1,7 +1,6 @@
 """Context of a backward program: sizes known while tracing, refs to memory, barriers, its keys."""
 
 import dataclasses
-import enum
 import types
 
 import jax
@@ -11,27 +10,17 @@ from jax import lax
 
 from jaxattn import block_map
 from jaxattn.pallas.smem import ring_slot
-from jaxattn.pallas.tiles import BackwardTiles
+from jaxattn.pallas.wgmma.tiles import BackwardTiles
 
 # Q tiles that a program processes in one head before it turns to the next head.
 Q_CHUNK = 32
 
 
-class _Barriers(enum.IntEnum):
-    """First index of each barrier; a ring has one index per stage."""
-
-    KV_FULL = 0
-    BOUNDS_FULL = 1
-    DS_FULL = 2
-    RINGS = 3
-
-
 class Ring:
     """Ring of barriers inside the one Barrier object."""
 
-    def __init__(self, barriers, index: int, stages: int):
-        self._barriers, self._first = barriers, _Barriers.RINGS + index * stages
-        self._stages = stages
+    def __init__(self, barriers, first: int, stages: int):
+        self._barriers, self._first, self._stages = barriers, first, stages
 
     def __getitem__(self, i):
         """Return the barrier of the i-th tile's stage."""
@@ -39,19 +28,17 @@ class Ring:
 
 
 class Barriers:
-    """Barriers of the kernel by name, in one Barrier object."""
+    """Barriers of the kernel by name, in one Barrier object: three, then four rings."""
 
     def __init__(self, barriers, stages: int):
-        self.kv_full, self.bounds_full, self.ds_full = (
-            barriers.at[i] for i in (_Barriers.KV_FULL, _Barriers.BOUNDS_FULL, _Barriers.DS_FULL)
-        )
-        rings = (Ring(barriers, i, stages) for i in range(4))
+        self.kv_full, self.bounds_full, self.ds_full = (barriers.at[i] for i in range(3))
+        rings = (Ring(barriers, 3 + i * stages, stages) for i in range(4))
         self.q_full, self.q_free, self.do_full, self.do_free = rings
 
     @staticmethod
     def count(stages: int) -> int:
         """Return the number of barriers."""
-        return _Barriers.RINGS + 4 * stages
+        return 3 + 4 * stages
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -27,12 +27,20 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxattn.block_map import ALIGN, BlockMap, WorkField
-from jaxattn.pallas.launch import CONSUMER_REGISTERS, PRODUCER, PRODUCER_REGISTERS, launch
+from jaxattn.pallas.launch import launch
+from jaxattn.pallas.operands import BackwardOperands
 from jaxattn.pallas.smem import ring_slot, swizzled
 from jaxattn.pallas.softmax import LOG2E, ROW, by_row
-from jaxattn.pallas.tiles import CONSUMERS, WARPGROUP_ROWS, DqTiles
+from jaxattn.pallas.tiles import WARPGROUP_ROWS
 from jaxattn.pallas.wgmma.forward.context import QueryContext
 from jaxattn.pallas.wgmma.forward.work_tile import WorkTile
+from jaxattn.pallas.wgmma.tiles import (
+    CONSUMER_REGISTERS,
+    CONSUMERS,
+    PRODUCER,
+    PRODUCER_REGISTERS,
+    ForwardTiles,
+)
 
 # Statistics of each row, in the order of `stats_smem`.
 LSE, DELTA = range(2)
@@ -57,7 +65,7 @@ class KernelContext(QueryContext):
     count: jax.Array
 
 
-def scratch(head_dim: int, dtype: jnp.dtype, tiles: DqTiles) -> dict:
+def scratch(head_dim: int, dtype: jnp.dtype, tiles: ForwardTiles) -> dict:
     """Return the shared memory and barriers of one program."""
     rows = plgpu.SMEM((CONSUMERS, WARPGROUP_ROWS, head_dim), dtype, transforms=swizzled(dtype))
     kv = (tiles.stages, tiles.block_kv, head_dim)
@@ -79,38 +87,13 @@ def scratch(head_dim: int, dtype: jnp.dtype, tiles: DqTiles) -> dict:
 
 
 def query_gradient(
-    q_RNH: Float[Array, "R N H"],
-    k_CKH: Float[Array, "C K H"],
-    v_CKH: Float[Array, "C K H"],
-    do_RNH: Float[Array, "R N H"],
-    lse_NR: Float[Array, "N rows"],
-    delta_NR: Float[Array, "N rows"],
-    block_map: BlockMap,
-    *,
-    scale: float,
-    tiles: DqTiles,
+    x: BackwardOperands, work: BlockMap, *, scale: float, tiles: ForwardTiles
 ) -> Float[Array, "R N H"]:
-    """Run the dq kernel.
-
-    Args:
-      q_RNH: queries, bf16 or fp16; H is 64 or 128.
-      k_CKH: keys, same dtype.
-      v_CKH: values, same dtype.
-      do_RNH: gradient of the output, same dtype.
-      lse_NR: log-sum-exp in units of log 2; its rows beyond R are not read for any visible pair.
-      delta_NR: subtrahend of dP, fp32, same shape as lse.
-      block_map: `query_map` for these tiles.
-      scale: factor on the scores, above 0.
-      tiles: the tile sizes that `block_map` was built for.
-
-    Returns:
-      dq in the inputs' dtype, the same bits in every run: one program sums each dq in fp32, over
-      the KV tiles in their order.
-    """
-    R, N, H = q_RNH.shape
-    K = k_CKH.shape[1]
-    dtype = q_RNH.dtype
-    row_tiles = -(-R // (CONSUMERS * tiles.warpgroup_queries))
+    """Run the dq kernel, see `jaxattn.pallas.op.Family`."""
+    R, N, H = x.q_RNH.shape
+    K = x.k_CKH.shape[1]
+    dtype = x.q_RNH.dtype
+    row_tiles = -(-R // tiles.queries)
 
     def kernel(gmem, smem):
         wg, program = lax.axis_index("wg"), lax.axis_index("program")
@@ -138,20 +121,17 @@ def query_gradient(
         pl.when(wg == PRODUCER)(lambda: _produce(ctx))
         pl.when(wg < CONSUMERS)(lambda: _consume(ctx, wg))
 
+    stats = _stats_by_tile((x.lse_NR, x.delta_NR), row_tiles, tiles)
+    arrays = {"q": x.q_RNH, "k": x.k_CKH, "v": x.v_CKH, "do": x.do_RNH, "stats": stats}
     [dq_RNH] = launch(
         kernel,
         name="flash_backward_dq",
         programs=row_tiles * (N // tiles.qheads_per_tile),
-        inputs={
-            "q": q_RNH,
-            "k": k_CKH,
-            "v": v_CKH,
-            "do": do_RNH,
-            "stats": _stats_by_tile((lse_NR, delta_NR), row_tiles, tiles),
-            **block_map.inputs,
-        },
+        warpgroups=CONSUMERS + 1,
+        inputs=arrays | work.inputs,
         out={"dq": jax.ShapeDtypeStruct((R, N, H), dtype)},
         scratch=scratch(H, dtype, tiles),
+        semantics=plgpu.LoweringSemantics.Warpgroup,
     )
     return dq_RNH
 
@@ -274,12 +254,12 @@ class _DqTile(WorkTile):
 
 
 def _stats_by_tile(
-    stats: tuple[Float[Array, "N rows"], ...], row_tiles: int, tiles: DqTiles
+    stats: tuple[Float[Array, "N rows"], ...], row_tiles: int, tiles: ForwardTiles
 ) -> Float[Array, "tiles tile_heads consumers stats tile_rows"]:
     """Reorder the statistics by tile, so that one copy fetches all of a program."""
     num_heads, rows = stats[0].shape
     queries, qheads = tiles.warpgroup_queries, tiles.qheads_per_tile
-    tiled_rows = row_tiles * CONSUMERS * queries
+    tiled_rows = row_tiles * tiles.queries
     x = jnp.pad(jnp.stack(stats), ((0, 0), (0, 0), (0, max(tiled_rows - rows, 0))))
     x = x[..., :tiled_rows]
     x = x.reshape(len(stats), num_heads // qheads, qheads, row_tiles, CONSUMERS, queries)

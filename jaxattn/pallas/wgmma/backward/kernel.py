@@ -37,12 +37,14 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxattn.block_map import BlockMap, WorkField
-from jaxattn.pallas.launch import PRODUCER, launch
+from jaxattn.pallas.launch import launch
+from jaxattn.pallas.operands import BackwardOperands
 from jaxattn.pallas.smem import swizzled
-from jaxattn.pallas.tiles import CONSUMERS, WARPGROUP_ROWS, BackwardTiles
+from jaxattn.pallas.tiles import WARPGROUP_ROWS
 from jaxattn.pallas.wgmma.backward.consumer import consume
 from jaxattn.pallas.wgmma.backward.context import Barriers, KernelContext
 from jaxattn.pallas.wgmma.backward.producer import produce
+from jaxattn.pallas.wgmma.tiles import CONSUMERS, PRODUCER, BackwardTiles
 
 
 def scratch(head_dim: int, dtype: jnp.dtype, tiles: BackwardTiles, *, with_dq: bool = True) -> dict:
@@ -83,42 +85,12 @@ def dq_part(head_dim: int, tiles: BackwardTiles) -> tuple[int, int]:
 
 
 def backward(
-    q_RNH: Float[Array, "R N H"],
-    k_CKH: Float[Array, "C K H"],
-    v_CKH: Float[Array, "C K H"],
-    do_RNH: Float[Array, "R N H"],
-    lse_NR: Float[Array, "N rows"],
-    delta_NR: Float[Array, "N rows"],
-    block_map: BlockMap,
-    *,
-    scale: float,
-    tiles: BackwardTiles,
-    with_dq: bool = True,
+    x: BackwardOperands, work: BlockMap, *, scale: float, tiles: BackwardTiles, with_dq: bool
 ) -> tuple[Float[Array, "R N H"] | None, Float[Array, "C K H"], Float[Array, "C K H"]]:
-    """Run the backward kernel.
-
-    Args:
-      q_RNH: queries, bf16 or fp16; H is 64 or 128.
-      k_CKH: keys, same dtype.
-      v_CKH: values, same dtype.
-      do_RNH: gradient of the output, same dtype.
-      lse_NR: log-sum-exp as the forward kernel returns it; its rows beyond R are not read for
-        any visible pair.
-      delta_NR: subtrahend of dP: the sum over H of o * do, minus the gradient of the natural
-        log-sum-exp if there is one; fp32, same shape as lse.
-      block_map: `key_map` for these tiles.
-      scale: factor on the scores, above 0.
-      tiles: the tile sizes that `block_map` was built for.
-      with_dq: compute dq, too.
-
-    Returns:
-      dq (or None), dk, dv in the inputs' dtype. dk and dv are the same bits in every run; dq is
-      summed in fp32 in the order in which programs finish, so its last bits may differ.
-    """
-    R, N, H = q_RNH.shape
-    C, K = k_CKH.shape[:2]
-    dtype, f32 = q_RNH.dtype, jnp.float32
-    stride = lse_NR.shape[1]
+    """Run the backward kernel, see `jaxattn.pallas.op.Family`."""
+    R, N, H = x.q_RNH.shape
+    C, K = x.k_CKH.shape[:2]
+    dtype, delta_NR = x.q_RNH.dtype, x.delta_NR
     col_tiles = -(-C // tiles.block_kv)  # "rows" of the block map are keys here
 
     def kernel(gmem, smem):
@@ -135,7 +107,7 @@ def backward(
             scale=scale,
             head_dim=H,
             qheads_per_kvhead=N // K,
-            stride=stride,
+            stride=delta_NR.shape[1],
             dq_part=dq_part(H, tiles),
             gmem=gmem,
             smem=smem,
@@ -152,32 +124,24 @@ def backward(
         for index in range(CONSUMERS):
             pl.when(wg == index)(functools.partial(consume, ctx, index))
 
-    q, k, v, do = (x.reshape(x.shape[0], -1) for x in (q_RNH, k_CKH, v_CKH, do_RNH))
     dq_sum = None
     if with_dq:
         # Without the barrier XLA fills the zeros of all layers of a model in one pass, before the
         # first layer's backward: 256 MiB each at 32k tokens of 16 heads, on top of the peak.
-        delta_NR, zero = lax.optimization_barrier((delta_NR, f32(0)))
+        delta_NR, zero = lax.optimization_barrier((delta_NR, jnp.float32(0)))
         dq_sum = jax.new_ref(jnp.broadcast_to(zero, (R, N * H)))
+    arrays = {"q": x.q_RNH, "k": x.k_CKH, "v": x.v_CKH, "do": x.do_RNH}
+    arrays = {name: array.reshape(array.shape[0], -1) for name, array in arrays.items()}
+    stats = {"lse": x.lse_NR.reshape(-1), "delta": delta_NR.reshape(-1)}
     dk, dv = launch(
         kernel,
         name="flash_backward" if with_dq else "flash_backward_dkv",
         programs=col_tiles * K,
-        inputs={
-            "q": q,
-            "k": k,
-            "v": v,
-            "do": do,
-            "lse": lse_NR.reshape(-1),
-            "delta": delta_NR.reshape(-1),
-            "dq": dq_sum,
-            **block_map.inputs,
-        },
-        out={
-            "dk": jax.ShapeDtypeStruct((C, K * H), dtype),
-            "dv": jax.ShapeDtypeStruct((C, K * H), dtype),
-        },
+        warpgroups=CONSUMERS + 1,
+        inputs=arrays | stats | {"dq": dq_sum} | work.inputs,
+        out=dict.fromkeys(("dk", "dv"), jax.ShapeDtypeStruct((C, K * H), dtype)),
         scratch=scratch(H, dtype, tiles, with_dq=with_dq),
+        semantics=plgpu.LoweringSemantics.Warpgroup,
     )
     dk, dv = dk.reshape(C, K, H), dv.reshape(C, K, H)
     if dq_sum is None:

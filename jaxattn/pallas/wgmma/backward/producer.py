@@ -4,9 +4,9 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 
 from jaxattn import block_map
-from jaxattn.pallas.launch import PRODUCER_REGISTERS
 from jaxattn.pallas.smem import ring_slot
 from jaxattn.pallas.wgmma.backward.context import KernelContext
+from jaxattn.pallas.wgmma.tiles import PRODUCER_REGISTERS
 
 
 def produce(ctx: KernelContext) -> None:

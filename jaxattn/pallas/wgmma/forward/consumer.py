@@ -10,7 +10,6 @@ from jax import lax
 
 from jaxattn.block_map import WorkField
 from jaxattn.pallas import softmax
-from jaxattn.pallas.launch import CONSUMER_REGISTERS
 from jaxattn.pallas.softmax import PARTS, ROW, TILE, by_row
 from jaxattn.pallas.tiles import WARPGROUP_ROWS
 from jaxattn.pallas.wgmma.forward.context import (
@@ -21,6 +20,7 @@ from jaxattn.pallas.wgmma.forward.context import (
 )
 from jaxattn.pallas.wgmma.forward.work_loop import retry_flag, work_loop
 from jaxattn.pallas.wgmma.forward.work_tile import WorkTile
+from jaxattn.pallas.wgmma.tiles import CONSUMER_REGISTERS
 
 
 def consume(ctx: KernelContext, wg) -> None:
@@ -56,15 +56,9 @@ class _ForwardTile(WorkTile):
     """
 
     def __init__(self, ctx: KernelContext, wg, i, row, kv_tiles_before, online: bool):
-        """Wait for the work tile in shared memory.
+        """Wait for the work tile, the program's i-th, in shared memory.
 
-        Args:
-          ctx: the program's context.
-          wg: index of the consumer.
-          i: number of work tiles before.
-          row: index of the row tile in the work list.
-          kv_tiles_before: KV tiles of the work tiles before.
-          online: keep a running maximum.
+        With `online` the softmax keeps a running maximum. Other arguments as for `WorkTile`.
         """
         self.i, self.online = i, online
         smem = ctx.smem

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxattn import block_map
-from jaxattn.pallas.tiles import CONSUMERS, ForwardTiles
+from jaxattn.pallas.wgmma.tiles import CONSUMERS, ForwardTiles
 
 # Slots for the Q, the work-list entry and the row bounds of a work tile. With two, the producer
 # fetches a work tile while the consumers still compute the one before.
@@ -56,7 +56,7 @@ class QueryContext:
         The rows of a warpgroup are head-major.
         """
         queries = self.tiles.warpgroup_queries
-        token = row_tile * (CONSUMERS * queries) + consumer * queries
+        token = row_tile * self.tiles.queries + consumer * queries
         token = pl.multiple_of(token, block_map.ALIGN)
         for h in range(self.tiles.qheads_per_tile):
             q_head = tile_head * self.tiles.qheads_per_tile + h

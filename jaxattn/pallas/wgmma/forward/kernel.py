@@ -35,13 +35,15 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxattn.block_map import BlockMap
-from jaxattn.pallas.launch import PRODUCER, launch
+from jaxattn.pallas.launch import launch
+from jaxattn.pallas.operands import Operands
 from jaxattn.pallas.smem import swizzled
 from jaxattn.pallas.tile_scheduler import persistent_schedule
-from jaxattn.pallas.tiles import CONSUMERS, WARPGROUP_ROWS, ForwardTiles
+from jaxattn.pallas.tiles import WARPGROUP_ROWS
 from jaxattn.pallas.wgmma.forward.consumer import consume
 from jaxattn.pallas.wgmma.forward.context import WORK_SLOTS, KernelContext
 from jaxattn.pallas.wgmma.forward.producer import produce
+from jaxattn.pallas.wgmma.tiles import CONSUMERS, PRODUCER, ForwardTiles
 
 # Programs of the persistent grid: one per multiprocessor of an H100 or H200.
 PROGRAMS = 132
@@ -76,33 +78,13 @@ def scratch(head_dim: int, dtype: jnp.dtype, tiles: ForwardTiles) -> dict:
 
 
 def forward(
-    q_RNH: Float[Array, "R N H"],
-    k_CKH: Float[Array, "C K H"],
-    v_CKH: Float[Array, "C K H"],
-    block_map: BlockMap,
-    *,
-    scale: float,
-    tiles: ForwardTiles,
+    x: Operands, work: BlockMap, *, scale: float, tiles: ForwardTiles
 ) -> tuple[Float[Array, "R N H"], Float[Array, "N rows"]]:
-    """Run the forward kernel.
-
-    Args:
-      q_RNH: queries, bf16 or fp16; H is 64 or 128.
-      k_CKH: keys, same dtype.
-      v_CKH: values, same dtype.
-      block_map: `query_map` for these tiles.
-      scale: factor on the scores, above 0.
-      tiles: the tile sizes that `block_map` was built for.
-
-    Returns:
-      o_RNH in the dtype of q, and the log-sum-exp of the scaled scores in units of log 2, fp32
-      [N, R rounded up to a row tile]; +inf for rows that see nothing, whose o is 0.
-    """
-    R, N, H = q_RNH.shape
-    K = k_CKH.shape[1]
-    dtype = q_RNH.dtype
-    queries = CONSUMERS * tiles.warpgroup_queries  # in a row tile
-    row_tiles = -(-R // queries)
+    """Run the forward kernel, see `jaxattn.pallas.op.Family`."""
+    R, N, H = x.q_RNH.shape
+    K = x.k_CKH.shape[1]
+    dtype = x.q_RNH.dtype
+    row_tiles = -(-R // tiles.queries)
     tile_heads = N // tiles.qheads_per_tile
     programs = min(PROGRAMS, row_tiles * tile_heads)
     schedule = persistent_schedule(row_tiles, tile_heads, programs)
@@ -124,22 +106,19 @@ def forward(
         pl.when(wg == PRODUCER)(lambda: produce(ctx))
         pl.when(wg < CONSUMERS)(lambda: consume(ctx, wg))
 
+    arrays = {"q": x.q_RNH, "k": x.k_CKH, "v": x.v_CKH, "schedule": jnp.asarray(schedule)}
     o_RNH, lse_NR = launch(
         kernel,
         name="flash_forward",
         programs=programs,
-        inputs={
-            "q": q_RNH,
-            "k": k_CKH,
-            "v": v_CKH,
-            "schedule": jnp.asarray(schedule),
-            **block_map.inputs,
-        },
+        warpgroups=CONSUMERS + 1,
+        inputs=arrays | work.inputs,
         out={
             "o": jax.ShapeDtypeStruct((R, N, H), dtype),
-            "lse": jax.ShapeDtypeStruct((N, row_tiles * queries), jnp.float32),
+            "lse": jax.ShapeDtypeStruct((N, row_tiles * tiles.queries), jnp.float32),
         },
         scratch=scratch(H, dtype, tiles),
+        semantics=plgpu.LoweringSemantics.Warpgroup,
         reduction_scratch_bytes=0,
     )
     return o_RNH, lse_NR

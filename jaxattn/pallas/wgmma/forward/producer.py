@@ -7,9 +7,7 @@ from jax import lax
 
 from jaxattn import block_map
 from jaxattn.block_map import WorkField
-from jaxattn.pallas.launch import PRODUCER_REGISTERS
 from jaxattn.pallas.smem import ring_slot
-from jaxattn.pallas.tiles import CONSUMERS
 from jaxattn.pallas.wgmma.forward.context import (
     SHORT_KV,
     WORK_SLOTS,
@@ -17,6 +15,7 @@ from jaxattn.pallas.wgmma.forward.context import (
     static_cond,
 )
 from jaxattn.pallas.wgmma.forward.work_loop import work_loop
+from jaxattn.pallas.wgmma.tiles import CONSUMERS, PRODUCER_REGISTERS
 
 
 def produce(ctx: KernelContext) -> None:

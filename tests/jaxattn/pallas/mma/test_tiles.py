@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from jaxattn.pallas.mma import backward, dq_kernel, forward
-from jaxattn.pallas.mma.tiles import CHIPS, RESERVED_SMEM, rule_tiles, tuned_tiles
-from jaxattn.pallas.tiles import scratch_bytes
+from jaxattn.pallas.mma import tiles as mma_tiles
+from jaxattn.pallas.mma.tiles import RESERVED_SMEM, choose_tiles, rule_tiles
+from jaxattn.pallas.tiles import CHIPS, scratch_bytes
 
 BF16 = jnp.dtype(jnp.bfloat16)
 
@@ -36,14 +37,16 @@ def test_vector_adds_are_for_chips_that_have_them():
     assert vector == {"8.0": False, "8.6": False, "8.9": False, "9.0": True, "12.0": True}
 
 
-def test_tuned_tiles(tmp_path):
+def test_tuned_tiles(monkeypatch, tmp_path):
     """A table's row replaces the rule on its chip; no table, no tuned tiles."""
     rule = rule_tiles(16, 8, 128, "8.0")
     other = dataclasses.replace(rule.forward, stages=2)
     row = {"capability": "8.0", "num_heads": 16, "num_kv_heads": 8, "head_dim": 128}
     row |= {"forward": dataclasses.asdict(other), "backward": dataclasses.asdict(rule.backward)}
+    monkeypatch.setattr(mma_tiles, "TABLE", tmp_path / "none.json")
+    assert choose_tiles(16, 8, 128, "8.0") == rule
     path = tmp_path / "tuned.json"
-    assert tuned_tiles(path) == {}
-    tuned_tiles.cache_clear()
     path.write_text(json.dumps([row]))
-    assert tuned_tiles(path) == {("8.0", 16, 8, 128): dataclasses.replace(rule, forward=other)}
+    monkeypatch.setattr(mma_tiles, "TABLE", path)
+    assert choose_tiles(16, 8, 128, "8.0") == dataclasses.replace(rule, forward=other)
+    assert choose_tiles(16, 8, 128, "8.6") == rule_tiles(16, 8, 128, "8.6")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from jaxattn.pallas import op
-from jaxattn.pallas.tiles import DqTiles, choose_tiles
+from jaxattn.pallas.wgmma import tiles as wgmma_tiles
+from jaxattn.pallas.wgmma.tiles import ForwardTiles, choose_tiles
 from tests.jaxattn.interpret import interpreted
 from tests.jaxattn.oracle import (
     Problem,
@@ -57,8 +58,8 @@ def test_tiles_of_its_own():
     problem = random_problem(0, 1, 90, 90, 2, 1, 128, jnp.bfloat16)
     q, k = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (problem.q, problem.k))
     tiles = choose_tiles(2, 1, 128)
-    other = dataclasses.replace(tiles, dq=DqTiles(qheads_per_tile=1, block_kv=64, stages=3))
-    with mock.patch.object(op, "choose_tiles", lambda *_: other):
+    other = dataclasses.replace(tiles, dq=ForwardTiles(qheads_per_tile=1, block_kv=64, stages=3))
+    with mock.patch.object(wgmma_tiles, "choose_tiles", lambda *_: other):
         plan = op.prepare(problem.mask, q, k).plan
         assert plan.dq is not None and plan.dq.row_bounds.shape != plan.queries.row_bounds.shape
         _check(problem)

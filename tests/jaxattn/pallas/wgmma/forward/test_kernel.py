@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from jaxattn import attention
-from jaxattn.pallas import op, softmax
-from jaxattn.pallas.tiles import choose_tiles
+from jaxattn.pallas import softmax
+from jaxattn.pallas.wgmma import tiles as wgmma_tiles
 from jaxattn.pallas.wgmma.forward import kernel as forward
+from jaxattn.pallas.wgmma.tiles import choose_tiles
 from tests.jaxattn.interpret import interpreted
 from tests.jaxattn.oracle import Problem, documents, exact, log_sum_exp, plain, random_problem
 
@@ -117,5 +118,5 @@ def test_tiles_that_are_short_already():
     tiles = dataclasses.replace(
         tiles, forward=dataclasses.replace(tiles.forward, block_kv=64, stages=2)
     )
-    with interpreted(), mock.patch.object(op, "choose_tiles", lambda *_: tiles):
+    with interpreted(), mock.patch.object(wgmma_tiles, "choose_tiles", lambda *_: tiles):
         check(ordinary())

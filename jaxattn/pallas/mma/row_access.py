@@ -1,4 +1,8 @@
-"""Accesses to global memory by the registers of a tile: a number per row, and atomic adds."""
+"""Accesses to global memory by the registers of a tile: a number per row, and atomic adds.
+
+A tile has the tokens from `token` and the heads from `head` on, int32: the rows of the first head,
+then the rows of the next. All of its rows are inside the array.
+"""
 
 from typing import Any
 
@@ -30,18 +34,7 @@ from jaxattn.pallas.softmax import ROW
 
 
 def load_by_row(source, token, head, *, rows: int, heads: int) -> jax.Array:
-    """Load a number for each row of a tile.
-
-    Args:
-      source: fp32 [N, R] in global memory; all rows of the tile are inside it.
-      token: first token of the tile, int32.
-      head: first head of the tile, int32.
-      rows: rows of the tile: the rows of the first head, then the rows of the next.
-      heads: heads of the tile.
-
-    Returns:
-      fp32 [rows] in the layout `ROW`.
-    """
+    """Load a number for each row of a tile from fp32 [N, R]: fp32 [rows] in the layout `ROW`."""
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), SCALAR, SCALAR),
@@ -59,15 +52,7 @@ def load_by_row(source, token, head, *, rows: int, heads: int) -> jax.Array:
 
 
 def store_by_row(target, value: jax.Array, token, head, *, heads: int) -> None:
-    """Store a number for each row of a tile.
-
-    Args:
-      target: fp32 [N, R] in global memory; all rows of the tile are inside it.
-      value: fp32 [rows] in the layout `ROW`.
-      token: first token of the tile, int32.
-      head: first head of the tile, int32.
-      heads: heads of the tile.
-    """
+    """Store a number for each row of a tile, fp32 [rows] in the layout `ROW`, in fp32 [N, R]."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ROW, SCALAR, SCALAR))
     def store(_, target: Any, value: Any, token: Any, head: Any) -> None:
@@ -96,7 +81,7 @@ def add_rows(
     `in_rows` restores the order of the rows.
 
     Args:
-      target: fp32 [R / 8, N, 8 * H] in global memory; all rows of the tile are inside it.
+      target: fp32 [R / 8, N, 8 * H] in global memory.
       value: fp32 [rows, columns] in the layout `acc_layout(dtype, m_warps)`.
       token: first row, a multiple of 8, int32.
       head: head of the rows, int32.
@@ -143,13 +128,7 @@ def add_rows(
 def in_rows(
     sums: Float[Array, "eights N numbers"], head_dim: int, *, vector: bool
 ) -> Float[Array, "R N H"]:
-    """Return the sums of `add_rows` in the order of their rows.
-
-    Args:
-      sums: fp32 [R / 8, N, 8 * H].
-      head_dim: H.
-      vector: as for `add_rows`.
-    """
+    """Return the sums of `add_rows`, [R / 8, N, 8 * H], in the order of their rows."""
     eights, num_heads, _ = sums.shape
     if vector:  # blocks of 8 columns, row by row
         x = sums.reshape(eights, num_heads, head_dim // 8, 8, 8).transpose(0, 3, 1, 2, 4)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxattn.pallas.mma.gmem import in_rows
+from jaxattn.pallas.mma.row_access import in_rows
 
 
 @pytest.mark.parametrize("vector", [False, True])
