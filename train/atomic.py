@@ -8,16 +8,10 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that is renamed to `path` on success.
+    """Yield a temporary path that is renamed to `path`, in an existing directory, on success.
 
     A kill or a full disk leaves the old file at `path`. Only a kill leaves the temporary file,
-    whose name ends in .tmp.
-
-    Args:
-        path: in an existing directory.
-
-    Raises:
-        OSError: the file cannot be written; names path.
+    whose name ends in .tmp. An OSError names the path.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:

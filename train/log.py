@@ -38,13 +38,10 @@ _HANDLER = ConsoleHandler()
 
 
 def set_up_logging(level: str = "info") -> None:
-    """Attach the handler to the root logger and set the level of the project's. Idempotent.
+    """Attach the handler to the root logger, and set the level, a name in lower case. Idempotent.
 
     The handler is at the root and replaces the one that absl installs when orbax is imported, so
     that no line is written twice.
-
-    Args:
-        level: Name of a level of `logging`, in lower case.
     """
     root = logging.getLogger()
     for handler in [h for h in root.handlers if type(h) is logging.StreamHandler]:
@@ -55,23 +52,22 @@ def set_up_logging(level: str = "info") -> None:
 
 
 class SafeStream:
-    """Wrap a console stream so that a write never raises.
+    """Wrap a console stream so that a write never raises; text that cannot be written is dropped.
 
-    Training must not end because its console is closed or its disk is full: text that cannot be
-    written is dropped.
+    Training must not end because its console is closed or its disk is full.
     """
 
     def __init__(self, stream: Any):
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write text, or drop it where the stream cannot take it."""
+        """Write text."""
         with self._dropping():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Flush the stream, or drop its buffer where the stream cannot take it."""
+        """Flush the stream."""
         with self._dropping():
             self._stream.flush()
 

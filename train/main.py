@@ -24,10 +24,7 @@ USER_ERRORS = (ValueError, NotImplementedError, OSError, FloatingPointError)
 
 @safe_console()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the flags, train, and return the exit status.
-
-    Args:
-        argv: The flags; None: those of the process.
+    """Parse the flags, by default those of the process, train, and return the exit status.
 
     Returns:
         0, also after a signal during training; 1 where the run is impossible or failed; 2 for a

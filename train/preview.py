@@ -17,10 +17,12 @@ import tyro
 
 from models.terminal import escape_control
 from models.tokenizer import Tokenizer, load_tokenizer
+from train.config.bounds import at_least, check_bounds
 from train.config.cli import fail, parse
 from train.config.command_line import check_complete, parse_flags
-from train.config.sections import DataConfig, chosen, require
-from train.data import Batch, Loader
+from train.config.sections import DataConfig, chosen
+from train.data.loader import Loader
+from train.data.pack.packing import Batch
 from train.run.build import open_packed
 from train.run.inputs import default_tokenizer, read_model
 
@@ -47,10 +49,10 @@ class PreviewConfig:
     seed: int = 0
     """Seed of the order of rows."""
 
-    rows: int = 1
+    rows: Annotated[int, at_least(0)] = 1
     """Number of rows to show, from the first of the run."""
 
-    tokens: int = 40
+    tokens: Annotated[int, at_least(0)] = 40
     """Number of tokens of each row to show as a table."""
 
     color: bool = dataclasses.field(default_factory=lambda: sys.stdout.isatty())
@@ -62,8 +64,7 @@ class PreviewConfig:
 
     def __post_init__(self):
         """Check the ranges of the flags."""
-        require(self.rows >= 0, "--rows", self.rows, "at least 0")
-        require(self.tokens >= 0, "--tokens", self.tokens, "at least 0")
+        check_bounds(self)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,7 +80,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         tokenizer = load_tokenizer(config.tokenizer)
-        with _open(config, tokenizer) as loader:
+        with open_packed(
+            config.data,
+            config.data.files,
+            tokenizer,
+            hold_out=config.data.hold_out,
+            seq_len=config.seq_len,
+            batch_size=1,
+            seed=config.seed,
+        ) as loader:
             for line in _lines(config, tokenizer, loader):
                 print(line)
         sys.stdout.flush()
@@ -182,19 +191,6 @@ def _has_loss(batch: Batch, row: int) -> np.ndarray:
     """Return a flag for each token that has loss; the mask is one index before its token."""
     same = np.diff(batch.segment_ids[row], prepend=0) == 0
     return np.concatenate([[0], batch.loss_mask[row, :-1]]).astype(bool) & same
-
-
-def _open(config: PreviewConfig, tokenizer: Tokenizer) -> Loader:
-    data = config.data
-    return open_packed(
-        data,
-        data.files,
-        tokenizer,
-        hold_out=data.hold_out,
-        seq_len=config.seq_len,
-        batch_size=1,
-        seed=config.seed,
-    )
 
 
 if __name__ == "__main__":

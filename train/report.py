@@ -52,11 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(runs: Sequence[RunRecords], to: Path) -> Path:
-    """Plot the runs and write the page; return its path.
-
-    Args:
-        runs: at least one.
-        to: directory of report.html and the PNGs.
+    """Write report.html and PNGs of one or more runs into `to`; return the path of the page.
 
     Raises:
         OSError: a file cannot be written.

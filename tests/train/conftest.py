@@ -13,7 +13,7 @@ from models.execution import Execution
 from models.internlm2 import InternLM2, init
 from train.config.config import Config
 from train.config.sections import OptimConfig
-from train.data import Batch
+from train.data.pack.packing import Batch
 from train.log import set_up_logging
 from train.run import loop
 

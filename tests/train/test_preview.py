@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from models.tokenizer import load_tokenizer
-from train.data import open_data
+from train.data.open import open_data
 from train.preview import histogram, main, show_row, show_table
 
 

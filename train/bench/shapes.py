@@ -16,7 +16,9 @@ from models.config import PRESETS
 from models.tokenizer import load_tokenizer
 from train.cache_dirs import token_cache
 from train.config.sections import LoRAConfig, MeshConfig
-from train.data import Batch, ReadOptions, open_data
+from train.data.open import open_data
+from train.data.pack.packing import Batch
+from train.data.tokens.cache import ReadOptions
 from train.metrics.flops import causal_pairs, training_flops
 
 RowKind = Literal["dense", "packed", "data"]

@@ -23,7 +23,7 @@ from jaxattn.bench import harness
 from models.config import PRESETS
 from models.weights import llama
 from train.bench.shapes import TORCH, Cell, batches, cell_of, outcome, time_steps
-from train.data import Batch
+from train.data.pack.packing import Batch
 from train.metrics.metrics import resident_peak
 
 RATE = 1e-4

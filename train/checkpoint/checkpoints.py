@@ -48,11 +48,8 @@ class Checkpoints:
     def __init__(self, out: Path, *, keep_last: int, keep_best: int = 0):
         """List the directory, without changing or creating anything.
 
-        Args:
-            out: the run's directory.
-            keep_last: checkpoints to keep; older ones are removed after a newer is complete.
-            keep_best: further checkpoints to keep: those with the lowest validation loss among
-                those saved right after an evaluation.
+        Older checkpoints than the newest `keep_last` are removed after a newer is complete, except
+        for the `keep_best` with the lowest loss among those saved right after an evaluation.
 
         Raises:
             OSError: out exists but cannot be read.
@@ -138,23 +135,12 @@ class Checkpoints:
             self._quarantine(ValueError("its arrays do not match their checksum"))
 
     def remove_partial(self, quiet_seconds: float = 0.0) -> None:
-        """Remove partial checkpoints. The caller must hold the lock of the run's directory.
-
-        Args:
-            quiet_seconds: see `train.checkpoint.partial.remove_partial`.
-        """
+        """Remove partial checkpoints. The caller must hold the lock of the run's directory."""
         if jax.process_index() == 0:
             remove_partial(self._dir, quiet_seconds=quiet_seconds)
 
     def check_space(self, state: TrainState) -> None:
-        """Find a full disk before the first byte is written.
-
-        Args:
-            state: arrays or ShapeDtypeStructs.
-
-        Raises:
-            OSError: there is no room for one more checkpoint; names the bytes needed and free.
-        """
+        """Raise OSError if the disk has no room for one more checkpoint of arrays or structs."""
         state = state._replace(frozen=None)
         need = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
         there = next(p for p in (self._dir, *self._dir.parents) if p.exists())
@@ -216,11 +202,7 @@ class Checkpoints:
         self._steps.append(step)
 
     def wait(self) -> None:
-        """Wait until the last save is on disk.
-
-        Raises:
-            OSError: a save failed.
-        """
+        """Wait until the last save is on disk; raise OSError if it failed."""
         if self._manager is not None:
             self._write(self._manager.wait_until_finished, self.latest)
 
@@ -228,11 +210,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        """Wait for the save under way and close the directory.
-
-        Raises:
-            OSError: that save failed, and no other error is being raised.
-        """
+        """Wait for the save under way; its OSError does not replace an error of the block."""
         try:
             self.wait()
         except OSError:

@@ -13,42 +13,30 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import jax
-from jax._src.distributed import global_state  # its key-value store, as orbax uses it
 
 from models.weights.orbax_errors import cause
-from train.checkpoint.retention import Retention
 from train.data.thread import Thread
+from train.distributed.hosts import gather
 
 log = logging.getLogger(__name__)
 
 Write = Callable[[Path], None]
 """Write this process's files of an export into an existing directory, without a device."""
 
-_DAY_MS = 24 * 60 * 60 * 1000
-
 
 class Exports:
     """The exports of one run's directory; a context manager that waits for the last one."""
 
     def __init__(self, out: Path, *, keep: int):
-        """Prepare, without creating anything.
-
-        Args:
-            out: the run's directory.
-            keep: exports to keep; older ones are removed after a newer is complete.
-        """
-        self._dir = (out / "export").absolute()
-        self._policy = Retention(newest=keep, best=0, losses={})
+        """Prepare, without creating anything; the newest `keep` exports are kept."""
+        self._dir, self._keep = (out / "export").absolute(), keep
         self._thread = Thread("export")
         self._running: Future[None] | None = None
 
     def begin(self, start: int) -> None:
         """Remove what a killed run left: partial exports, and those of steps that run again.
 
-        The caller must hold the lock of the run's directory.
-
-        Args:
-            start: step from which the run resumes.
+        The caller must hold the lock of the run's directory, which resumes from step `start`.
         """
         if jax.process_index() == 0:
             for partial in self._dir.glob(".step-*"):
@@ -58,11 +46,9 @@ class Exports:
                     _remove(self._dir / f"step-{step}")
 
     def save(self, step: int, take: Callable[[], Write]) -> None:
-        """Start to write an export; training may go on while it is written.
+        """Start to write the export of a step; training may go on while it is written.
 
-        Args:
-            step: its step, of which there is no export.
-            take: copies the weights, once the export before is on disk.
+        `take` copies the weights, once the export before is on disk.
 
         Raises:
             OSError: the export before this one failed.
@@ -71,11 +57,7 @@ class Exports:
         self._running = self._thread.submit(self._write, step, take())
 
     def wait(self) -> None:
-        """Wait until the last export is on disk.
-
-        Raises:
-            OSError: the export failed, on any of the processes; raised on all.
-        """
+        """Wait until the last export is on disk; raise OSError on all processes if it failed."""
         running, self._running = self._running, None
         if running is not None:
             running.result()
@@ -84,11 +66,7 @@ class Exports:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        """Wait for the export under way.
-
-        Raises:
-            OSError: that export failed, and no other error is being raised.
-        """
+        """Wait for the export under way; its OSError does not replace an error of the block."""
         try:
             self.wait()
         except OSError:
@@ -120,8 +98,7 @@ class Exports:
         """Give a complete export its name, and remove old ones."""
         partial.rename(target)
         log.info(f"exported {target}")
-        steps = self._steps()
-        for step in set(steps) - self._policy.kept(steps):
+        for step in self._steps()[: -self._keep]:
             _remove(self._dir / f"step-{step}")
 
     def _steps(self) -> list[int]:
@@ -138,24 +115,12 @@ def _remove(export: Path) -> None:
 
 
 def _together(key: str, target: Path, action: Callable[[], None]) -> None:
-    """Run an action on all processes, which wait for each other without a device.
-
-    Raises:
-        OSError: the action failed on one of them; raised on all.
-    """
+    """Run an action on all processes; raise OSError on all if it failed on one of them."""
     failed = ""
     try:
         action()
     except Exception as error:  # of any kind: all processes must hear of it
         failed = f"cannot write the export {target}: {cause(error)}"
-    failures = [failed]
-    if jax.process_count() > 1:
-        store, prefix = global_state.client, f"internlm2-jax/export/{key}"
-        assert store is not None
-        store.key_value_set(f"{prefix}/{jax.process_index()}", failed)
-        failures = [
-            store.blocking_key_value_get(f"{prefix}/{process}", _DAY_MS)
-            for process in range(jax.process_count())
-        ]
-    if any(failures):
-        raise OSError(next(filter(None, failures)))
+    failures = [reason for reason in gather(f"export/{key}", failed) if reason]
+    if failures:
+        raise OSError(failures[0])

@@ -12,13 +12,11 @@ def remove_partial(checkpoints: Path, *, quiet_seconds: float = 0.0) -> None:
     """Remove directories that orbax began to write and did not rename to a step.
 
     Orbax raises at a save's first error while its other threads still write, and these create the
-    directories that are missing. So a removed directory may come back for a moment.
+    directories that are missing. So a removed directory may come back for a moment. No save may be
+    under way in `checkpoints`, which need not exist, except one that has failed.
 
-    Args:
-        checkpoints: directory of checkpoints, which need not exist. No save may be under way in it
-            except one that has failed.
-        quiet_seconds: time without a new directory after which the writers have ended; 0 if there
-            are no writers. After `TIMEOUT` in all the function returns.
+    The writers have ended after `quiet_seconds` without a new directory, 0 if there are none. After
+    `TIMEOUT` in all the function returns.
     """
     last = time.monotonic()
     deadline = last + TIMEOUT

@@ -10,13 +10,9 @@ class Retention(PreservationPolicy):
     """Preservation policy of orbax by step and validation loss."""
 
     def __init__(self, *, newest: int, best: int, losses: Mapping[int, float]):
-        """Store the policy.
+        """Keep the `newest` checkpoints, and the `best` ones by the losses that are finite.
 
-        Args:
-            newest: number of newest checkpoints to keep.
-            best: number of checkpoints with the lowest validation loss to keep.
-            losses: validation loss by step; read whenever orbax asks. Losses that are not finite
-                do not count.
+        The losses by step are read whenever orbax asks.
         """
         self._newest, self._best, self._losses = newest, best, losses
 

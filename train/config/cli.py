@@ -7,10 +7,12 @@ import io
 import re
 import sys
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import docstring_parser
 import tyro
+
+from train.config.words import flag_kinds, flag_name
 
 
 def parse[C](
@@ -27,7 +29,7 @@ def parse[C](
     Args:
         config: Dataclass whose fields are the flags; flags of a section have a dot.
         argv: Words of the command line.
-        module: Name of the program's module, for `--help`.
+        module: Program, for `--help`.
         default: Values of flags that are not given; None: the dataclass's own.
         synonyms: Hints for unknown flags by their name, without dashes, in lower case.
         ignore_unknown: Skip unknown flags, for a dataclass with a part of the flags.
@@ -36,8 +38,7 @@ def parse[C](
         ValueError: A flag is wrong; names the nearest flag if it is unknown.
     """
     if {"-h", "--help"} & {*argv} and not ignore_unknown:
-        for section in _sections(config):
-            _join_help(section)
+        _join_help(config)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -60,17 +61,10 @@ def parse[C](
     return parsed
 
 
-def flags(config: type, prefix: str = "--") -> list[str]:
+def flags(config: type) -> list[str]:
     """Return every flag of a dataclass and of its sections."""
-    names = []
-    for field in dataclasses.fields(config):
-        if isinstance(field.default_factory, type):
-            names += flags(field.default_factory, f"{prefix}{field.name}.")
-        else:  # tyro's own name for it, if it has one; an empty one is its section's
-            given = [getattr(m, "name", None) for m in getattr(field.type, "__metadata__", ())]
-            name = next((n for n in given if n is not None), field.name)
-            names.append(f"{prefix}{name}".rstrip("."))
-    return names
+    kinds = flag_kinds(config).items()
+    return [f"--{flag_name(flag)}" for flag, kind in kinds if kind != "section"]
 
 
 def fail(error: object, status: int) -> int:
@@ -79,17 +73,12 @@ def fail(error: object, status: int) -> int:
     return status
 
 
-def _sections(config: type) -> Iterator[type]:
-    yield config
-    for field in dataclasses.fields(config):
-        if isinstance(field.default_factory, type):
-            yield from _sections(field.default_factory)
-
-
 def _join_help(config: type) -> None:
-    """Give each field its docstring as help on one line; tyro would keep its line breaks."""
+    """Give each flag its docstring as help on one line; tyro would keep its line breaks."""
     docs = {p.arg_name: p.description for p in docstring_parser.parse_from_object(config).params}
     for field in dataclasses.fields(config):
+        if isinstance(field.default_factory, type):  # a section
+            _join_help(field.default_factory)
         text = " ".join((docs.get(field.name) or "").split())
         if text:
             field.metadata = types.MappingProxyType({**field.metadata, "help": text})

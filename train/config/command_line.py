@@ -31,10 +31,7 @@ class _Given:
 
 
 def parse_flags(argv: Sequence[str]) -> Config:
-    """Parse the flags of train.main.
-
-    Args:
-        argv: Words of the command line.
+    """Parse the words of the command line of train.main.
 
     Raises:
         ValueError: A flag or a value of --config is wrong, there is no such recipe, or two flags
@@ -64,11 +61,7 @@ def parse_flags(argv: Sequence[str]) -> Config:
 
 
 def config_path(given: str) -> Path:
-    """Return the file of --config, which may be the directory of a run.
-
-    Raises:
-        ValueError: There is no such file, or it is of another kind.
-    """
+    """Return the file of --config, also in the directory of a run; raise ValueError without one."""
     path = Path(given)
     if path.is_dir():
         path = path / "config.json"
@@ -88,11 +81,7 @@ def config_notes(config: Config) -> list[str]:
 
 
 def check_complete(config: Config) -> None:
-    """Check that a recipe or an XTuner config has data to train on, and weights or a tokenizer.
-
-    Raises:
-        ValueError: They are missing.
-    """
+    """Raise ValueError if a recipe or an XTuner config lacks data, or weights and a tokenizer."""
     path = Path(config.config) if config.config and config.config.endswith(".py") else None
     if config.dry_run or config.print_config or config.recipe is None and path is None:
         return

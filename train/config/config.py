@@ -4,14 +4,23 @@ Nothing outside `train` receives it. A field that is None is chosen by device an
 `train.run.resolve`, and the log has the choice.
 """
 
+import contextlib
 import dataclasses
-import math
 from typing import Annotated, Literal
 
 import tyro
 
 from jaxattn.api import Impl
 from models.remat import IN_TILES, parse_remat
+from train.config.bounds import (
+    NOT_NEGATIVE,
+    POSITIVE,
+    Bound,
+    above,
+    at_least,
+    check_bounds,
+    require,
+)
 from train.config.sections import (
     DataConfig,
     DistConfig,
@@ -20,14 +29,15 @@ from train.config.sections import (
     MeshConfig,
     OptimConfig,
     chosen,
-    require,
 )
-from train.config.window import parse_window
 
 MOST_STEPS = 2**31 - 1
 """Largest number of steps, and of tokens in a step: they are counted in int32."""
 
-MOST_ROPE = 1e6
+STEPS = Bound(lambda steps: steps <= MOST_STEPS, f"at most {MOST_STEPS:,}")
+ROPE_FACTOR = Bound(lambda factor: 1 <= factor <= 1e6, "at least 1 and at most 1,000,000")
+# jax keeps 32 bits: a larger seed would draw the weights of a smaller one.
+SEED = Bound(lambda seed: 0 <= seed < 2**32, "at least 0 and below 4,294,967,296")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,32 +78,32 @@ class Config:
     attention then computes 7 matrix products instead of 5, and XLA uses no atomic additions and no
     autotuning of matrix products."""
 
-    seq_len: int = 512
+    seq_len: Annotated[int, at_least(2)] = 512
     """Tokens of a packed row."""
 
-    rope_factor: Annotated[float | None, chosen("FLOAT")] = None
+    rope_factor: Annotated[float | None, chosen("FLOAT"), ROPE_FACTOR] = None
     """Factor of rotary scaling, instead of the model's own: --seq_len may be the trained length
     times this factor. A model without scaling gets dynamic (NTK) scaling."""
 
-    batch_size: Annotated[int | None, chosen("INT")] = None
+    batch_size: Annotated[int | None, chosen("INT"), at_least(1)] = None
     """Rows of an optimizer step, over all devices and microbatches. By default as many as hold
     2,048 tokens, or 32,768 tokens for each GPU."""
 
-    rows_per_device: Annotated[int | None, chosen("INT")] = None
+    rows_per_device: Annotated[int | None, chosen("INT"), at_least(1)] = None
     """Rows of an optimizer step for each device (with --mesh.seq or --mesh.tensor for each group
     of devices that share rows), over all microbatches, instead of --batch_size."""
 
-    grad_accum: int = 1
+    grad_accum: Annotated[int, at_least(1)] = 1
     """Gradient-accumulation microbatches of an optimizer step. More microbatches need less
     memory."""
 
-    steps: int = 120
+    steps: Annotated[int, at_least(1), STEPS] = 120
     """Optimizer steps of the whole run, including those before a resume."""
 
-    epochs: Annotated[float | None, chosen("FLOAT")] = None
+    epochs: Annotated[float | None, chosen("FLOAT"), POSITIVE] = None
     """Passes over the data, instead of --steps."""
 
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Seed of the initial weights and of the order of the data."""
 
     out: Annotated[str | None, chosen("DIR")] = None
@@ -104,20 +114,20 @@ class Config:
     """Resume from the latest checkpoint in --out. With --no_resume, --out must hold no readable
     checkpoint."""
 
-    save_every: int = 500
+    save_every: Annotated[int, at_least(1)] = 500
     """Steps between checkpoints. The last step is always saved."""
 
-    save_minutes: float = 30.0
+    save_minutes: Annotated[float, above(0)] = 30.0
     """Longest time between checkpoints, in minutes."""
 
-    keep_last: int = 2
+    keep_last: Annotated[int, at_least(1)] = 2
     """Number of latest checkpoints to keep."""
 
-    keep_best: int = 1
+    keep_best: Annotated[int, at_least(0)] = 1
     """Number of further checkpoints to keep: those with the lowest validation loss (mean over the
     sets) among the checkpoints of evaluated steps."""
 
-    export_every: int = 0
+    export_every: Annotated[int, at_least(0)] = 0
     """Steps between exports: weights for other programs, <out>/export/step-<step>, written while
     training goes on; 0: no exports. The last step is exported, too. With LoRA the adapter alone is
     exported, as a PEFT directory."""
@@ -129,13 +139,13 @@ class Config:
     """Names and shapes of exported tensors: InternLM2's, or those of LlamaForCausalLM. By default
     those of --model's weights, else internlm2."""
 
-    export_keep: int = 2
+    export_keep: Annotated[int, at_least(1)] = 2
     """Number of latest exports to keep."""
 
-    log_every: int = 1
+    log_every: Annotated[int, at_least(1)] = 1
     """Steps between lines of metrics.jsonl."""
 
-    eval_every: int = 100
+    eval_every: Annotated[int, at_least(1)] = 100
     """Steps between evaluations on all rows of --data.val. The last step is always evaluated."""
 
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
@@ -145,7 +155,7 @@ class Config:
     """Prompts of samples during training, which are written to samples.jsonl. FILE.txt stands for
     the lines of the file."""
 
-    sample_every: int = 0
+    sample_every: Annotated[int, at_least(0)] = 0
     """Steps between samples of --prompts; 0: no samples. Samples need a copy of the weights in the
     compute dtype."""
 
@@ -165,7 +175,7 @@ class Config:
     commas between them are taken in turn by consecutive layers. By default the fastest that fits
     device and host."""
 
-    tile_size: Annotated[int | None, chosen("INT")] = None
+    tile_size: Annotated[int | None, chosen("INT"), at_least(1)] = None
     """Most tokens of a row for which a layer's matrix products are computed at once; attention
     always takes the whole row. At least the tokens of a row on one device: no tiles. By default
     16,384 where the whole row does not fit the device, else no tiles."""
@@ -201,7 +211,7 @@ class Config:
     l40s, rtx4090, rtx3090, rtx5090, or the memory of a Hopper GPU in GiB. The sizes of --mesh
     count the GPUs."""
 
-    z_loss: float = 0.0
+    z_loss: Annotated[float, NOT_NEGATIVE] = 0.0
     """Factor of the z-loss, log(Z)^2 of the softmax's denominator Z, which is added to the loss;
     PaLM has 1e-4. The reported loss is without it."""
 
@@ -225,40 +235,8 @@ class Config:
     """Print the Python traceback of an error."""
 
     def __post_init__(self):
-        """Check the ranges.
-
-        Raises:
-            ValueError: A value is out of range; names the flag, the value and the bound.
-        """
-        for name, least in (
-            ("seq_len", 2),
-            ("tile_size", 1),
-            ("batch_size", 1),
-            ("rows_per_device", 1),
-            ("grad_accum", 1),
-            ("steps", 1),
-            ("save_every", 1),
-            ("keep_last", 1),
-            ("keep_best", 0),
-            ("export_every", 0),
-            ("export_keep", 1),
-            ("log_every", 1),
-            ("eval_every", 1),
-            ("sample_every", 0),
-        ):
-            value = getattr(self, name)
-            require(value is None or value >= least, f"--{name}", value, f"at least {least}")
-        bound = f"at most {MOST_STEPS:,}"
-        require(self.steps <= MOST_STEPS, "--steps", self.steps, bound)
-        # jax keeps 32 bits: a larger seed would draw the weights of a smaller one.
-        require(0 <= self.seed < 2**32, "--seed", self.seed, "at least 0 and below 4,294,967,296")
-        require(0 <= self.z_loss < math.inf, "--z_loss", self.z_loss, "at least 0 and finite")
-        factor = self.rope_factor
-        bound = f"at least 1 and at most {MOST_ROPE:,.0f}"
-        require(factor is None or 1 <= factor <= MOST_ROPE, "--rope_factor", factor, bound)
-        require(self.save_minutes > 0, "--save_minutes", self.save_minutes, "above 0")
-        right = self.epochs is None or 0 < self.epochs < math.inf
-        require(right, "--epochs", self.epochs, "above 0 and finite")
+        """Raise ValueError if a flag is out of its bound, or two flags contradict."""
+        check_bounds(self)
         if self.sample_every and not self.prompts:
             raise ValueError(f"--sample_every={self.sample_every} needs --prompts")
         if self.epochs is None:
@@ -298,15 +276,26 @@ class Config:
             right = rows is None or rows % self.grad_accum == 0
             require(right, f"--{name}", rows, f"a multiple of --grad_accum={self.grad_accum}")
 
-    def check_profile(self, steps: int) -> None:
-        """Check that the run reaches the end of --profile, once its steps are known.
-
-        Args:
-            steps: Steps of the run.
+    @property
+    def profile_window(self) -> tuple[int, int] | None:
+        """First and last step of --profile, both included; None without it.
 
         Raises:
-            ValueError: --profile is no window, or ends after the last step.
+            ValueError: --profile is not two positive numbers in order.
         """
-        if self.profile is not None and parse_window(self.profile)[1] > steps:
+        if self.profile is None:
+            return None
+        first, _, last = self.profile.partition(":")
+        with contextlib.suppress(ValueError):
+            if 1 <= int(first) <= int(last):
+                return int(first), int(last)
+        raise ValueError(
+            f"--profile={self.profile} must be START:STOP, steps from 1, such as 10:12"
+        )
+
+    def check_profile(self, steps: int) -> None:
+        """Raise ValueError if --profile is no window, or ends after the last of `steps` steps."""
+        window = self.profile_window
+        if window is not None and window[1] > steps:
             given = f" of --epochs={self.epochs:g}" if self.epochs is not None else ""
             raise ValueError(f"--profile={self.profile} ends after the last step, {steps}{given}")

@@ -26,10 +26,7 @@ COMMAND_LINE_ONLY = ("config", "print_config")
 
 
 def read_values(path: Path) -> Values:
-    """Read the flags in a file: YAML, JSON, or the config.json of a run.
-
-    Args:
-        path: The suffix decides on the format.
+    """Read the flags in a file: YAML, or JSON if its suffix is .json, also config.json of a run.
 
     Raises:
         ValueError: The file is not valid, a key is unknown or twice in the file, or a value is a

@@ -22,32 +22,22 @@ class Unread(str):
 
 @dataclasses.dataclass
 class Constant:
-    """A variable of the file.
+    """A variable of the file."""
 
-    Attributes:
-      value: number, text, list, tuple, None, `Name` or `Unread`.
-      used_at: places of the nested dicts that take it, such as "model.llm.torch_dtype".
-      used_in: places whose value is computed from it.
-    """
-
-    value: Any
+    value: Any  # number, text, list, tuple, None, `Name` or `Unread`
+    # places of the nested dicts that take it, such as "model.llm.torch_dtype"
     used_at: list[str] = dataclasses.field(default_factory=list)
+    # places whose value is computed from it
     used_in: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
 class Leaf:
-    """A value in the nested dicts that is not a variable itself.
+    """A value in the nested dicts that is not a variable itself."""
 
-    Attributes:
-      place: dotted keys, without the positions in lists.
-      value: as of `Constant`.
-      owner: last part of the name in `type` of the dict that has it, or "".
-    """
-
-    place: str
-    value: Any
-    owner: str
+    place: str  # dotted keys, without the positions in lists
+    value: Any  # as of `Constant`
+    owner: str  # last part of the name in `type` of the dict that has it, or ""
 
 
 @dataclasses.dataclass
@@ -60,11 +50,7 @@ class PlainPython:
 
 
 def read_plain_python(source: str) -> PlainPython:
-    """Read assignments of plain values, dict(...), {...} and lists of them.
-
-    Raises:
-        ValueError: The text is not Python.
-    """
+    """Read assignments of plain values, dicts and lists; raise ValueError if it is not Python."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError) as error:

@@ -1,17 +1,18 @@
 """Recipes: named configurations, each flag of which can be overridden.
 
 Those of up to 32,768 tokens have the hyperparameters of XTuner's recipes for InternLM2; the longer
-ones are this project's own. Differences from XTuner: attention
-never crosses documents that are packed into one row; the loss is the mean over the tokens of the
-whole step; rows of a step are computed together where memory allows (XTuner accumulates single
-rows: the same step); the warm-up starts at the rate of its first step instead of a fortieth, or a
-1e-5th, of the peak.
+ones are this project's own. Differences from XTuner: attention never crosses documents that are
+packed into one row; the loss is the mean over the tokens of the whole step; rows of a step are
+computed together where memory allows (XTuner accumulates single rows: the same step); the warm-up
+starts at the rate of its first step, not at a fortieth or a 1e-5th of the peak.
 
 References:
     InternLM/xtuner v0.1.23, xtuner/configs/internlm: internlm2_7b_full_finetune_custom_dataset_e1,
     internlm2_chat_1_8b_full_alpaca_e3, internlm2_chat_7b_qlora_{alpaca,oasst1,oasst1_512,
     code_alpaca}_e3.
 """
+
+from dataclasses import replace
 
 from train.config.config import Config
 from train.config.sections import LoRAConfig, OptimConfig
@@ -26,6 +27,40 @@ CODE_PROMPTS = (
     "converts it into the corresponding red, green, and blue (RGB) color component values.",
 )
 """Prompts of XTuner's recipe for code."""
+
+
+_ALPACA = Config(
+    epochs=3.0,
+    optim=OptimConfig(
+        lr=2e-5, betas=(0.9, 0.999), weight_decay=0.0, warmup_ratio=0.03, min_lr_ratio=0.0
+    ),
+    log_every=10,
+    prompts=PROMPTS,
+    sample_every=500,
+    chat=True,
+)
+"""Three epochs of short chats."""
+
+
+def _full_alpaca(model: str) -> Config:
+    """Return full fine-tuning on rows of 2,048 tokens; 16 rows a device and step."""
+    return replace(_ALPACA, model=model, seq_len=2_048)
+
+
+def _qlora(
+    model: str, seq_len: int, prompts: tuple[str, ...] = PROMPTS, sample_every: int = 500
+) -> Config:
+    """Return QLoRA: NF4, adapters of rank 64 on all linear layers."""
+    return replace(
+        _ALPACA,
+        model=model,
+        seq_len=seq_len,
+        lora=LoRAConfig(rank=64, alpha=16.0, dropout=0.1),
+        base_dtype="nf4",
+        optim=replace(_ALPACA.optim, lr=2e-4),
+        prompts=prompts,
+        sample_every=sample_every,
+    )
 
 
 def _full_32k(model: str) -> Config:
@@ -63,42 +98,6 @@ def _full_long(model: str, seq_len: int) -> Config:
             schedule="constant",
             moment_dtype="int8",
         ),
-    )
-
-
-def _full_alpaca(model: str) -> Config:
-    """Return three epochs of Alpaca in rows of 2,048 tokens; 16 rows a device and step."""
-    return Config(
-        model=model,
-        seq_len=2_048,
-        epochs=3.0,
-        optim=OptimConfig(
-            lr=2e-5, betas=(0.9, 0.999), weight_decay=0.0, warmup_ratio=0.03, min_lr_ratio=0.0
-        ),
-        log_every=10,
-        prompts=PROMPTS,
-        sample_every=500,
-        chat=True,
-    )
-
-
-def _qlora(
-    model: str, seq_len: int, prompts: tuple[str, ...] = PROMPTS, sample_every: int = 500
-) -> Config:
-    """Return three epochs of QLoRA: NF4, adapters of rank 64 on all linear layers."""
-    return Config(
-        model=model,
-        seq_len=seq_len,
-        epochs=3.0,
-        lora=LoRAConfig(rank=64, alpha=16.0, dropout=0.1),
-        base_dtype="nf4",
-        optim=OptimConfig(
-            lr=2e-4, betas=(0.9, 0.999), weight_decay=0.0, warmup_ratio=0.03, min_lr_ratio=0.0
-        ),
-        log_every=10,
-        prompts=prompts,
-        sample_every=sample_every,
-        chat=True,
     )
 
 

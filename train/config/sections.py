@@ -4,27 +4,25 @@ A field that is None is chosen by device and model, in `train.run.resolve`.
 """
 
 import dataclasses
-import math
 from typing import Annotated, Literal
 
 import tyro
 
 from models.lora import LoRA
+from train.config.bounds import (
+    NOT_NEGATIVE,
+    POSITIVE,
+    Bound,
+    above,
+    at_least,
+    check_bounds,
+    require,
+)
 
 
 def chosen(metavar: str):
     """Annotate a flag that the program chooses where it is not given."""
     return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
-
-
-def require(holds: bool, flag: str, value: object, bound: str) -> None:
-    """Check the value of a flag.
-
-    Raises:
-        ValueError: `holds` is false; names the flag, its value and the bound.
-    """
-    if not holds:
-        raise ValueError(f"{flag}={value} must be {bound}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +58,7 @@ class DataConfig:
     """Directory of the token cache, by which a file is tokenised once. By default internlm2-jax in
     the user's cache directory."""
 
-    stall_minutes: float = 10.0
+    stall_minutes: Annotated[float, above(0)] = 10.0
     """Minutes to wait for a batch before the run saves and stops. Opening and tokenising the files
     has no limit."""
 
@@ -69,6 +67,7 @@ class DataConfig:
 
     def __post_init__(self):
         """Check the ranges."""
+        check_bounds(self, "--data.")
         if self.files == ():
             raise ValueError("--data names no file: name some, or leave it out for built-in text")
         if self.val == ():
@@ -76,7 +75,6 @@ class DataConfig:
                 "--data.val names neither files nor a share: name some, or leave it out"
             )
         _ = self.hold_out
-        require(self.stall_minutes > 0, "--data.stall_minutes", self.stall_minutes, "above 0")
 
     @property
     def hold_out(self) -> float:
@@ -93,6 +91,14 @@ class DataConfig:
         return share
 
 
+# A larger rate is 1 in float32, and Adam's bias correction would divide by zero.
+_BETAS = Bound(
+    lambda betas: all(0 <= b <= 1 - 2**-24 for b in betas), "in [0, 1), and at most 0.99999994"
+)
+_RATIO = Bound(lambda ratio: 0 <= ratio <= 1, "a share in [0, 1]")
+_DECAY = Bound(lambda ratio: 0 < ratio <= 1, "a share in (0, 1]")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """Optimizer and learning rate: a linear warm-up, then a schedule."""
@@ -104,58 +110,36 @@ class OptimConfig:
     moment_dtype: Literal["fp32", "bf16", "int8"] = "fp32"
     """Dtype of adamw's two moments: 8, 4 or 2 bytes a parameter for both."""
 
-    lr: Annotated[float | None, chosen("FLOAT")] = None
+    lr: Annotated[float | None, chosen("FLOAT"), POSITIVE] = None
     """Peak learning rate. By default 2e-3 for nano, 3e-4 for larger presets, 2e-5 for trained
     weights, 2e-4 for adapters beside them; a tenth of that for lion."""
 
-    betas: Annotated[tuple[float, float] | None, chosen("FLOAT FLOAT")] = None
+    betas: Annotated[tuple[float, float] | None, chosen("FLOAT FLOAT"), _BETAS] = None
     """Decay rates of the two moments; for lion, of its update and its moment. By default 0.9 0.95,
     for lion 0.9 0.99. Not for adafactor."""
 
-    weight_decay: float = 0.01
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.01
     """Decoupled weight decay of all parameters except norms and biases."""
 
-    warmup_ratio: float = 0.025
+    warmup_ratio: Annotated[float, _RATIO] = 0.025
     """Share of the steps in which the learning rate rises from 0 to its peak."""
 
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """Learning rate after the warm-up: half a cosine, linear, constant, or wsd (warm-up, stable,
     decay), which keeps the peak and falls at the end."""
 
-    min_lr_ratio: Annotated[float | None, chosen("FLOAT")] = None
+    min_lr_ratio: Annotated[float | None, chosen("FLOAT"), _RATIO] = None
     """Learning rate at the last step, as a share of the peak. By default 0.15."""
 
-    decay_ratio: Annotated[float | None, chosen("FLOAT")] = None
+    decay_ratio: Annotated[float | None, chosen("FLOAT"), _DECAY] = None
     """Share of the steps after the warm-up in which wsd falls. By default 0.2."""
 
-    clip: float = 1.0
+    clip: Annotated[float, above(0)] = 1.0
     """Largest global norm of the gradient; a larger gradient is scaled down to it."""
 
     def __post_init__(self):
         """Check the ranges."""
-        require(
-            self.lr is None or 0 < self.lr < math.inf, "--optim.lr", self.lr, "above 0 and finite"
-        )
-        # A larger rate is 1 in float32, and Adam's bias correction would divide by zero.
-        right = all(0 <= b <= 1 - 2**-24 for b in self.rates)
-        require(right, "--optim.betas", self.betas, "in [0, 1), and at most 0.99999994")
-        require(
-            0 <= self.weight_decay < math.inf,
-            "--optim.weight_decay",
-            self.weight_decay,
-            "at least 0 and finite",
-        )
-        require(
-            0 <= self.warmup_ratio <= 1,
-            "--optim.warmup_ratio",
-            self.warmup_ratio,
-            "a share in [0, 1]",
-        )
-        require(0 <= self.last_ratio <= 1, "--optim.min_lr_ratio", self.min_lr_ratio, "in [0, 1]")
-        require(
-            0 < self.last_decay <= 1, "--optim.decay_ratio", self.decay_ratio, "a share in (0, 1]"
-        )
-        require(self.clip > 0, "--optim.clip", self.clip, "above 0")
+        check_bounds(self, "--optim.")
         if self.name == "adafactor" and self.betas is not None:
             raise ValueError("--optim.betas is not for --optim.name=adafactor: leave one out")
         if self.name != "adamw" and self.moment_dtype != "fp32":
@@ -250,44 +234,44 @@ class LoRAConfig:
 class GuardConfig:
     """Skip steps whose loss or gradient is not finite, or whose gradient is far above normal."""
 
-    spike: float = 10.0
+    spike: Annotated[float, above(1)] = 10.0
     """Skip a step whose gradient norm exceeds this multiple of its running mean, from the 20th
     update on; inf: never."""
 
-    patience: int = 5
+    patience: Annotated[int, at_least(1)] = 5
     """Steps skipped in a row after which the run saves and stops. The error names their
     documents."""
 
     def __post_init__(self):
         """Check the ranges."""
-        require(self.spike > 1, "--guard.spike", self.spike, "above 1")
-        require(self.patience >= 1, "--guard.patience", self.patience, "at least 1")
+        check_bounds(self, "--guard.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """Device mesh. The product of its sizes is the number of devices."""
 
-    data: int = 1
+    data: Annotated[int, at_least(1)] = 1
     """Data parallelism: groups of devices that replicate the weights and split the rows."""
 
-    fsdp: Annotated[int | None, chosen("INT")] = None
+    fsdp: Annotated[int | None, chosen("INT"), at_least(1)] = None
     """Fully sharded data parallelism: devices that split both weights and rows. By default all
     remaining devices."""
 
-    seq: int = 1
+    seq: Annotated[int, at_least(1)] = 1
     """Sequence parallelism: devices that split the tokens of each row, and the weights together
     with fsdp. Attention exchanges tokens for heads, so that seq x tensor must divide the query
     heads."""
 
-    tensor: int = 1
+    tensor: Annotated[int, at_least(1)] = 1
     """Tensor parallelism: devices that split attention heads and feed-forward columns."""
 
     def __post_init__(self):
         """Check the ranges."""
-        for name in ("data", "fsdp", "seq", "tensor"):
-            size = getattr(self, name)
-            require(size is None or size >= 1, f"--mesh.{name}", size, "at least 1")
+        check_bounds(self, "--mesh.")
+
+
+_UP_TO_A_DAY = Bound(lambda minutes: 0 < minutes <= 1440, "above 0 and at most 1,440, a day")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -297,17 +281,18 @@ class DistConfig:
     coordinator: Annotated[str | None, chosen("HOST:PORT")] = None
     """Address at which the processes connect: the host of process 0, and a free port."""
 
-    processes: Annotated[int | None, chosen("INT")] = None
+    processes: Annotated[int | None, chosen("INT"), at_least(1)] = None
     """Number of processes. 1 trains with this process alone, whatever launched it."""
 
     id: Annotated[int | None, chosen("INT")] = None
     """Number of this process, from 0."""
 
-    timeout_minutes: float = 2.0
+    timeout_minutes: Annotated[float, _UP_TO_A_DAY] = 2.0
     """Minutes to wait for a process that does not start or no longer answers."""
 
     def __post_init__(self):
-        """Check that the flags go together."""
+        """Check the ranges, and that the flags go together."""
+        check_bounds(self, "--dist.")
         alone = self.processes == 1 and self.coordinator is None and self.id is None
         given = [x is not None for x in (self.coordinator, self.processes, self.id)]
         if any(given) and not all(given) and not alone:
@@ -317,11 +302,6 @@ class DistConfig:
             right = host and port.isdecimal() and 1 <= int(port) <= 65535
             bound = "HOST:PORT, a port from 1 to 65535"
             require(bool(right), "--dist.coordinator", self.coordinator, bound)
-        if self.processes is not None:
-            require(self.processes >= 1, "--dist.processes", self.processes, "at least 1")
         if self.id is not None and self.processes is not None:
             bound = f"from 0 to {self.processes - 1}: there are --dist.processes={self.processes}"
             require(0 <= self.id < self.processes, "--dist.id", self.id, bound)
-        bound = "above 0 and at most 1,440, a day"
-        minutes = self.timeout_minutes
-        require(0 < minutes <= 1440, "--dist.timeout_minutes", minutes, bound)

@@ -38,13 +38,18 @@ def flatten_config(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def flag_name(flag: str) -> str:
+    """Return the name of a flag as it is typed, without dashes; --data is data.files."""
+    return "data" if flag == "data.files" else flag
+
+
 def flag_words(flag: str, kind: Kind, value: Any) -> list[str]:
     """Return the words of a command line that give a flag its value; None is written "None".
 
     Raises:
         ValueError: One of several items begins with a dash, like a flag.
     """
-    name = "data" if flag == "data.files" else flag
+    name = flag_name(flag)
     if kind == "switch":
         section, dot, last = name.rpartition(".")
         return [f"--{section}{dot}{'' if value else 'no_'}{last}"]

@@ -37,38 +37,26 @@ Rule = Callable[[Any, Facts, str], Outcome | None]
 
 @dataclasses.dataclass
 class XTunerConfig:
-    """Hold the flags and the other settings of an XTuner config.
+    """Hold the flags of an XTuner config, and each other setting with a reason."""
 
-    Attributes:
-      flags: values by flag.
-      became: (flag, setting) for each setting that became a flag.
-      unneeded: (setting, reason) for each that needs no flag.
-      lost: (setting, reason) for each that could not be mapped.
-    """
-
-    flags: dict[str, Any] = dataclasses.field(default_factory=dict)
-    became: list[tuple[str, str]] = dataclasses.field(default_factory=list)
-    unneeded: list[tuple[str, str]] = dataclasses.field(default_factory=list)
-    lost: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    flags: dict[str, Any] = dataclasses.field(default_factory=dict)  # values by flag
+    became: dict[str, str] = dataclasses.field(default_factory=dict)  # settings by flag
+    unneeded: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # need no flag
+    lost: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # could not be mapped
 
     def set(self, flag: str, value: Any, source: str) -> None:
         """Set a flag; a later setting replaces an earlier one, except for files, which add up."""
-        if flag == "data.files" and flag in self.flags:
-            value = (*self.flags[flag], *value)
-            source = f"{dict(self.became)[flag]}, {source}"
-        elif flag in self.flags:
-            self.unneeded.append((dict(self.became)[flag], f"{source} replaces it"))
-        self.became = [pair for pair in self.became if pair[0] != flag] + [(flag, source)]
-        self.flags[flag] = value
+        before = self.became.pop(flag, None)
+        if before is not None and flag == "data.files":
+            value, source = (*self.flags[flag], *value), f"{before}, {source}"
+        elif before is not None:
+            self.unneeded.append((before, f"{source} replaces it"))
+        self.flags[flag], self.became[flag] = value, source
 
     def report(self, in_use: Mapping[str, Any]) -> list[str]:
-        """Return one line for each setting.
-
-        Args:
-            in_use: Values by flag of the run, which the command line may have replaced.
-        """
+        """Return one line for each setting; `in_use` has the values of the run by flag."""
         kinds, lines = flag_kinds(Config), []
-        for flag, source in self.became:
+        for flag, source in self.became.items():
             text = _shown(shell(flag_words(flag, kinds[flag], self.flags[flag])))
             replaced = ", replaced" if in_use[flag] != self.flags[flag] else ""
             lines.append(f"{text:<40} from {source}{replaced}")
@@ -141,7 +129,7 @@ def _key(place: str) -> str:
 def _outcome(setting: _Setting, facts: Facts) -> Outcome | None:
     """Return what became of a setting; None for one of the nested dicts that means nothing here."""
     nested = "." in setting.name
-    if nested and setting.name.partition(".")[0] in _WITHOUT_MEANING:
+    if nested and setting.name.partition(".")[0] in _DICTS_WITHOUT_MEANING:
         return None
     if not setting.key:
         reason = f"used in {setting.used_in}" if setting.used_in else "not a setting known here"
@@ -183,6 +171,11 @@ def _check_kind(file: PlainPython) -> None:
 
 def _flag(name: str, convert: Callable[[Any], Any] = lambda value: value) -> Rule:
     return lambda value, facts, owner: Outcome({name: convert(value)})
+
+
+def _if_true(flag: str, chosen: Any) -> Rule:
+    """Return a rule that sets a flag to `chosen` where the setting is true."""
+    return lambda value, facts, owner: Outcome({flag: chosen}) if value else None
 
 
 def _unneeded(reason: str = "") -> Rule:
@@ -304,16 +297,6 @@ def _files(value: Any, facts: Facts, owner: str) -> Outcome:
     return Outcome({"data.files": (value,) if isinstance(value, str) else tuple(value)})
 
 
-def _map_fn(value: Any, facts: Facts, owner: str) -> Outcome | None:
-    name = str(_last(value))
-    if value is None or name in ("alpaca_map_fn", "openai_map_fn", "pretrain_map_fn"):
-        return None  # rows are recognised by their keys
-    return Outcome(
-        reason="rows must be conversation, messages or instruction and output: write them so",
-        lost=True,
-    )
-
-
 def _lora(value: Any, facts: Facts, owner: str) -> Outcome | None:
     if _last(value) != "LoraConfig":
         return Outcome(reason="not a kind of adapter that is known here", lost=True)
@@ -322,19 +305,23 @@ def _lora(value: Any, facts: Facts, owner: str) -> Outcome | None:
     return Outcome(reason="XTuner adapts the output layer, too, which is frozen here", lost=True)
 
 
-def _quantized(bits: int) -> Rule:
-    def rule(value: Any, facts: Facts, owner: str) -> Outcome | None:
-        if not value:
-            return None
-        return Outcome({"base_dtype": "nf4" if bits == 4 else "int8"})
-
-    return rule
-
-
 _UNKNOWN = _lost("another value than the usual one: not supported")
-_WITHOUT_MEANING = ("env_cfg", "log_processor")
+_DICTS_WITHOUT_MEANING = ("env_cfg", "log_processor")
+_WITHOUT_MEANING = """
+    trust_remote_code padding_side model.type llm.type tokenizer.type task_type
+    bnb_4bit_compute_dtype dataset_cfg.type dataset_cfg.file_type datasets template_map_fn
+    template_map_fn.type remove_unused_columns shuffle_before_pack map_num_proc sampler
+    sampler.seed train_dataset.seed batch_sampler.type batch_sampler.drop_last
+    batch_sampler.batch_size collate_fn.type train_dataloader.num_workers
+    clip_grad.error_if_nonfinite loss_scale param_scheduler.start_factor
+    param_scheduler.convert_to_iter_based train_cfg.type train_cfg.by_epoch
+    custom_hooks.is_intern_repo_dataset logger.log_metric_by_epoch log_level
+    default_hooks.checkpoint.type default_hooks.logger.type default_hooks.param_scheduler.type
+    default_hooks.sampler_seed.type default_hooks.timer.type
+""".split()
 
 RULES: dict[str, Rule] = {
+    **dict.fromkeys(_WITHOUT_MEANING, _ignore),
     # Model
     "pretrained_model_name_or_path": _flag("model"),
     "tokenizer.pretrained_model_name_or_path": lambda value, facts, owner: (
@@ -346,11 +333,6 @@ RULES: dict[str, Rule] = {
     "use_varlen_attn": _unneeded("documents of one row never attend to each other"),
     "max_position_embeddings": _lost("the scaling of the weights is used; see --rope_factor"),
     "torch_dtype": _dtype,
-    "trust_remote_code": _ignore,
-    "padding_side": _ignore,
-    "model.type": _ignore,
-    "llm.type": _ignore,
-    "tokenizer.type": _ignore,
     # LoRA
     "lora.type": _lora,
     "r": _flag("lora.rank"),
@@ -359,13 +341,11 @@ RULES: dict[str, Rule] = {
     "target_modules": _flag("lora.targets", tuple),
     "use_rslora": _flag("lora.rslora"),
     "bias": _only("none", otherwise=_UNKNOWN),
-    "task_type": _ignore,
     # Quantisation
-    "load_in_4bit": _quantized(4),
-    "load_in_8bit": _quantized(8),
+    "load_in_4bit": _if_true("base_dtype", "nf4"),
+    "load_in_8bit": _if_true("base_dtype", "int8"),
     "bnb_4bit_quant_type": _only("nf4", otherwise=_lost("4-bit weights are nf4")),
     "bnb_4bit_use_double_quant": _only(True, otherwise=_lost("the scales are quantised, too")),
-    "bnb_4bit_compute_dtype": _ignore,
     "llm_int8_threshold": _only(6.0, otherwise=_lost("int8 products are computed in --dtype")),
     "llm_int8_has_fp16_weight": _only(False, otherwise=_UNKNOWN),
     "quantization_config.type": _only("BitsAndBytesConfig", otherwise=_UNKNOWN),
@@ -382,40 +362,29 @@ RULES: dict[str, Rule] = {
         "a folder of InternEvo: rename its .bin files, which are JSON lines, to .jsonl and give "
         "them by --data"
     ),
-    "dataset_cfg.type": _ignore,
-    "dataset_cfg.file_type": _ignore,
     "dataset_cfg.min_length": _only(0, otherwise=_UNKNOWN),
     "dataset_cfg.data_order_path": _only(None, otherwise=_UNKNOWN),
     "dataset.type": _only("load_dataset", "load", otherwise=_UNKNOWN),
-    "datasets": _ignore,
     "prompt_template": _template,
     "template_map_fn.template": _template,
-    "template_map_fn": _ignore,
-    "template_map_fn.type": _ignore,
-    "dataset_map_fn": _map_fn,
+    "dataset_map_fn": _only(  # rows are recognised by their keys
+        *(None, "alpaca_map_fn", "openai_map_fn", "pretrain_map_fn"),
+        otherwise=_lost(
+            "rows must be conversation, messages or instruction and output: write them so"
+        ),
+    ),
     "max_length": _flag("seq_len"),
     "packed_length": _flag("seq_len"),
     "pack_to_max_length": lambda value, facts, owner: Outcome(
         reason="rows are always packed" + ("" if value else ", with several documents each"),
         lost=not value,
     ),
-    "remove_unused_columns": _ignore,
-    "shuffle_before_pack": _ignore,
     "max_dataset_length": _lost("give a part of a file by --data FILE:0.3"),
-    "map_num_proc": _ignore,
-    "sampler": _ignore,
     "sampler.type": _only(
         *("DefaultSampler", "InternRepoSampler", "SequenceParallelSampler"), otherwise=_UNKNOWN
     ),
     "sampler.shuffle": _only(True, otherwise=_lost("rows are always shuffled, by --seed")),
-    "sampler.seed": _ignore,
-    "train_dataset.seed": _ignore,
-    "batch_sampler.type": _ignore,
-    "batch_sampler.drop_last": _ignore,
-    "batch_sampler.batch_size": _ignore,
-    "collate_fn.type": _ignore,
     "dataloader_num_workers": _unneeded(),
-    "train_dataloader.num_workers": _ignore,
     "sequence_parallel_size": _only(1, otherwise=_flag("mesh.seq")),
     # Steps and optimizer
     "batch_size": _rows,
@@ -428,21 +397,15 @@ RULES: dict[str, Rule] = {
     "betas": _flag("optim.betas", tuple),
     "weight_decay": _flag("optim.weight_decay", float),
     "max_norm": _flag("optim.clip", float),
-    "clip_grad.error_if_nonfinite": _ignore,
     "optim_wrapper.type": _only("AmpOptimWrapper", "OptimWrapper", otherwise=_UNKNOWN),
     "optim_wrapper.dtype": _dtype,
-    "loss_scale": _ignore,
     "warmup_ratio": _flag("optim.warmup_ratio", float),
     "warm_up_ratio": _flag("optim.warmup_ratio", float),
     "param_scheduler.type": _scheduler,
     "param_scheduler.eta_min": _last_rate,
-    "param_scheduler.start_factor": _ignore,
     "param_scheduler.begin": _begin,
     "param_scheduler.end": _end,
     "param_scheduler.by_epoch": _only(True, otherwise=_lost("the schedule counts epochs")),
-    "param_scheduler.convert_to_iter_based": _ignore,
-    "train_cfg.type": _ignore,
-    "train_cfg.by_epoch": _ignore,
     # Checkpoints, samples, log
     "save_steps": _flag("save_every"),
     "checkpoint.interval": _flag("save_every"),
@@ -454,28 +417,17 @@ RULES: dict[str, Rule] = {
     "evaluation_inputs": _prompts,
     "SYSTEM": _system,
     "custom_hooks.system": _system,
-    "custom_hooks.is_intern_repo_dataset": _ignore,
     "custom_hooks.type": _only(
         *("DatasetInfoHook", "EvaluateChatHook", "ThroughputHook"),
         "VarlenAttnArgsToMessageHubHook",
         otherwise=_lost("hooks of one's own are not run"),
     ),
     "logger.interval": _flag("log_every"),
-    "logger.log_metric_by_epoch": _ignore,
-    **{
-        f"default_hooks.{name}.type": _ignore
-        for name in ("checkpoint", "logger", "param_scheduler", "sampler_seed", "timer")
-    },
     "visualizer": _only(None, otherwise=_lost("see --log")),
-    "log_level": _ignore,
     "load_from": _only(None, otherwise=_lost("a run resumes by --out, or begins by --model RUN")),
     "resume": _only(False, otherwise=_lost("a run resumes by the same --out")),
     # Randomness
-    "randomness.seed": lambda value, facts, owner: (
-        None if value is None else Outcome({"seed": value})
-    ),
-    "randomness.deterministic": lambda value, facts, owner: (
-        Outcome({"deterministic": True}) if value else None
-    ),
+    "randomness.seed": _only(None, otherwise=_flag("seed")),
+    "randomness.deterministic": _if_true("deterministic", True),
 }
 """Rules by the end of the dotted place of a setting."""

@@ -21,10 +21,11 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Annotated
 
 from models.tokenizer import Tokenizer, load_tokenizer
+from train.config.bounds import above, check_bounds, require
 from train.config.cli import fail, parse
-from train.config.sections import require
 from train.data.files.examples import Ids
 from train.data.files.fields import RowError
 from train.data.files.formats import recognise
@@ -51,17 +52,16 @@ class BenchConfig:
     seq_len: int = 4096
     """Tokens in a packed row."""
 
-    workers: int = len(os.sched_getaffinity(0))
+    workers: Annotated[int, above(0)] = len(os.sched_getaffinity(0))
     """Number of processes."""
 
-    repeat: int = 3
+    repeat: Annotated[int, above(0)] = 3
     """Number of measurements of each figure."""
 
     def __post_init__(self):
-        """Check ranges."""
+        """Check the ranges."""
+        check_bounds(self)
         require(len(self.data) > 0, "--data", "nothing", "at least one file")
-        require(self.workers > 0, "--workers", self.workers, "above 0")
-        require(self.repeat > 0, "--repeat", self.repeat, "above 0")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -34,22 +34,13 @@ AHEAD = 2  # batches made while the caller works on one: one that waits, one in 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Shard:
-    """The part of every batch that one host has.
+    """The part of every batch that one host has."""
 
-    Attributes:
-        index: number of the host, 0..count-1, as `jax.process_index()`.
-        count: hosts that share each batch in equal parts, as `jax.process_count()`.
-    """
-
-    index: int = 0
-    count: int = 1
+    index: int = 0  # number of the host, 0..count-1, as `jax.process_index()`
+    count: int = 1  # hosts that share each batch in equal parts, as `jax.process_count()`
 
     def rows_of(self, batch_size: int) -> int:
-        """Return the rows of a batch that each host has.
-
-        Raises:
-            ValueError: the hosts cannot share a batch in equal parts.
-        """
+        """Return the rows of a batch for each host; raise ValueError if the parts are not equal."""
         if batch_size < 1 or batch_size % self.count:
             raise ValueError(f"{batch_size=} must be a positive multiple of the {self.count} hosts")
         if not 0 <= self.index < self.count:
@@ -61,13 +52,12 @@ class Loader(Iterator[Batch]):
     """An endless iterator of batches, made ahead in one background thread.
 
     At most `AHEAD` batches wait to be taken. `next` raises an error of the thread as it is; the
-    position then stays. The position is that of the batch that `next` returns next, whatever was
-    made ahead. Also a context manager that ends the thread; without it the thread ends with the
-    process.
+    position, that of the batch that `next` returns next, then stays. Also a context manager that
+    ends the thread; without it the thread ends with the process.
 
-    Every host opens the same files with its own shard, and its batches are its rows, in order, of
-    the batches that a single host would get: rows `index * batch_size / count` and on. States are
-    the same on all hosts and fit any number of them.
+    Every host opens the same files with its own shard, and gets its rows, in order, of the batches
+    that a single host would get: rows `index * batch_size / count` and on. States are the same on
+    all hosts and fit any number of them.
 
     Attributes:
         report: counts of everything in the data.
@@ -114,12 +104,8 @@ class Loader(Iterator[Batch]):
     def next(self, *, timeout: float) -> Batch:
         """Return the next batch.
 
-        Args:
-            timeout: seconds to wait for it at most.
-
         Raises:
-            TimeoutError: the batch did not come; names its documents. `close` then waits for
-                nothing.
+            TimeoutError: it did not come in `timeout` seconds; names its documents.
         """
         while len(self._made) <= AHEAD:
             row = self._row + len(self._made) * self.batch_size
@@ -145,11 +131,7 @@ class Loader(Iterator[Batch]):
         return batch
 
     def documents(self, state: dict[str, Any]) -> list[str]:
-        """Return "file:line" of each document of a batch, on all hosts, in order.
-
-        Args:
-            state: the position before the batch was drawn.
-        """
+        """Return "file:line" of each document, on all hosts, of the batch drawn at `state`."""
         first = state["row"]
         names: dict[str, None] = {}
         for place in range(first, first + self.batch_size):

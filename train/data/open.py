@@ -4,39 +4,16 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from models.tokenizer import Tokenizer
-from train.cache_dirs import token_cache
-from train.config.sections import DataConfig
 from train.data.corpus import TINY_SHAKESPEARE
 from train.data.loader import Loader, Shard
 from train.data.pack.mixture import Split, name_sources, parse_source, repeats
 from train.data.pack.packing import pack
 from train.data.pack.spans import TooLong, split_documents
-from train.data.pack.stream import StreamPacking, pack_stream
+from train.data.pack.stream import Packing, pack_stream
 from train.data.tokens.cache import ReadOptions
 from train.data.tokens.dataset import tokenise
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PackingOptions:
-    """Options of packing.
-
-    Attributes:
-        method: "fit" puts whole documents into rows (packing.py), "concat" and "xtuner" cut a
-            stream of all tokens (stream.py).
-        too_long: with "fit", treatment of chats longer than a row (spans.split_documents).
-    """
-
-    method: StreamPacking | Literal["fit"] = "fit"
-    too_long: TooLong = "drop"
-
-
-def read_options(config: DataConfig) -> ReadOptions:
-    """Return the options that the flags of --data ask for."""
-    cache = Path(config.cache) if config.cache else token_cache()
-    return ReadOptions(strict=config.strict, reasoning=config.reasoning, cache=cache)
 
 
 def open_data(
@@ -46,7 +23,8 @@ def open_data(
     seq_len: int,
     batch_size: int,
     seed: int = 0,
-    packing: PackingOptions | None = None,
+    packing: Packing = "fit",
+    too_long: TooLong = "drop",
     reading: ReadOptions | None = None,
     hold_out: float = 0.0,
     split: Split = "train",
@@ -58,11 +36,13 @@ def open_data(
         paths: files (records.read_chunks) and directories that the `datasets` library saved, mixed
             as one pool; None for the built-in text. An epoch has `file:2` twice, and a random 30%
             of `file:0.3` once (mixture.repeats).
-        tokenizer: makes the ids.
+        tokenizer: of the ids.
         seq_len: tokens of a row, at least 2.
         batch_size: rows of a batch over all hosts.
         seed: of every shuffle, >= 0.
-        packing: options of packing.
+        packing: "fit" puts whole documents into rows, "concat" and "xtuner" cut a stream of all
+            tokens (`train.data.pack.stream`).
+        too_long: treatment of chats longer than a row (`split_documents`); for "fit".
         reading: options of reading; the built-in text is never cached.
         hold_out: share of the documents of each path that is not trained on.
         split: "val" for the batches of the held-out documents.
@@ -72,11 +52,7 @@ def open_data(
     Raises:
         ValueError: a bad argument or bad data; one line that names the file and line.
     """
-    packing, reading, shard = (
-        packing or PackingOptions(),
-        reading or ReadOptions(),
-        shard or Shard(),
-    )
+    reading, shard = reading or ReadOptions(), shard or Shard()
     if seq_len < 2:
         raise ValueError(f"{seq_len=} must be at least 2: a token and its target")
     if seed < 0:
@@ -92,11 +68,11 @@ def open_data(
         reading = dataclasses.replace(reading, cache=None)
     dataset = tokenise(files, tokenizer, reading)
     taken = repeats(dataset, sources, seed=seed, hold_out=hold_out, split=split)
-    if packing.method == "fit":
-        spans = split_documents(dataset, seq_len, taken, too_long=packing.too_long)
+    if packing == "fit":
+        spans = split_documents(dataset, seq_len, taken, too_long=too_long)
         rows = pack(spans.length, seq_len, seed=seed)
     else:
-        spans, rows = pack_stream(dataset, seq_len, taken, method=packing.method, seed=seed)
+        spans, rows = pack_stream(dataset, seq_len, taken, method=packing, seed=seed)
     return Loader(
         dataset,
         spans,

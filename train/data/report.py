@@ -13,19 +13,12 @@ _KEYS = 12  # unread keys that are named for a file; the rest are counted
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Problem:
-    """A row that is not trained on as it is.
+    """A row that is not trained on as it is."""
 
-    Attributes:
-        file: path as it was given.
-        line: line of the file on which the row begins, from 1.
-        size: bytes of a row that could not be used; 0 for others.
-        reason: why, in a few words.
-    """
-
-    file: str
-    line: int
-    size: int
-    reason: str
+    file: str  # path as it was given
+    line: int  # line of the file on which the row begins, from 1
+    size: int  # bytes of a row that could not be used; 0 for others
+    reason: str  # why, in a few words
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.reason}"
@@ -33,22 +26,15 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class FileReport:
-    """Counts for one file.
+    """Counts for one file."""
 
-    Attributes:
-        file: path as it was given.
-        rows: rows read.
-        documents: rows that became documents; `rows - documents` are broken.
-        formats: number of documents of each format (formats.py).
-        unread: for each key that is not read, the number of rows that have it.
-        remarks: number of times that each remark of formats.py was made.
-    """
-
-    file: str
-    rows: int
-    documents: int
-    formats: dict[str, int]
+    file: str  # path as it was given
+    rows: int  # rows read
+    documents: int  # rows that became documents; `rows - documents` are broken
+    formats: dict[str, int]  # number of documents of each format (formats.py)
+    # for each key that is not read, the number of rows that have it
     unread: dict[str, int] = dataclasses.field(default_factory=dict)
+    # number of times that each remark of formats.py was made
     remarks: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -69,41 +55,23 @@ class FileReport:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """The data of a run: rows read = `documents` + `broken` + `dropped` + `left_out`.
+    """The data of a run: rows read = `documents` + `broken` + `dropped` + `left_out`."""
 
-    Attributes:
-        files: one entry a file.
-        documents: documents in training, each in exactly one row, but split ones.
-        split: of these, raw texts longer than a row, divided into several spans.
-        rows: packed rows of `seq_len` tokens.
-        seq_len: tokens of a row.
-        batch_size: rows of a batch over all hosts.
-        tokens: tokens in training, without padding.
-        loss_tokens: tokens that are predicted: the sum of the loss mask over all rows.
-        tail: tokens in the emptiest row, the last one of the packing.
-        left_out: documents that a weight below 1 or the validation set takes away.
-        repeated: documents with the same tokens as an earlier one.
-        first_repeat: places of the first of these, and of the earlier one.
-        broken: rows that could not be used.
-        dropped: documents left out because of their length.
-        truncated: documents cut to `seq_len`; counted in `documents`.
-    """
-
-    files: tuple[FileReport, ...]
-    documents: int
-    split: int
-    rows: int
-    seq_len: int
-    batch_size: int
-    tokens: int
-    loss_tokens: int
-    tail: int
-    left_out: int
-    repeated: int
-    first_repeat: str
-    broken: tuple[Problem, ...]
-    dropped: tuple[Problem, ...]
-    truncated: tuple[Problem, ...]
+    files: tuple[FileReport, ...]  # one entry a file
+    documents: int  # documents in training, each in exactly one row, but split ones
+    split: int  # of these, raw texts longer than a row, divided into several spans
+    rows: int  # packed rows of `seq_len` tokens
+    seq_len: int  # tokens of a row
+    batch_size: int  # rows of a batch over all hosts
+    tokens: int  # tokens in training, without padding
+    loss_tokens: int  # tokens that are predicted: the sum of the loss mask over all rows
+    tail: int  # tokens in the emptiest row, the last one of the packing
+    left_out: int  # documents that a weight below 1 or the validation set takes away
+    repeated: int  # documents with the same tokens as an earlier one
+    first_repeat: str  # places of the first of these, and of the earlier one
+    broken: tuple[Problem, ...]  # rows that could not be used
+    dropped: tuple[Problem, ...]  # documents left out because of their length
+    truncated: tuple[Problem, ...]  # documents cut to `seq_len`; counted in `documents`
 
     @property
     def efficiency(self) -> float:

@@ -19,10 +19,9 @@ HOST_SHARE = 0.8
 def set_up(*, keep_compiled: bool) -> None:
     """Set the memory shares and the compilation cache, before jax looks at its devices.
 
-    Args:
-        keep_compiled: Store compiled programs in `compilation_cache()`, unless
-            JAX_COMPILATION_CACHE_DIR names another directory. On a GPU only: for a CPU the cache
-            saves little, and code compiled for one CPU may not run on the next.
+    With `keep_compiled`, compiled programs are stored in `compilation_cache()`, unless
+    JAX_COMPILATION_CACHE_DIR names another directory. On a GPU only: for a CPU the cache saves
+    little, and code compiled for one CPU may not run on the next.
 
     Raises:
         ValueError: jax finds no device.
@@ -47,21 +46,17 @@ def set_up(*, keep_compiled: bool) -> None:
 def compiler_options(
     *, deterministic: bool, matmul: str = "bf16", remat: str = "full"
 ) -> dict[str, bool | int] | None:
-    """Return XLA options for `jax.jit` and `Lowered.compile`; None: XLA's defaults.
-
-    Args:
-        deterministic: Give the same bits in every run on GPUs of one kind: no atomic additions
-            (the embedding's gradient has them otherwise), and matrix products chosen by rule
-            instead of by timing.
-        matmul: "fp8" leaves all matrix products to cuBLAS. By default XLA puts each product into a
-            Triton fusion, together with the transposition of its 8-bit operands, which cuBLAS
-            needs in memory.
-        remat: As in `models.execution.Execution`. With values in host memory, XLA's own limit of
-            memory is raised: it counts host memory as memory of the GPU, and recomputes values in
-            vain (jax 0.12.0).
-    """
+    """Return XLA options for `jax.jit` and `Lowered.compile`; None: XLA's defaults."""
     options: dict[str, bool | int] = {}
-    options |= {"xla_gpu_deterministic_ops": True} if deterministic else {}
-    options |= {"xla_gpu_enable_triton_gemm": False} if matmul == "fp8" else {}
-    options |= {"xla_gpu_memory_limit_slop_factor": 1000} if "offload" in remat else {}
+    if deterministic:
+        # The same bits in every run on GPUs of one kind: no atomic additions (the embedding's
+        # gradient has them otherwise), and matrix products chosen by rule instead of by timing.
+        options["xla_gpu_deterministic_ops"] = True
+    if matmul == "fp8":
+        # All matrix products to cuBLAS. XLA would put each into a Triton fusion, together with the
+        # transposition of its 8-bit operands, which cuBLAS needs in memory.
+        options["xla_gpu_enable_triton_gemm"] = False
+    if "offload" in remat:
+        # XLA counts host memory as memory of the GPU, and recomputes values in vain (jax 0.12.0).
+        options["xla_gpu_memory_limit_slop_factor"] = 1000
     return options or None

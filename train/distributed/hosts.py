@@ -44,6 +44,7 @@ MOMENT = 1.5
 """Seconds in which all processes can print their own reason before the first of them exits."""
 
 _ENDED = "internlm2-jax/ended"  # key of the store: the process that ended
+_DAY_MS = 24 * 60 * 60 * 1000
 RESTART = "start all processes again, and they resume from the last checkpoint"
 _one_reason = threading.Lock()  # acquired by the first thread that ends this process
 
@@ -63,7 +64,10 @@ def connect(config: DistConfig) -> None:
     """
     if config.processes == 1:
         return
-    arguments: dict[str, Any] = _from_flags(config) or _from_torchrun() or {}
+    if config.coordinator is not None:
+        arguments = _arguments(config.coordinator, config.processes, config.id)
+    else:
+        arguments = _from_torchrun()
     if not arguments and not _launched():
         return
     # CPU devices of several processes must execute programs in one order; a GPU's stream does.
@@ -92,12 +96,10 @@ def connect(config: DistConfig) -> None:
 def bind_address(coordinator: str) -> str:
     """Return the address and port at which process 0 serves jax's coordination service.
 
-    It is the coordinator's own address where this machine has it. A host name that resolves to
-    loopback (Debian's 127.0.1.1) must still be reached by other hosts, so all interfaces are bound
-    for it, as for an address that is translated on the way; "localhost" itself stays local.
-
-    Args:
-        coordinator: HOST:PORT.
+    It is the address of the coordinator, HOST:PORT, where this machine has it. A host name that
+    resolves to loopback (Debian's 127.0.1.1) must still be reached by other hosts, so all
+    interfaces are bound for it, as for an address that is translated on the way; "localhost" itself
+    stays local.
 
     Raises:
         ValueError: The port is taken, or the host has no address.
@@ -128,12 +130,9 @@ def bind_address(coordinator: str) -> str:
 
 
 def check_same(flags: Mapping[str, object]) -> None:
-    """Check that all processes have the same flags.
+    """Check that all processes have the same values by flag, except for the flags in `OWN`.
 
     Processes with different flags would train apart, or wait for each other for ever.
-
-    Args:
-        flags: Values of this process by flag; those in `OWN` may differ.
 
     Raises:
         ValueError: Flags differ; raised on all processes, with the names of the flags.
@@ -226,6 +225,16 @@ def leave(reason: str) -> NoReturn:
     _exit_now(1)
 
 
+def gather(key: str, text: str) -> list[str]:
+    """Return the text of each process, without a device; each call has a key of its own."""
+    if jax.process_count() == 1:
+        return [text]
+    key = f"internlm2-jax/{key}"
+    _store().key_value_set(f"{key}/{jax.process_index()}", text)
+    numbers = range(jax.process_count())
+    return [_store().blocking_key_value_get(f"{key}/{number}", _DAY_MS) for number in numbers]
+
+
 def _store() -> Any:
     """Return the client of jax.distributed's key-value store."""
     return global_state.client
@@ -308,22 +317,11 @@ def _relay(read: int, stderr: Any) -> None:
                 stderr.write(line)
 
 
-def _from_flags(config: DistConfig) -> dict[str, Any] | None:
-    """Return the arguments of jax.distributed.initialize that --dist.* give."""
-    if config.coordinator is None:
-        return None
-    return _arguments(config.coordinator, config.processes, config.id)
-
-
-def _from_torchrun() -> dict[str, Any] | None:
-    """Return the arguments of jax.distributed.initialize that torchrun's environment gives.
-
-    Raises:
-        ValueError: Some of the variables are missing or are no numbers.
-    """
+def _from_torchrun() -> dict[str, Any]:
+    """Return the arguments of jax.distributed.initialize in the environment of torchrun, if any."""
     env = os.environ
     if env.get("WORLD_SIZE", "1") == "1":
-        return None
+        return {}
     try:
         rank, size, host, port = (env[name] for name in TORCHRUN)
         # torchrun's agent itself listens at MASTER_PORT.

@@ -17,11 +17,9 @@ AXES = ("data", "fsdp", "seq", "tensor")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Return the mesh of the devices, with explicit axes `AXES`.
+    """Return the mesh of the devices, with explicit axes `AXES`; by default of all of the run.
 
-    Args:
-        config: Sizes of the axes; an fsdp of None takes all devices that the others leave.
-        devices: None: all devices of the run.
+    An fsdp of None takes all devices that the other axes leave.
 
     Raises:
         ValueError: The sizes do not multiply to the number of devices.
@@ -59,16 +57,7 @@ def head_shards(mesh: Mesh | AbstractMesh) -> int:
 
 
 def check_rows(mesh: Mesh | AbstractMesh, *, rows: int, grad_accum: int) -> None:
-    """Check that the rows of a step divide over microbatches and devices.
-
-    Args:
-        mesh: Devices.
-        rows: Rows of a step.
-        grad_accum: Microbatches of a step.
-
-    Raises:
-        ValueError: They do not; names the flags and a number that does.
-    """
+    """Raise ValueError unless the rows of a step divide over microbatches and devices."""
     shards = row_shards(mesh)
     if rows % (grad_accum * shards):
         raise ValueError(
@@ -79,16 +68,7 @@ def check_rows(mesh: Mesh | AbstractMesh, *, rows: int, grad_accum: int) -> None
 
 
 def check_seq(mesh: Mesh | AbstractMesh, *, heads: int, seq_len: int) -> None:
-    """Check that the seq axis divides the tokens of a row, and with tensor the query heads.
-
-    Args:
-        mesh: Devices.
-        heads: Query heads of the model.
-        seq_len: Tokens of a row.
-
-    Raises:
-        ValueError: It does not; lists the sizes that do.
-    """
+    """Raise ValueError unless seq divides the tokens of a row, and with tensor the query heads."""
     seq, tensor = mesh.shape["seq"], mesh.shape["tensor"]
     left = heads // tensor
     right = [n for n in range(1, left + 1) if left % n == 0 and seq_len % n == 0]

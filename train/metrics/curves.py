@@ -1,6 +1,6 @@
 """Plot the records of runs: one figure each for loss, speed, memory and so on, all runs in it."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -43,7 +43,11 @@ def figures(runs: Sequence[RunRecords]) -> Iterator[tuple[str, Figure]]:
             axes.legend(fontsize=8)
             yield name, figure
     losses = [
-        [{"step": line["step"], "set": name, **of} for line in run.steps for name, of in _by(line)]
+        [
+            {"step": line["step"], "set": name, **of}
+            for line in run.steps
+            for name, of in line.get("sources", {}).items()
+        ]
         for run in runs
     ]
     if any(losses):
@@ -51,11 +55,6 @@ def figures(runs: Sequence[RunRecords]) -> Iterator[tuple[str, Figure]]:
     if any(run.evals for run in runs):
         lines = [run.evals for run in runs]
         yield "validation", _by_set(runs, lines, "validation loss", marker="o")
-
-
-def _by(line: dict[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
-    """Return the entries of each training file in a line of metrics.jsonl."""
-    return line.get("sources", {}).items()
 
 
 def _by_set(

@@ -36,11 +36,8 @@ def training_flops(
 ) -> float:
     """Return the floating-point operations of a forward and a backward pass.
 
-    Args:
-        config: the model.
-        tokens: number of tokens without padding.
-        pairs: from `causal_pairs`.
-        lora: adapters, if only they are trained.
+    `tokens` are counted without padding, `pairs` by `causal_pairs`; `lora` are the adapters, if
+    only they are trained.
     """
     table = config.vocab_size * config.hidden_size
     looked_up = 0 if config.tie_word_embeddings else table

@@ -60,10 +60,10 @@ class Metrics:
         sources: Sequence[str] = (),
         sinks: Sequence[Sink] = (),
     ):
-        """Open metrics.jsonl; lines after `start`, of a run that was killed, are dropped.
+        """Open metrics.jsonl at `path`, which has lines up to step `start`.
 
         Args:
-            path: of metrics.jsonl.
+            path: of the file.
             model: architecture, for the FLOPs.
             lora: adapters, if only they are trained, for the FLOPs.
             start: step the run resumes from.
@@ -82,9 +82,8 @@ class Metrics:
         peak = peak_flops(self._devices[0])
         self._peak = None if peak is None else peak * jax.device_count()
         first = jax.process_index() == 0  # other processes only wait for the values
-        self._records = Records(path, start=start) if first else None
-        if self._records is not None:
-            self._records.write()  # creates the file, which marks the directory as a run's
+        self._records = Records(path, start=start)
+        self._records.write()  # creates the file, which marks the directory as a run's
         watched = sys.stderr.isatty() and first
         self._bar = tqdm(
             total=steps,
@@ -102,9 +101,7 @@ class Metrics:
     def timed(self, part: Part, *, after: Any = None) -> Iterator[None]:
         """Count the time inside the block for `part` instead of computing.
 
-        Args:
-            part: of the step's time.
-            after: arrays to wait for first; that wait counts as computing.
+        Arrays `after` are waited for first; that wait counts as computing.
         """
         jax.block_until_ready(after)
         start = time.perf_counter()
@@ -120,7 +117,7 @@ class Metrics:
             step: optimizer steps done, this one included.
             values: the step's metrics on the device, float32: scalars, and source_losses and
                 source_tokens [S] if there are several sources.
-            pairs: causal query-key pairs inside its documents.
+            pairs: from `train.metrics.flops.causal_pairs`.
 
         Returns:
             The line: values; seconds and its parts data_seconds, checkpoint_seconds,
@@ -157,8 +154,7 @@ class Metrics:
             flat |= {f"train/loss/{name}": of["loss"] for name, of in line["sources"].items()}
         last = step == self._steps
         if step % self._every == 0 or last:
-            if self._records is not None:
-                self._records.write(line)
+            self._records.write(line)
             for sink in self._sinks:
                 sink.write(step, flat)
         shown = _describe(line)

@@ -10,12 +10,9 @@ class Profile:
     """Start and stop the profiler around the steps of a window."""
 
     def __init__(self, window: tuple[int, int] | None, directory: Path):
-        """Store the window.
+        """Store the first and the last step; None: no trace.
 
-        Args:
-            window: first and last step; None: no trace.
-            directory: of the traces, for TensorBoard's profile plugin; ui.perfetto.dev reads the
-                trace.json.gz inside.
+        TensorBoard's profile plugin reads the directory, ui.perfetto.dev the trace.json.gz inside.
         """
         self._window, self._directory, self._open = window, directory, False
 

@@ -6,24 +6,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from train.atomic import atomic_write, unwritten
 
 
 class Records:
-    """A file of JSON lines that a resumed run continues."""
+    """A file of JSON lines that a resumed run continues; written by the first process alone."""
 
     def __init__(self, path: Path, *, start: int):
-        """Drop lines of steps that run again, and a line that a kill cut off. Creates no file.
+        """Drop lines of steps after `start`, which run again, and a line that a kill cut off.
 
-        Args:
-            path: of the file; its directory exists.
-            start: step the run resumes from; lines of later steps are dropped.
-
-        Raises:
-            OSError: the file cannot be read or replaced; it is unchanged.
-            ValueError: see `read_records`.
+        Creates no file. An OSError, or ValueError as of `read_records`, leaves the file unchanged.
         """
-        self._path = path
+        self._path, self._first = path, jax.process_index() == 0
+        if not self._first:
+            return
         kept = b"".join(line for line, record in _lines(path) if record["step"] <= start)
         if path.is_file() and path.stat().st_size != len(kept):
             with atomic_write(path) as temporary:
@@ -38,6 +36,8 @@ class Records:
         Raises:
             OSError: the file cannot be written; names the file and the remedy.
         """
+        if not self._first:
+            return
         text = "".join(json.dumps(_finite(dict(line)), ensure_ascii=False) + "\n" for line in lines)
         left = memoryview(text.encode())
         try:

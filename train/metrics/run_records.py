@@ -26,17 +26,10 @@ SOURCES = {"loss": _MAYBE, "loss_tokens": _NUMBER}
 class RunRecords:
     """Records of one run."""
 
-    name: str
-    """Name of the run's directory."""
-
-    steps: list[dict[str, Any]]
-    """Lines of metrics.jsonl."""
-
-    evals: list[dict[str, Any]]
-    """Lines of eval.jsonl."""
-
-    config: dict[str, Any]
-    """Content of config.json; empty without that file."""
+    name: str  # of the run's directory
+    steps: list[dict[str, Any]]  # lines of metrics.jsonl
+    evals: list[dict[str, Any]]  # lines of eval.jsonl
+    config: dict[str, Any]  # content of config.json; empty without that file
 
 
 def read_run(out: Path) -> RunRecords:

@@ -55,15 +55,10 @@ class Sampler:
         path: Path,
         start: int,
     ):
-        """Tokenize the prompts; lines after `start`, of a run that was killed, are dropped.
+        """Tokenize the prompts; open samples.jsonl at `path`, which has lines up to step `start`.
 
-        Args:
-            prompts: texts.
-            chat: True: a prompt is a user's message to answer; False: a text to continue.
-            graphdef: the model's, from `train.step.state.abstract_state`.
-            tokenizer: the run's.
-            path: of samples.jsonl; its directory must exist if there are prompts.
-            start: step the run resumes from.
+        With `chat` a prompt is a user's message to answer, else a text to continue. The graphdef is
+        the model's, from `train.step.state.abstract_state`.
 
         Raises:
             ValueError: chat is True and the tokenizer has no chat tokens.
@@ -77,7 +72,7 @@ class Sampler:
         ]
         ends = (tokenizer.eos_id, tokenizer.im_end_id)
         self._stop = tuple(i for i in ends if i is not None)
-        self._records = Records(path, start=start) if prompts else None
+        self._records = Records(path, start=start)
 
     def __call__(self, step: int, params: Params) -> None:
         """Generate one text for each prompt after `step` steps; log and record the texts."""
@@ -89,7 +84,6 @@ class Sampler:
             return
         texts = [self._tokenizer.decode(ids) for ids in new]
         pairs = list(zip(self._prompts, texts, strict=True))
-        if self._records is not None:
-            self._records.write(*({"step": step, "prompt": p, "text": t} for p, t in pairs))
+        self._records.write(*({"step": step, "prompt": p, "text": t} for p, t in pairs))
         for prompt, text in pairs:
             log.info("step %s, sample for %r: %r", step, prompt, text)

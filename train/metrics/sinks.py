@@ -14,24 +14,17 @@ PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 def open_sinks(
     names: Sequence[str], out: Path, *, start: int, settings: dict[str, Any]
 ) -> list[Sink]:
-    """Open the sinks of --log.
+    """Open the sinks of --log, keys of `PACKAGES`.
 
-    Args:
-        names: keys of `PACKAGES`.
-        out: the run's directory; TensorBoard's files go to out/tensorboard.
-        start: step the run resumes from; points after it are superseded.
-        settings: value of each flag.
+    Points after `start`, the step that the run resumes from, are superseded. The settings are the
+    values of all flags. TensorBoard's files are in out/tensorboard.
     """
     makers = {"tensorboard": TensorBoard, "wandb": WandB}
     return [makers[name](out, start=start, settings=settings) for name in names]
 
 
 def check_sinks(names: Sequence[str]) -> None:
-    """Check that the packages of --log are installed.
-
-    Raises:
-        ValueError: a package is missing; names the package to install.
-    """
+    """Raise ValueError if a package of --log is not installed; names the package."""
     for name in names:
         try:
             importlib.import_module(PACKAGES[name])

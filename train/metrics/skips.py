@@ -7,9 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from train.data import Loader
+from train.data.loader import Loader
 from train.metrics.records import Records
 
 log = logging.getLogger(__name__)
@@ -25,23 +23,15 @@ class Skips:
     """
 
     def __init__(self, path: Path, loader: Loader, *, patience: int, start: int):
-        """Open the records; lines after `start`, of a run that was killed, are dropped.
+        """Open skipped.jsonl at `path`, which has lines up to step `start`.
 
-        Args:
-            path: of skipped.jsonl; created when the first step is skipped.
-            loader: of the training data, for the documents of a batch.
-            patience: number of skipped steps in a row that ends the run.
-            start: step the run resumes from.
+        `patience` skipped steps in a row end the run; the loader names the documents of a batch.
         """
         self._path, self._loader, self._patience = path, loader, patience
-        self._records = Records(path, start=start) if jax.process_index() == 0 else None
+        self._records = Records(path, start=start)
 
     def look(self, line: dict[str, Any], position: dict[str, Any]) -> None:
-        """Log a step if it was skipped.
-
-        Args:
-            line: metrics of the step.
-            position: `Loader.state()` before the step's batch was drawn.
+        """Log a step if it was skipped; its batch was drawn at `position`, a `Loader.state()`.
 
         Raises:
             FloatingPointError: `patience` steps in a row were skipped.
@@ -66,8 +56,6 @@ class Skips:
         if line["not_finite"]:
             reason += f", update not finite for {line['not_finite']:,.0f} weights, which were kept"
         documents = self._loader.documents(position)
-        if self._records is not None:
-            wrong = {"step": line["step"], "reason": reason, "documents": documents}
-            self._records.write(wrong)
+        self._records.write({"step": line["step"], "reason": reason, "documents": documents})
         more = f" and {len(documents) - NAMED:,} more" if len(documents) > NAMED else ""
         return f"{reason}; documents {', '.join(documents[:NAMED])}{more}"

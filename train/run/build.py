@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +15,13 @@ from models.internlm2 import InternLM2, init
 from models.lora import with_adapter_params
 from models.tokenizer import Tokenizer
 from models.weights.train_checkpoint import read_adapter
+from train.cache_dirs import token_cache
 from train.config.sections import DataConfig
-from train.data import (
-    Loader,
-    PackingOptions,
-    Shard,
-    open_data,
-    parse_source,
-    read_options,
-)
+from train.data.loader import Loader, Shard
+from train.data.open import open_data
+from train.data.pack.mixture import parse_source
+from train.data.pack.stream import Packing
+from train.data.tokens.cache import ReadOptions
 from train.distributed.device import compiler_options
 from train.distributed.hosts import share
 from train.run.resolve import Run
@@ -76,7 +73,7 @@ def open_packed(
     data: DataConfig,
     files: tuple[str, ...] | None,
     tokenizer: Tokenizer,
-    method: Literal["fit", "concat", "xtuner"] | None = None,
+    method: Packing | None = None,
     **options,
 ) -> Loader:
     """Open files, or the built-in text for None, with the options of --data.
@@ -86,11 +83,17 @@ def open_packed(
         files: Files, which need not be those of `data`.
         tokenizer: Tokenizer.
         method: Packing; by default that of `data`.
-        **options: Further arguments of `train.data.open_data`.
+        **options: Further arguments of `train.data.open.open_data`.
     """
-    packing = PackingOptions(method=method or data.packing, too_long=data.too_long)
-    reading = read_options(data)
-    return open_data(files, tokenizer, packing=packing, reading=reading, **options)
+    cache = Path(data.cache) if data.cache else token_cache()
+    return open_data(
+        files,
+        tokenizer,
+        packing=method or data.packing,
+        too_long=data.too_long,
+        reading=ReadOptions(strict=data.strict, reasoning=data.reasoning, cache=cache),
+        **options,
+    )
 
 
 def check_rows_for_attention(run: Run, *loaders: Loader) -> None:

@@ -8,7 +8,6 @@ import jax
 from flax import nnx
 
 from train.config.config import Config
-from train.config.window import parse_window
 from train.metrics.evaluate import perplexity
 from train.metrics.metrics import Metrics, Part
 from train.metrics.profile import Profile
@@ -63,8 +62,7 @@ class Recorder:
             start=start,
         )
         self._sample_every, self._steps = config.sample_every, run.steps
-        window = parse_window(config.profile) if config.profile else None
-        self._profile = Profile(window, out / "profile")
+        self._profile = Profile(config.profile_window, out / "profile")
         first = jax.process_index() == 0
         self._sinks = open_sinks(
             config.log if first else (), out, start=start, settings=flatten_config(config)

@@ -11,7 +11,7 @@ from typing import Any
 
 from models.weights import run_layout
 from train.checkpoint.checkpoints import Checkpoints
-from train.data import Loader
+from train.data.loader import Loader
 from train.run.resolve import Run
 from train.run.summary import flags_in_use
 

@@ -8,7 +8,7 @@ from jax.experimental import multihost_utils
 
 from models.generate import generate
 from train.atomic import replace_text
-from train.data import Batch
+from train.data.pack.packing import Batch
 from train.run.resolve import Run
 from train.step.state import Params
 

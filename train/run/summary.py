@@ -16,7 +16,9 @@ from models.lora import adapter_params_count
 from models.sharding import spec
 from train.atomic import replace_text
 from train.config.words import flatten_config
-from train.data import Batch, Loader, Report
+from train.data.loader import Loader
+from train.data.pack.packing import Batch
+from train.data.report import Report
 from train.metrics.evaluate import Sets
 from train.run.resolve import Run
 from train.version import code_version

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import jax
 
-from train.data import Batch, Loader
+from train.data.loader import Loader
+from train.data.pack.packing import Batch
 from train.distributed.hosts import RequestReducer, share
 from train.metrics.evaluate import Evaluation
 from train.metrics.flops import causal_pairs

@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from models.sharding import spec
-from train.data import Batch, source_dtype
+from train.data.pack.packing import Batch, source_dtype
 from train.distributed.hosts import share
 from train.step.by_source import sum_by_source
 from train.step.guard import should_update

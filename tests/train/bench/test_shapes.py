@@ -10,7 +10,7 @@ from models.config import PRESETS
 from tests.train.cells import CELL
 from train.bench import shapes as bench_shapes
 from train.bench.shapes import LONG_STEP, STEPS, batches, outcome, random_rows, time_steps
-from train.data import Batch
+from train.data.pack.packing import Batch
 from train.metrics.flops import causal_pairs, training_flops
 
 

@@ -5,14 +5,13 @@ import dataclasses
 import pytest
 
 from train.config.config import Config
-from train.config.window import parse_window
 from train.run.resolve import resolve
 
 
 @pytest.mark.parametrize("text", ["3", "5:4", "0:1", "a:b", ""])
 def test_wrong_window(text):
     with pytest.raises(ValueError, match=f"--profile={text} must be START:STOP"):
-        parse_window(text)
+        Config(profile=text)
 
 
 def test_window_beyond_the_run():

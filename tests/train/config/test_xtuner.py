@@ -136,7 +136,7 @@ def test_flags_of_a_qlora_config(read, tmp_path):
 def test_no_setting_is_silent(value, read):
     """Whatever its value is, and wherever it is used."""
     found = read("\n".join(f"{name} = {value}" for name in NAMES))
-    named = [source for _, source in found.became] + [s for s, _ in found.unneeded + found.lost]
+    named = [*found.became.values()] + [s for s, _ in found.unneeded + found.lost]
     missing = [n for n in NAMES if not any(s.partition("=")[0] == n for s in named)]
     assert missing == [] and all(reason for _, reason in found.lost)
 

@@ -16,7 +16,8 @@ from models.execution import Execution
 from models.internlm2 import init
 from models.tokenizer import load_tokenizer
 from tests.jaxattn.interpret import interpreted
-from train.data import Batch, open_data
+from train.data.open import open_data
+from train.data.pack.packing import Batch
 from train.step.loss import cross_entropy
 
 

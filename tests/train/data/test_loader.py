@@ -8,8 +8,10 @@ import time
 import numpy as np
 import pytest
 
-from train.data import PackingOptions, ReadOptions, Shard, open_data
 from train.data import loader as loader_module
+from train.data.loader import Shard
+from train.data.open import open_data
+from train.data.tokens.cache import ReadOptions
 
 
 @pytest.fixture
@@ -178,7 +180,7 @@ def test_an_id_outside_the_vocabulary_stops_the_run_with_one_line(opened, tmp_pa
 
 @pytest.mark.parametrize(
     "change",
-    [{"seed": 8}, {"seq_len": 97}, {"packing": PackingOptions(too_long="head"), "seq_len": 40}],
+    [{"seed": 8}, {"seq_len": 97}, {"too_long": "head", "seq_len": 40}],
 )
 def test_a_position_in_other_data_is_refused(opened, change):
     with pytest.raises(ValueError, match="belongs to other data"):

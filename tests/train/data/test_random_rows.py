@@ -13,7 +13,8 @@ import pytest
 
 from models.tokenizer import load_tokenizer
 from tests.train.data.generator import Maker, merged
-from train.data import ReadOptions, open_data
+from train.data.open import open_data
+from train.data.tokens.cache import ReadOptions
 
 SPM = Path(__file__).parents[2] / "data" / "tokenizer_tiny_spm" / "tokenizer.model"
 

@@ -1,6 +1,7 @@
 """The report adds up and is readable."""
 
-from train.data import ReadOptions, open_data
+from train.data.open import open_data
+from train.data.tokens.cache import ReadOptions
 
 PARTS = dict(seq_len=64, batch_size=1)
 

@@ -13,7 +13,7 @@ from flax import nnx
 from models.tokenizer import load_tokenizer
 from train.config.config import Config
 from train.config.sections import DataConfig, MeshConfig
-from train.data import open_data
+from train.data.open import open_data
 from train.distributed.mesh import make_mesh
 from train.metrics.evaluate import Evaluation
 from train.run import loop

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from train.data import Loader
+from train.data.loader import Loader
 from train.metrics.skips import NAMED, Skips
 
 

@@ -18,7 +18,7 @@ from tests.train.runs import losses, params
 from train.checkpoint.checkpoints import Checkpoints
 from train.config.config import Config
 from train.config.sections import DataConfig
-from train.data import Loader
+from train.data.loader import Loader
 from train.metrics.records import Records
 from train.run import build, loop, train_loop
 from train.run.loop import run

@@ -9,7 +9,7 @@ from models.execution import Execution
 from models.internlm2 import InternLM2
 from models.tokenizer import load_tokenizer
 from train.config.sections import MeshConfig, OptimConfig
-from train.data import open_data
+from train.data.open import open_data
 from train.distributed.mesh import make_mesh
 from train.step.lr_schedule import schedule
 from train.step.optim import optimizer

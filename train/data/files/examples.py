@@ -13,16 +13,11 @@ class Text:
 
 
 class Message(NamedTuple):
-    """One message of a chat.
+    """One message of a chat."""
 
-    Attributes:
-        role: header of the message: "user", "assistant", "system name=<|plugin|>".
-        text: content of the message.
-        trained: for an answer, true if it is trained on; None for every other message.
-    """
-
-    role: str
-    text: str
+    role: str  # header of the message: "user", "assistant", "system name=<|plugin|>"
+    text: str  # content of the message
+    # for an answer, true if it is trained on; None for every other message
     trained: bool | None = None
 
 
@@ -36,15 +31,10 @@ class Chat:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Ids:
-    """A document of token ids.
+    """A document of token ids."""
 
-    Attributes:
-        tokens: ids; nothing is added to them.
-        trained: for each id, true if predicting it counts.
-    """
-
-    tokens: tuple[int, ...]
-    trained: tuple[bool, ...]
+    tokens: tuple[int, ...]  # ids; nothing is added to them
+    trained: tuple[bool, ...]  # for each id, true if predicting it counts
 
     @property
     def splittable(self) -> bool:

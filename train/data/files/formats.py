@@ -101,19 +101,13 @@ _NO_THOUGHTS = frozenset(_THOUGHTS).isdisjoint
 
 
 class Reading(NamedTuple):
-    """A row that was read.
+    """A row that was read."""
 
-    Attributes:
-        format: name of its format.
-        example: the training example.
-        unread: keys with content that are not read, with those of turns as "messages[].key".
-        remarks: further facts that the data report counts, one entry each time.
-    """
-
-    format: str
-    example: Example
+    format: str  # name of its format
+    example: Example  # the training example
+    # keys with content that are not read, with those of turns as "messages[].key"
     unread: set[str]
-    remarks: list[str]
+    remarks: list[str]  # further facts that the data report counts, one entry each time
 
 
 def recognise(row: object, reasoning: Reasoning = "keep") -> Reading:
@@ -296,13 +290,9 @@ class _Reader:
     def _skip(
         self, item: dict[str, Any], known: frozenset[str], prefix: str = "", asks: bool = False
     ) -> None:
-        """Count the keys with content that are not in `known`.
+        """Count the keys of a row or turn with content that are not in `known`.
 
-        Args:
-            item: the row, or a turn of it.
-            known: keys that are read.
-            prefix: path of the turn.
-            asks: count true flags, too: the item is no answer, and only answers are trained on.
+        With `asks` also true flags: the item is no answer, and only answers are trained on.
         """
         if not known.issuperset(item):
             self.unread |= {

@@ -10,19 +10,12 @@ _SPACE = re.compile("(?:[ \t\r\n\ufeff]|\u00ef\u00bb\u00bf)*")
 
 
 class Element(NamedTuple):
-    """An element of an array.
+    """An element of an array."""
 
-    Attributes:
-        start: index of its first character.
-        end: index after the comma that follows it.
-        value: parsed value; None for an element that cannot be read.
-        error: why an element cannot be read.
-    """
-
-    start: int
-    end: int
-    value: object
-    error: Exception | None
+    start: int  # index of its first character
+    end: int  # index after the comma that follows it
+    value: object  # parsed value; None for an element that cannot be read
+    error: Exception | None  # why an element cannot be read
 
 
 def walk_arrays(text: str) -> Iterator[Element]:

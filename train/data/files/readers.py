@@ -14,12 +14,13 @@ Division of a text file into documents
 
 import contextlib
 import dataclasses
+import functools
 import gzip
 import importlib
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Protocol, runtime_checkable
+from typing import Any, BinaryIO, Literal
 
 from train.data.files.json_array import walk_arrays
 
@@ -42,61 +43,41 @@ Kind = Literal["array", "lines", "texts", "text", "long"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Chunk:
-    """A stretch of a file.
+    """A stretch of a file."""
 
-    Attributes:
-        kind: "array": JSON arrays; "lines": a JSON value a line; "texts": a document a line;
-            "text": one document; "long": a row too long to be read, not in `data`.
-        line: line of the file on which the chunk begins, from 1; of a table, the row.
-        data: bytes of the rows, uncompressed.
-        size: bytes that the chunk takes in the file.
-    """
-
+    # "array": JSON arrays; "lines": a JSON value a line; "texts": a document a line; "text": one
+    # document; "long": a row too long to be read, not in `data`
     kind: Kind
-    line: int
-    data: bytes
-    size: int
-
-
-@runtime_checkable
-class Stream(Protocol):
-    """A file or a decompressor."""
-
-    def read(self, size: int, /) -> bytes:
-        """Return at most `size` bytes; none at the end."""
-        ...
+    line: int  # line of the file on which the chunk begins, from 1; of a table, the row
+    data: bytes  # bytes of the rows, uncompressed
+    size: int  # bytes that the chunk takes in the file
 
 
 def text_chunks(path: Path, suffix: str, size: int) -> Iterator[Chunk]:
-    """Yield the chunks of a text or JSON file in order.
+    """Yield the chunks of a text or JSON file in order, each of `size` bytes and a whole row.
 
-    Args:
-        path: a `.txt`, `.json` or `.jsonl` file, also `.gz` or `.zst` of these. A JSON file that
-            begins with `[` is an array of rows (or several arrays), any other has one row a line;
-            the suffix does not decide between the two.
-        suffix: of the file, without that of the compression.
-        size: bytes of a chunk, rounded up to whole rows.
+    A JSON file that begins with `[` is an array of rows (or several arrays), any other has one row
+    a line, whether its `suffix` (without that of the compression) is .json or .jsonl.
 
     Raises:
         ValueError: the file is unreadable, empty, damaged, not UTF-8 but UTF-16 or UTF-32, or an
             array above `LARGEST_ARRAY` bytes; or it needs a library that is not installed.
     """
-    damage = (OSError, EOFError, zlib.error, *_zstd_errors(path))
+    packed, before = path.suffix.lower() in PACKED_SUFFIXES, 0
     try:
-        with path.open("rb") as raw, _decompressed(path, raw) as stream:
-            yield from _with_sizes(_stream_chunks(path, stream, suffix, size), raw, path)
-    except damage as error:
+        with path.open("rb") as raw:
+            for chunk in _chunks(path, _Reader(_pieces(path, raw)), suffix, size):
+                if packed:
+                    before, packed_size = raw.tell(), raw.tell() - before
+                    chunk = dataclasses.replace(chunk, size=packed_size)
+                yield chunk
+    except (OSError, EOFError, zlib.error) as error:
         why = getattr(error, "strerror", None) or error
         raise ValueError(f"{path} cannot be read: {why}") from error
 
 
 def check_path(path: Path) -> str:
-    """Return the suffix for the kind of file, without that of the compression.
-
-    Raises:
-        ValueError: the file is missing, a directory, a pipe, a pointer of Git LFS, or of another
-            kind.
-    """
+    """Return the suffix without that of the compression; raise ValueError for an unusable file."""
     if not path.exists():
         raise ValueError(f"no such data file: {path}")
     if path.is_dir():
@@ -120,11 +101,7 @@ def check_path(path: Path) -> str:
 
 
 def library(name: str, extra: str, path: Path) -> Any:
-    """Import a library that not every installation has.
-
-    Raises:
-        ValueError: the library is not installed; names the extra that brings it.
-    """
+    """Import an optional library, or raise ValueError with the extra that installs it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -134,29 +111,62 @@ def library(name: str, extra: str, path: Path) -> Any:
 
 
 def has_document_per_line(head: bytes) -> bool:
-    """Return true if a text file that begins with `head` has one document a line (see above)."""
+    """Return true if a text file that begins with `head` has one document a line."""
     lines = head.strip().split(b"\n")
     return all(line.strip() for line in lines) and len(head) >= LONG_LINE * len(lines)
 
 
-class _Reader:
-    """A stream whose first bytes (`head`) were already read."""
+def _pieces(path: Path, raw: BinaryIO) -> Iterator[bytes]:
+    """Return the bytes of a file, uncompressed, in pieces of any size."""
+    match path.suffix.lower():
+        case ".gz":
+            return iter(functools.partial(gzip.open(raw).read, PEEK), b"")
+        case ".zst":
+            return _frames(path, raw)
+        case _:
+            return iter(functools.partial(raw.read, PEEK), b"")
 
-    def __init__(self, stream: Stream, head: bytes):
-        self._stream, self._head = stream, head.removeprefix(BOM)
+
+def _frames(path: Path, raw: BinaryIO) -> Iterator[bytes]:
+    """Unpack zstd frame by frame: the library's own reader accepts a frame that was cut off."""
+    zstandard = library("zstandard", "zstd", path)
+    frame, packed = None, b""
+    try:
+        while packed := packed or raw.read(ZSTD_BLOCK):
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            if piece := frame.decompress(packed):
+                yield piece
+            frame, packed = (None, frame.unused_data) if frame.eof else (frame, b"")
+    except zstandard.ZstdError as error:
+        raise OSError(str(error)) from error
+    if frame is not None:
+        raise EOFError("it ends in the middle of a zstd frame")
+
+
+class _Reader:
+    """Bytes that come in pieces, to be read in any amount."""
+
+    def __init__(self, pieces: Iterator[bytes]):
+        self._pieces, self._left = pieces, b""
 
     def read(self, size: int) -> bytes:
-        """Return `size` bytes, or the rest; a decompressor may give fewer at a time."""
-        head, self._head = self._head[:size], self._head[size:]
-        pieces, left = [head], size - len(head)
-        while left and (piece := self._stream.read(left)):
-            pieces.append(piece)
-            left -= len(piece)
-        return b"".join(pieces)
+        """Return `size` bytes, or the rest."""
+        found, count = [self._left], len(self._left)
+        while count < size and (piece := next(self._pieces, b"")):
+            found.append(piece)
+            count += len(piece)
+        data = b"".join(found)
+        self._left = data[size:]
+        return data[:size]
+
+    def put_back(self, data: bytes) -> None:
+        """Let the next call read `data` again."""
+        self._left = data + self._left
 
 
-def _stream_chunks(path: Path, stream: Stream, suffix: str, size: int) -> Iterator[Chunk]:
-    head = _Reader(stream, b"").read(PEEK)
+def _chunks(path: Path, reader: _Reader, suffix: str, size: int) -> Iterator[Chunk]:
+    head = reader.read(PEEK)
+    reader.put_back(head.removeprefix(BOM))
     begin = head.removeprefix(BOM).lstrip()
     if not begin and len(head) < PEEK:
         raise ValueError(f"{path} is empty")
@@ -165,7 +175,6 @@ def _stream_chunks(path: Path, stream: Stream, suffix: str, size: int) -> Iterat
             f"{path} is {encoding}, not UTF-8: convert it with"
             f" iconv -f {encoding} -t UTF-8 FILE > NEW"
         )
-    reader = _Reader(stream, head)
     if suffix in TEXT_SUFFIXES:
         texts = has_document_per_line(head)
         yield from _line_chunks(reader, "texts" if texts else "text", size)
@@ -250,56 +259,3 @@ def _array_chunks(path: Path, reader: _Reader, size: int) -> Iterator[Chunk]:
             line, begin = line + text.count("\n", begin, element.end), element.end
     if begin < len(text):
         yield Chunk("array", line, (opening + text[begin:]).encode("latin-1"), len(text) - begin)
-
-
-def _decompressed(path: Path, raw: BinaryIO) -> contextlib.AbstractContextManager[Any]:
-    match path.suffix.lower():
-        case ".gz":
-            return gzip.open(raw)
-        case ".zst":
-            zstandard = library("zstandard", "zstd", path)
-            begin = zstandard.ZstdDecompressor().decompressobj
-            return contextlib.nullcontext(_Unpacked(_frames(raw, begin)))
-        case _:
-            return contextlib.nullcontext(raw)
-
-
-class _Unpacked:
-    """Pieces of a file, to be read like one."""
-
-    def __init__(self, pieces: Iterator[bytes]):
-        self._pieces, self._left = pieces, b""
-
-    def read(self, size: int, /) -> bytes:
-        piece = self._left or next(self._pieces, b"")
-        self._left = piece[size:]
-        return piece[:size]
-
-
-def _frames(raw: BinaryIO, begin: Callable[[], Any]) -> Iterator[bytes]:
-    """Unpack zstd frame by frame: the library's own reader accepts a frame that was cut off."""
-    frame, packed = None, b""
-    while packed := packed or raw.read(ZSTD_BLOCK):
-        frame = frame or begin()
-        if piece := frame.decompress(packed):
-            yield piece
-        frame, packed = (None, frame.unused_data) if frame.eof else (frame, b"")
-    if frame is not None:
-        raise EOFError("it ends in the middle of a zstd frame")
-
-
-def _zstd_errors(path: Path) -> tuple[type[Exception], ...]:
-    if path.suffix.lower() != ".zst":
-        return ()
-    return (library("zstandard", "zstd", path).ZstdError,)
-
-
-def _with_sizes(chunks: Iterator[Chunk], raw: BinaryIO, path: Path) -> Iterator[Chunk]:
-    """Give the chunks of a compressed file their compressed size."""
-    packed = path.suffix.lower() in PACKED_SUFFIXES
-    before = 0
-    for chunk in chunks:
-        if packed:
-            before, size = raw.tell(), raw.tell() - before
-            chunk = dataclasses.replace(chunk, size=size)
-        yield chunk

@@ -24,54 +24,31 @@ from train.data.files.tables import table_chunks
 
 
 class Record(NamedTuple):
-    """One parsed row.
+    """One parsed row."""
 
-    Attributes:
-        line: line of the file on which it begins, from 1.
-        size: bytes (characters in a JSON array) that it takes in the file.
-        value: the JSON value; a document of a text file is `{"text": ...}`. Bytes that are not
-            UTF-8 are lone surrogates in its strings (`errors="surrogateescape"`).
-    """
-
-    line: int
-    size: int
+    line: int  # line of the file on which it begins, from 1
+    size: int  # bytes (characters in a JSON array) that it takes in the file
+    # the JSON value; of a text file `{"text": ...}`. Bytes that are not UTF-8 are lone surrogates
+    # in its strings (errors="surrogateescape")
     value: object
 
 
 class BrokenRecord(NamedTuple):
-    """A row that cannot be read.
+    """A row that cannot be read."""
 
-    Attributes:
-        line: line of the file on which it begins, from 1.
-        size: bytes that it takes in the file.
-        reason: the error, in a few words.
-    """
-
-    line: int
-    size: int
-    reason: str
+    line: int  # line of the file on which it begins, from 1
+    size: int  # bytes that it takes in the file
+    reason: str  # the error, in a few words
 
 
 def read_chunks(path: Path, *, size: int = CHUNK) -> Iterator[Chunk]:
-    """Yield the chunks of one file in order.
-
-    Args:
-        path: a text, JSON or table file (readers.text_chunks, tables.table_chunks).
-        size: bytes of a chunk, rounded up to whole rows.
-
-    Raises:
-        ValueError: the file cannot be read; one line that names it.
-    """
+    """Yield the chunks of a file in order; raise ValueError with its name if it is unreadable."""
     suffix = check_path(path)
     return (table_chunks if suffix in TABLE_SUFFIXES else text_chunks)(path, suffix, size)
 
 
 def read_records(path: Path) -> Iterator[Record | BrokenRecord]:
-    """Yield the records of one file in order.
-
-    Raises:
-        ValueError: the file cannot be read.
-    """
+    """Yield the records of a file in order; raise ValueError as `read_chunks`."""
     for chunk in read_chunks(path):
         yield from records_of(chunk)
 

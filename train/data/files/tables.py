@@ -24,23 +24,24 @@ def table_chunks(path: Path, suffix: str, size: int = CHUNK) -> Iterator[Chunk]:
         ValueError: the table cannot be read, or pyarrow is not installed.
     """
     arrow = library("pyarrow", EXTRA, path)
-    row, data, held = 1, [], 0
+    number, data, held = 0, [], 0
     try:
         with contextlib.closing(_batches(path, suffix, size)) as batches:
             each = path.stat().st_size // max(1, next(batches))  # bytes of a row in the file
-            for value in (value for batch in batches for value in batch.to_pylist()):
-                line = _line(value)
-                if len(line) > LONGEST_ROW:
-                    yield from _chunk(data, row, each)
-                    yield Chunk("long", row + len(data), b"", len(line))
-                    row, data, held = row + len(data) + 1, [], 0
-                    continue
-                data.append(line)
-                held += len(line)
-                if held >= size:
-                    yield from _chunk(data, row, each)
-                    row, data, held = row + len(data), [], 0
-            yield from _chunk(data, row, each)
+            rows = (row for batch in batches for row in batch.to_pylist())
+            for number, row in enumerate(rows, start=1):
+                line = _line(row)
+                long = len(line) > LONGEST_ROW
+                if data and (long or held >= size):
+                    yield _chunk(data, number - 1, each)
+                    data, held = [], 0
+                if long:
+                    yield Chunk("long", number, b"", len(line))
+                else:
+                    data.append(line)
+                    held += len(line)
+            if data:
+                yield _chunk(data, number, each)
     except (OSError, ValueError, arrow.ArrowException) as error:
         # Not jaxattn.errors.first_line: worker processes that tokenise import no jax.
         raise ValueError(f"{path} cannot be read: {str(error).partition(chr(10))[0]}") from error
@@ -81,9 +82,9 @@ def _json(value: object) -> str:
     return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
 
 
-def _chunk(data: list[bytes], row: int, size: int) -> Iterator[Chunk]:
-    if data:
-        yield Chunk("lines", row, b"\n".join(data), size * len(data))
+def _chunk(data: list[bytes], last: int, size: int) -> Chunk:
+    """Return the chunk of rows up to number `last`, each of `size` bytes in the file."""
+    return Chunk("lines", last - len(data) + 1, b"\n".join(data), size * len(data))
 
 
 def _batches(path: Path, suffix: str, size: int) -> Generator[Any]:

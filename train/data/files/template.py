@@ -44,25 +44,18 @@ class MissingTokens(ValueError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Encoded:
-    """D tokenised documents of N tokens together, one after the other.
+    """D tokenised documents of N tokens together, one after the other."""
 
-    Attributes:
-        tokens: int32 ids; a document begins with `<s>`, unless it was ids before.
-        trained: bool, true if predicting this very token counts. The shift to "loss at the
-            position before" is made when rows are filled.
-        offsets: int64, E = D + 1; document d is `tokens[offsets[d]:offsets[d + 1]]`.
-    """
-
-    tokens: Int32[np.ndarray, " N"]
+    tokens: Int32[np.ndarray, " N"]  # a document begins with `<s>`, unless it was ids before
+    # true if predicting this very token counts; `fill` shifts it to the position before
     trained: Bool[np.ndarray, " N"]
-    offsets: Int64[np.ndarray, " E"]
+    offsets: Int64[np.ndarray, " E"]  # E = D + 1; document d is `tokens[offsets[d]:offsets[d + 1]]`
 
 
 def encode(examples: Sequence[Example], tokenizer: Tokenizer) -> Encoded:
     """Tokenise examples, all their segments in one batch for tokenizers that are parallel.
 
-    The work for each example is as little as possible, the rest is done in arrays for all at once:
-    chats are short, and every microsecond of them counts.
+    As much as possible is done in arrays for all examples at once: chats are short.
 
     Raises:
         MissingTokens: there is a chat, and the tokenizer lacks tokens of the chat template.

@@ -17,27 +17,16 @@ LARGEST_WEIGHT = 1000  # each time an epoch has a file takes memory for every do
 
 
 class Source(NamedTuple):
-    """An argument of --data.
+    """An argument of --data."""
 
-    Attributes:
-        argument: as it was typed.
-        path: without the weight.
-        files: one, or those of a directory, which are one pool.
-        weight: number of times that an epoch has them.
-    """
-
-    argument: str
-    path: Path
-    files: list[Path]
-    weight: float
+    argument: str  # as it was typed
+    path: Path  # without the weight
+    files: list[Path]  # one, or those of a directory, which are one pool
+    weight: float  # number of times that an epoch has them
 
 
 def parse_source(source: str | Path) -> Source:
-    """Split `file:weight`; without a weight it is 1.
-
-    Raises:
-        ValueError: a weight that is out of bounds, or a directory that `datasets` did not save.
-    """
+    """Split `file:weight`, weight 1 by default; raise ValueError if one of them is unusable."""
     path, weight = Path(source), 1.0
     before, colon, number = str(source).rpartition(":")
     if colon and not path.exists():
@@ -61,15 +50,8 @@ def repeats(
 ) -> Int64[np.ndarray, " D"]:
     """Return the number of times that an epoch has each document.
 
-    Weight 2 is twice, 0.3 a random 30% of the source's documents, 1.3 both. The held-out documents
-    are chosen first, at random in each source, and have no weight in "val".
-
-    Args:
-        dataset: the documents.
-        sources: of its files, in their order.
-        seed: of the choices.
-        hold_out: share of the documents that "val" has and "train" has not.
-        split: "train" or "val".
+    Weight 2 is twice, 0.3 a random 30% of the source's documents, 1.3 both. A share `hold_out` of
+    each source's documents is chosen first, at random: "val" has these once, "train" the others.
 
     Raises:
         ValueError: there are too few documents to hold some out, or for a weight.
@@ -122,11 +104,8 @@ def permutation(n: int, *key: int) -> Int64[np.ndarray, " n"]:
     """Return a random order of 0..n-1 that depends on `key` alone, for ever: a run depends on it.
 
     Made of the raw bits of PCG64, which NumPy promises not to change; the stream of
-    `Generator.permutation` may change with a NumPy release, and with it every resumed run.
-
-    Args:
-        n: length.
-        key: integers >= 0, e.g. seed and epoch.
+    `Generator.permutation` may change with a NumPy release, and with it every resumed run. The key
+    is integers >= 0, such as seed and epoch.
 
     References:
         NEP 19, "Random number generator policy".

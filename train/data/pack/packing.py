@@ -6,11 +6,9 @@
    the split: the target of a span's last token is the first token of the next span; only the last
    token of a document has none.
 
-Nothing is lost between windows or at the end: the spans of a window's emptiest row are packed again
-with the next window, and the last window is written out whole.
-
-The price of best-fit decreasing: rows hold documents of similar length, since the long ones are
-placed first. The order of rows is therefore shuffled anew in every epoch (loader.py).
+The spans of a window's emptiest row are packed again with the next window, and the last window is
+written out whole, so that nothing is lost. Best-fit decreasing puts documents of similar length
+into a row; the order of rows is therefore shuffled anew in every epoch (loader.py).
 """
 
 import bisect
@@ -68,15 +66,9 @@ def pack(
 ) -> PackedRows:
     """Put every span into exactly one row, whole.
 
-    Spans are shuffled, and `window` of them at a time are placed longest first, each into the
-    fullest row that has room for it (best-fit decreasing). Deterministic given the arguments.
-    Time: O(P log P); memory beyond the result: one window.
-
-    Args:
-        lengths: tokens of each span, 1..seq_len.
-        seq_len: tokens of a row.
-        seed: of the shuffle.
-        window: spans placed together.
+    Spans of 1..seq_len tokens are shuffled, and `window` of them at a time are placed longest
+    first, each into the fullest row that has room for it (best-fit decreasing). The arguments
+    determine the result. Time: O(P log P); memory beyond the result: one window.
     """
     order = permutation(len(lengths), seed)
     packed: list[Int64[np.ndarray, " n"]] = []
@@ -106,14 +98,7 @@ def fill(
 ) -> Batch:
     """Write out the rows numbered `chosen`, as NumPy arrays.
 
-    Args:
-        dataset: the documents.
-        spans: their spans.
-        rows: the rows.
-        chosen: numbers of the rows to write.
-        seq_len: tokens of a row.
-        pad_id: id in the padding.
-        sources: index of each document's source, in the dtype of the batch; None: one source.
+    `sources` has the index of each document's source, in the dtype of the batch; None: one source.
 
     Raises:
         ValueError: the token cache holds ids that the tokenizer does not have.

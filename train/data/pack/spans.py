@@ -18,25 +18,16 @@ TooLong = Literal["drop", "head", "tail"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spans:
-    """P stretches of tokens, each of them one segment of one row.
+    """P stretches of tokens, each of them one segment of one row."""
 
-    Attributes:
-        start: int64, index of the first token in `Dataset.tokens`.
-        length: int64, tokens, 1..seq_len.
-        continues: bool, true if its last token has a target, the next one of its document.
-        targets: int64, number of its targets that are trained on.
-        document: int64, index of its document.
-        dropped: documents without a span, and why.
-        truncated: documents that are not whole, and which part is kept.
-    """
-
-    start: Int64[np.ndarray, " P"]
-    length: Int64[np.ndarray, " P"]
+    start: Int64[np.ndarray, " P"]  # index of the first token in `Dataset.tokens`
+    length: Int64[np.ndarray, " P"]  # tokens, 1..seq_len
+    # true if its last token has a target, the next one of its document
     continues: Bool[np.ndarray, " P"]
-    targets: Int64[np.ndarray, " P"]
-    document: Int64[np.ndarray, " P"]
-    dropped: tuple[Problem, ...]
-    truncated: tuple[Problem, ...]
+    targets: Int64[np.ndarray, " P"]  # number of its targets that are trained on
+    document: Int64[np.ndarray, " P"]  # index of its document
+    dropped: tuple[Problem, ...]  # documents without a span, and why
+    truncated: tuple[Problem, ...]  # documents that are not whole, and which part is kept
 
     def __len__(self) -> int:
         return len(self.start)
@@ -45,15 +36,11 @@ class Spans:
 def split_documents(
     dataset: Dataset, seq_len: int, repeats: Int64[np.ndarray, " D"], *, too_long: TooLong = "drop"
 ) -> Spans:
-    """Divide documents into spans of at most `seq_len` tokens.
+    """Divide documents, each taken `repeats` times, into spans of at most `seq_len` tokens.
 
-    Args:
-        dataset: the documents.
-        seq_len: tokens of a row.
-        repeats: number of times that each document is taken.
-        too_long: for a chat longer than a row: "drop" leaves it out, "head" keeps its first
-            `seq_len` tokens (as XTuner does: the answer may lose its end), "tail" its last (the
-            prompt may lose its beginning). Raw text is split and loses nothing.
+    Of a chat longer than a row, "drop" leaves out all, "head" keeps the first `seq_len` tokens (as
+    XTuner does: the answer may lose its end), "tail" the last (the prompt may lose its beginning).
+    Raw text is split and loses nothing.
 
     Raises:
         ValueError: no document is left.
@@ -78,10 +65,7 @@ def split_documents(
     start = begin[document] + number * seq_len
     length = np.minimum(stop[document] - start, seq_len)
     continues = start + length < end[document]
-    found = targets[document]
-    for p in np.flatnonzero(counts[document] > 1):
-        first, last = int(start[p]), int(start[p] + length[p])
-        found[p] = count_targets(dataset, int(document[p]), first, last, bool(continues[p]))
+    found = targets_of(dataset, document, start, length, continues)
     start, length, continues, found, document = (
         np.repeat(column, repeats[document])
         for column in (start, length, continues, found, document)
@@ -92,14 +76,25 @@ def split_documents(
         continues=continues,
         targets=found,
         document=document,
-        dropped=tuple(
-            [problem(dataset, d, f"a row has {seq_len:,}") for d in np.flatnonzero(dropped)]
-            + [problem(dataset, d, "none is trained on") for d in np.flatnonzero(untrained)]
-        ),
-        truncated=tuple(
-            problem(dataset, d, f"the {too_long} is kept") for d in np.flatnonzero(cropped & kept)
-        ),
+        dropped=problems(dataset, dropped, f"a row has {seq_len:,}")
+        + problems(dataset, untrained, "none is trained on"),
+        truncated=problems(dataset, cropped & kept, f"the {too_long} is kept"),
     )
+
+
+def targets_of(
+    dataset: Dataset,
+    document: Int64[np.ndarray, " P"],
+    start: Int64[np.ndarray, " P"],
+    length: Int64[np.ndarray, " P"],
+    continues: Bool[np.ndarray, " P"],
+) -> Int64[np.ndarray, " P"]:
+    """Return the number of trained targets of each span; they are counted in parts of documents."""
+    targets = dataset.targets[document]
+    for p in np.flatnonzero(length < dataset.lengths[document]):
+        first, last = int(start[p]), int(start[p] + length[p])
+        targets[p] = count_targets(dataset, int(document[p]), first, last, bool(continues[p]))
+    return targets
 
 
 def count_targets(dataset: Dataset, document: int, start: int, stop: int, continues: bool) -> int:
@@ -129,8 +124,12 @@ def check_any(dataset: Dataset, kept: Bool[np.ndarray, " D"], seq_len: int, how:
         )
 
 
-def problem(dataset: Dataset, document: int | np.integer, reason: str) -> Problem:
-    """Return a document's file, line and length with a reason."""
-    file = dataset.files[dataset.file[document]].file
-    length = int(dataset.offsets[document + 1] - dataset.offsets[document])
-    return Problem(file, int(dataset.line[document]), 0, f"{length:,} tokens, {reason}")
+def problems(
+    dataset: Dataset, documents: Bool[np.ndarray, " D"], reason: str
+) -> tuple[Problem, ...]:
+    """Return file, line and length of each chosen document with a reason."""
+    found, lengths = [], dataset.lengths
+    for d in np.flatnonzero(documents):
+        file, line = dataset.files[dataset.file[d]].file, int(dataset.line[d])
+        found.append(Problem(file, line, 0, f"{lengths[d]:,} tokens, {reason}"))
+    return tuple(found)

@@ -22,10 +22,10 @@ from jaxtyping import Int64
 
 from train.data.pack.mixture import permutation
 from train.data.pack.packing import PackedRows
-from train.data.pack.spans import Spans, check_any, count_targets, problem
+from train.data.pack.spans import Spans, check_any, count_targets, problems, targets_of
 from train.data.tokens.dataset import Dataset
 
-StreamPacking = Literal["concat", "xtuner"]
+Packing = Literal["fit", "concat", "xtuner"]
 
 XTUNER_BATCH = 1000  # documents that its `map(Packer, batched=True)` hands over at once
 
@@ -35,21 +35,10 @@ def pack_stream(
     seq_len: int,
     repeats: Int64[np.ndarray, " D"],
     *,
-    method: StreamPacking,
+    method: Packing,
     seed: int,
 ) -> tuple[Spans, PackedRows]:
-    """Split documents and put them into rows, both at once.
-
-    Args:
-        dataset: the documents.
-        seq_len: tokens of a row.
-        repeats: number of times that each document is taken.
-        method: "concat" or "xtuner", see above.
-        seed: of the order of the documents.
-
-    Raises:
-        ValueError: no document is left.
-    """
+    """Split documents, each taken `repeats` times, into rows; raise ValueError if none is left."""
     lengths = dataset.lengths
     wanted = repeats > 0
     usable = wanted & (dataset.targets > 0)
@@ -62,7 +51,8 @@ def pack_stream(
     order = np.repeat(np.arange(len(usable)), np.where(usable, repeats, 0))
     order = order[permutation(len(order), seed)]
     edges = np.concatenate([[0], np.cumsum(lengths[order])])
-    cuts = _xtuner_cuts(edges, seq_len) if method == "xtuner" else _even_cuts(edges[-1], seq_len)
+    even = np.append(np.arange(0, edges[-1], seq_len), edges[-1])
+    cuts = _xtuner_cuts(edges, seq_len) if method == "xtuner" else even
     if len(cuts) == 1:
         raise ValueError(
             f"XTuner's packing loses all {edges[-1]:,} tokens at {seq_len=}: choose another"
@@ -75,43 +65,27 @@ def pack_stream(
     start = dataset.offsets[document] + begins - edges[place]
     length = ends - begins
     continues = (start + length < dataset.offsets[document + 1]) & (method == "concat")
-    targets = dataset.targets[document]
-    for p in np.flatnonzero(length < np.diff(dataset.offsets)[document]):
-        first, last = int(start[p]), int(start[p] + length[p])
-        targets[p] = count_targets(dataset, int(document[p]), first, last, bool(continues[p]))
     taken = np.bincount(document, minlength=len(usable)) > 0
     held = np.zeros(len(usable), np.int64)
     np.add.at(held, document, length)
-    partial = np.flatnonzero(taken & (held < dataset.lengths * repeats))
+    partial = taken & (held < dataset.lengths * repeats)
     return (
         Spans(
             start=start,
             length=length,
             continues=continues,
-            targets=targets,
+            targets=targets_of(dataset, document, start, length, continues),
             document=document,
-            dropped=tuple(
-                [
-                    problem(dataset, d, "in the rest that XTuner loses")
-                    for d in np.flatnonzero(usable & ~taken)
-                ]
-                + [
-                    problem(dataset, d, "none is trained on")
-                    for d in np.flatnonzero(wanted & ~usable)
-                ]
-            ),
-            truncated=tuple(problem(dataset, d, f"cut as by {method}") for d in partial),
+            dropped=problems(dataset, usable & ~taken, "in the rest that XTuner loses")
+            + problems(dataset, wanted & ~usable, "none is trained on"),
+            truncated=problems(dataset, partial, f"cut as by {method}"),
         ),
         PackedRows(spans=np.arange(len(begins)), offsets=np.searchsorted(begins, cuts)),
     )
 
 
-def _even_cuts(total: int | np.integer, seq_len: int) -> Int64[np.ndarray, " E"]:
-    """Return the places in the stream where rows begin, and the end of the last one."""
-    return np.append(np.arange(0, total, seq_len), total).astype(np.int64)
-
-
 def _xtuner_cuts(edges: Int64[np.ndarray, " n"], seq_len: int) -> Int64[np.ndarray, " E"]:
+    """Return the places in the stream where rows begin, and the end of the last one."""
     cuts = [0]
     for last in range(XTUNER_BATCH, len(edges) - 1 + XTUNER_BATCH, XTUNER_BATCH):
         end = int(edges[min(last, len(edges) - 1)])

@@ -4,10 +4,9 @@
     <cache>/v<version>/<key>/whole.json          number of chunks; written when all of them exist
     <cache>/v<version>/<key>/lock                held by the process that builds
 
-The version is `FORMAT_VERSION`; the key is a hash of the file's bytes, of the tokenizer and of the
-options that change tokens. The file's name and date do not matter. An interrupted build continues
-with the chunks that are missing. A changed byte is found when the cache is opened, and its chunk is
-tokenised again.
+The key is a hash of the file's bytes, of the tokenizer and of the options that change tokens; the
+file's name and date do not matter. An interrupted build continues with the chunks that are missing.
+A changed byte is found when the cache is opened, and its chunk is tokenised again.
 """
 
 import contextlib
@@ -48,21 +47,15 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReadOptions:
-    """Options of reading and tokenising files.
+    """Options of reading and tokenising files."""
 
-    Attributes:
-        strict: the first broken row is fatal instead of skipped and counted.
-        reasoning: "keep" puts an answer's reasoning into <think> ... </think>, "drop" drops it.
-        cache: directory of the token cache; None: the tokens are held in memory.
-        workers: processes that fill the cache; by default one a core. The tokens are the same.
-        chunk: bytes of a chunk of a file.
-    """
-
-    strict: bool = False
+    strict: bool = False  # the first broken row is fatal instead of skipped and counted
+    # "keep" puts an answer's reasoning into <think> ... </think>, "drop" drops it.
     reasoning: Reasoning = "keep"
-    cache: Path | None = None
+    cache: Path | None = None  # directory of the token cache; None: the tokens are held in memory
+    # processes that fill the cache; by default one a core. The tokens are the same.
     workers: int = dataclasses.field(default_factory=lambda: len(os.sched_getaffinity(0)))
-    chunk: int = CHUNK
+    chunk: int = CHUNK  # bytes of a chunk of a file
 
 
 def open_documents(
@@ -70,11 +63,7 @@ def open_documents(
 ) -> list[Documents]:
     """Return the documents of a file, one entry a chunk; tokenise those that are not in the cache.
 
-    Args:
-        path: the file.
-        tokenizer: makes the ids.
-        options: cache, workers and the rest.
-        bar: moves by the bytes of the file.
+    The bar moves by the bytes of the file.
 
     Raises:
         ValueError: the file cannot be used, or the cache cannot be read or written.
@@ -145,12 +134,7 @@ def _key(path: Path, tokenizer: Tokenizer, options: ReadOptions) -> str:
 
 
 def _open_whole(directory: Path, workers: int) -> list[Documents]:
-    """Open all chunks.
-
-    Raises:
-        FileNotFoundError: chunks are missing.
-        Damaged: a chunk or the list has changed.
-    """
+    """Open all chunks; raise FileNotFoundError if some are missing, Damaged if one has changed."""
     list_ = directory / _WHOLE
     try:
         count = json.loads(list_.read_text())["parts"]

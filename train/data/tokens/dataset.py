@@ -20,34 +20,21 @@ from train.data.tokens.token_array import TokenArray
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """D tokenised documents, one after the other.
+    """D tokenised documents, one after the other."""
 
-    Attributes:
-        tokens: int32; the id of a token that is trained on, that is, whose prediction counts;
-            `~id`, which is negative, of another.
-        offsets: int64, E = D + 1; document d is `tokens[offsets[d]:offsets[d + 1]]`.
-        targets: int64, trained tokens of each document, without its first token.
-        splittable: bool, true for raw text, false for a chat.
-        hashes: uint64, hash of each document's ids.
-        file: int32, index of the document's file in `files`.
-        line: int64, line of the file on which it begins.
-        files: counts for each file.
-        broken: rows that could not be used.
-        vocab_size: ids are below this.
-        digest: hash of all tokens.
-    """
-
+    # the id of a token that is trained on, that is, whose prediction counts; `~id`, which is
+    # negative, of another
     tokens: TokenArray
-    offsets: Int64[np.ndarray, " E"]
-    targets: Int64[np.ndarray, " D"]
-    splittable: Bool[np.ndarray, " D"]
-    hashes: UInt64[np.ndarray, " D"]
-    file: Int32[np.ndarray, " D"]
-    line: Int64[np.ndarray, " D"]
-    files: tuple[FileReport, ...]
-    broken: tuple[Problem, ...]
-    vocab_size: int
-    digest: str
+    offsets: Int64[np.ndarray, " E"]  # E = D + 1; document d is `tokens[offsets[d]:offsets[d + 1]]`
+    targets: Int64[np.ndarray, " D"]  # trained tokens of each document, without its first token
+    splittable: Bool[np.ndarray, " D"]  # true for raw text, false for a chat
+    hashes: UInt64[np.ndarray, " D"]  # hash of each document's ids
+    file: Int32[np.ndarray, " D"]  # index of the document's file in `files`
+    line: Int64[np.ndarray, " D"]  # line of the file on which it begins
+    files: tuple[FileReport, ...]  # counts for each file
+    broken: tuple[Problem, ...]  # rows that could not be used
+    vocab_size: int  # ids are below this
+    digest: str  # hash of all tokens
 
     @property
     def lengths(self) -> Int64[np.ndarray, " D"]:
@@ -59,11 +46,6 @@ def tokenise(
     paths: Sequence[Path], tokenizer: Tokenizer, options: ReadOptions | None = None
 ) -> Dataset:
     """Read and tokenise files; show a progress bar if stderr is a terminal.
-
-    Args:
-        paths: the files, in this order.
-        tokenizer: makes the ids.
-        options: cache, workers and the rest.
 
     Raises:
         ValueError: a file is missing, empty, of an unknown kind, or has no usable row; the

@@ -42,24 +42,16 @@ class Damaged(Exception):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Documents:
-    """D tokenised documents of N tokens together, one after the other.
+    """D tokenised documents of N tokens together, one after the other."""
 
-    Attributes:
-        tokens: int32, `~id` for a token that is not trained on; those of a file stay on the disk.
-        index: a `DOCUMENT` for each document.
-        rows: rows that were read; `rows - D` are broken.
-        formats: number of documents of each format (formats.py).
-        unread: for each key that is not read, the number of rows that have it.
-        remarks: number of times that each remark of formats.py was made.
-        broken: (line, bytes, reason) of every row that could not be used.
-    """
-
+    # `~id` for a token that is not trained on; those of a file stay on the disk
     tokens: Int32[np.ndarray, " N"] | TokenFile
-    index: Shaped[np.ndarray, " D"]
-    rows: int
-    formats: dict[str, int]
-    unread: dict[str, int]
-    remarks: dict[str, int]
+    index: Shaped[np.ndarray, " D"]  # a `DOCUMENT` for each document
+    rows: int  # rows that were read; `rows - D` are broken
+    formats: dict[str, int]  # number of documents of each format (formats.py)
+    unread: dict[str, int]  # for each key that is not read, the number of rows that have it
+    remarks: dict[str, int]  # number of times that each remark of formats.py was made
+    # (line, bytes, reason) of every row that could not be used
     broken: tuple[tuple[int, int, str], ...]
 
     @functools.cached_property
@@ -71,11 +63,7 @@ class Documents:
         return digest.hexdigest()
 
     def write(self, path: Path) -> None:
-        """Write the file atomically.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
+        """Write the file atomically; raise OSError if it cannot be written."""
         with atomic_write(path) as temporary, temporary.open("wb") as file:
             for piece in self._bytes():
                 file.write(piece)
@@ -104,11 +92,7 @@ class Documents:
 def read_documents(path: Path) -> Documents:
     """Open a file that `Documents.write` wrote; its tokens stay on the disk.
 
-    Every byte is read once, to be checked, without being kept.
-
-    Raises:
-        Damaged: the checksum is wrong.
-        FileNotFoundError: there is no such file.
+    Every byte is read once. A wrong checksum raises `Damaged`, a missing file FileNotFoundError.
     """
     with path.open("rb") as file:
         before = stamp(file.fileno())

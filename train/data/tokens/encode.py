@@ -23,11 +23,7 @@ _BATCH = 1 << 20  # bytes of rows tokenised at once: enough for every core, litt
 
 
 def encode_chunk(chunk: Chunk, tokenizer: Tokenizer, *, reasoning: Reasoning = "keep") -> Documents:
-    """Tokenise a chunk.
-
-    Raises:
-        MissingTokens: there is a chat, and the tokenizer lacks tokens of the chat template.
-    """
+    """Tokenise a chunk; raise `MissingTokens` as `template.encode`."""
     tokens: list[np.ndarray] = [np.zeros(0, np.int32)]
     index: list[np.ndarray] = [np.zeros(0, DOCUMENT)]
     formats: Counter[str] = Counter()

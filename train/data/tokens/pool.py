@@ -1,6 +1,7 @@
 """Worker processes that tokenise chunks, in order."""
 
 import gc
+import itertools
 import multiprocessing
 import os
 import signal
@@ -28,11 +29,6 @@ def write_documents(jobs: Iterable[Job], encode: Encode, *, workers: int) -> Ite
     A single chunk, and every chunk for one worker, is tokenised in this process: starting another
     one takes seconds.
 
-    Args:
-        jobs: chunks and their files.
-        encode: tokenises a chunk; it is sent to every process.
-        workers: number of processes.
-
     Raises:
         OSError: a file cannot be written, or a process died (out of memory).
         ValueError: a chunk cannot be tokenised.
@@ -50,12 +46,12 @@ def write_documents(jobs: Iterable[Job], encode: Encode, *, workers: int) -> Ite
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start_worker, (encode,)) as pool:
-        running: deque[tuple[Chunk, Future[None] | None]] = deque()
+        running: deque[tuple[Chunk, Future[None]]] = deque()
         try:
-            for chunk, path in (job for some in (waiting, jobs) for job in some):
-                running.append((chunk, None if path is None else _submit(pool, chunk, path)))
+            for chunk, path in itertools.chain(waiting, jobs):
+                running.append((chunk, _submit(pool, chunk, path)))
                 # Twice as many as work on them: nobody waits while the oldest is the slowest.
-                while sum(future is not None for _, future in running) >= 2 * workers:
+                if len(running) >= 2 * workers:
                     yield _result(*running.popleft())
             while running:
                 yield _result(*running.popleft())
@@ -63,8 +59,7 @@ def write_documents(jobs: Iterable[Job], encode: Encode, *, workers: int) -> Ite
             raise OSError("a process that tokenises died: out of memory?") from error
         finally:
             for _, future in running:
-                if future is not None:
-                    future.cancel()
+                future.cancel()
 
 
 def _done(chunk: Chunk, path: Path | None, encode: Encode) -> Chunk:
@@ -73,18 +68,21 @@ def _done(chunk: Chunk, path: Path | None, encode: Encode) -> Chunk:
     return chunk
 
 
-def _result(chunk: Chunk, future: Future[None] | None) -> Chunk:
-    if future is not None:
-        future.result()
+def _result(chunk: Chunk, future: Future[None]) -> Chunk:
+    future.result()
     return chunk
 
 
-def _submit(pool: ProcessPoolExecutor, chunk: Chunk, path: Path) -> Future[None]:
-    """Submit a chunk; the executor may start a process for it.
+def _submit(pool: ProcessPoolExecutor, chunk: Chunk, path: Path | None) -> Future[None]:
+    """Submit a chunk, unless its file exists; the executor may start a process for it.
 
     A new process would import the program's main module, and jax with it (1.5 s, 200 MB), so there
     is none to import. It ignores Ctrl-C, which is this process's to handle.
     """
+    if path is None:
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
     main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:

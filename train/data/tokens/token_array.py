@@ -16,16 +16,11 @@ OPEN = 128  # files that are open at a time
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TokenFile:
-    """Tokens at the beginning of a file, as int32.
+    """Tokens at the beginning of a file, as int32."""
 
-    Attributes:
-        path: the file.
-        count: number of tokens.
-        stamp: (size, time of the last change) of the file when its checksum was right.
-    """
-
-    path: Path
-    count: int
+    path: Path  # the file
+    count: int  # number of tokens
+    # (size, time of the last change) of the file when its checksum was right
     stamp: tuple[int, int]
 
     def __len__(self) -> int:
@@ -48,11 +43,7 @@ class TokenArray:
         return self._starts[-1]
 
     def __getitem__(self, span: slice) -> Int32[np.ndarray, " n"]:
-        """Copy the tokens start..stop.
-
-        Raises:
-            ValueError: a file is not what it was when its checksum was right.
-        """
+        """Copy the tokens start..stop; raise ValueError if a file changed after its check."""
         start, stop, _ = span.indices(len(self))
         pieces = []
         number = bisect.bisect_right(self._starts, start) - 1

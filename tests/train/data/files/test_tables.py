@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from train.data import open_data
 from train.data.files import tables
 from train.data.files.formats import recognise
 from train.data.files.records import (
@@ -15,6 +14,7 @@ from train.data.files.records import (
     records_of,
 )
 from train.data.files.tables import arrow_files
+from train.data.open import open_data
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train.data import PackingOptions, open_data
+from train.data.open import open_data
 from train.data.pack.mixture import parse_source, permutation
 
 PARTS = dict(seq_len=64, batch_size=4)
@@ -51,8 +51,7 @@ def test_every_token_has_the_source_of_its_document(write, tokenizer, method):
         write("b.jsonl", [{"text": "b" * 40}] * 40),
     ]
     names = [str(files[0]), f"{files[1]}:2", f"{files[0]}:0.5"]
-    packing = PackingOptions(method=method)
-    with open_data(names, tokenizer, packing=packing, **PARTS) as loader:
+    with open_data(names, tokenizer, packing=method, **PARTS) as loader:
         batches = list(loader.one_epoch())
     tokens, sources = (np.concatenate([b[i] for b in batches]) for i in (0, 5))
     assert loader.sources == tuple(map(str, files)) and sources.dtype == np.uint8

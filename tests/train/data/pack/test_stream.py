@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.data import PackingOptions, open_data
+from train.data.open import open_data
 from train.data.pack import stream as stream_module
 from train.data.pack.mixture import permutation
 from train.data.pack.stream import pack_stream
@@ -34,9 +34,7 @@ def all_rows(loader):
 def test_concat_loses_nothing_and_fills_all_rows_but_one(path, tokenizer):
     """Also the targets across a cut: as many as the documents have by themselves."""
     whole = open_data([path], tokenizer, seq_len=512, **PARTS).report
-    with open_data(
-        [path], tokenizer, seq_len=50, packing=PackingOptions(method="concat"), **PARTS
-    ) as loader:
+    with open_data([path], tokenizer, seq_len=50, packing="concat", **PARTS) as loader:
         report, batches = loader.report, all_rows(loader)
     assert (report.documents, report.tokens) == (61, whole.tokens)
     assert report.loss_tokens == whole.loss_tokens == sum(b.loss_mask.sum() for b in batches)
@@ -67,9 +65,7 @@ def packer(documents: list[list[int]], size: int, count: int) -> list[list[int]]
 @pytest.mark.parametrize("seq_len", [50, 200])
 def test_xtuner_is_its_packer(path, tokenizer, monkeypatch, count, seq_len):
     monkeypatch.setattr(stream_module, "XTUNER_BATCH", count)
-    with open_data(
-        [path], tokenizer, seq_len=seq_len, packing=PackingOptions(method="xtuner"), **PARTS
-    ) as loader:
+    with open_data([path], tokenizer, seq_len=seq_len, packing="xtuner", **PARTS) as loader:
         data, report = loader._dataset, loader.report
         batches = all_rows(loader)
     signed = [data.tokens[a:b] for a, b in zip(data.offsets, data.offsets[1:], strict=False)]

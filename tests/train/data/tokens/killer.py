@@ -20,7 +20,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from models.tokenizer import load_tokenizer
-from train.data import Loader, ReadOptions, open_data
+from train.data.loader import Loader
+from train.data.open import open_data
+from train.data.tokens.cache import ReadOptions
 
 CHUNK, ROWS, BATCHES = 512, dict(seq_len=64, batch_size=3, seed=5), 150
 KILLS = 20

@@ -14,7 +14,8 @@ PROGRAM = """
 import json, resource, sys
 from pathlib import Path
 from models.tokenizer import load_tokenizer
-from train.data import ReadOptions, open_data
+from train.data.open import open_data
+from train.data.tokens.cache import ReadOptions
 from train.data.tokens import token_array
 token_array.OPEN = 4
 paths, cache = [Path(path) for path in sys.argv[2:]], Path(sys.argv[1])
