@@ -3,7 +3,8 @@
 # make check          lint, types and import layers
 # make codegen        compile the kernels for all GPUs, without one, and check the machine code
 # make docs           build the documentation into docs/_build/html; warnings are errors
-# make figures        draw the plots of the documentation from the files in results
+# make evidence       measure the figures of the documentation on a GPU; ARGS="--parts kernels ..."
+# make figures        draw plots and write tables of the documentation from the files in results
 #
 # Needs Python >= 3.12 and nothing else. With an NVIDIA driver the environment gets the CUDA 13 build
 # of jax, or the CUDA 12 build where the driver is too old for it; CUDA=12 or CUDA=13 decides.
@@ -29,7 +30,7 @@ DOCS_STAMP := $(RUN_STAMP)-docs
 # that this machine has no GPU.
 CODEGEN_VENV := $(VENV)/codegen
 
-.PHONY: train test check codegen docs figures clean
+.PHONY: train test check codegen docs evidence figures clean
 
 train: $(RUN_STAMP)
 	$(VENV)/bin/python -m train.main $(ARGS)
@@ -52,8 +53,12 @@ docs: $(DOCS_STAMP)
 	JAX_PLATFORMS=cpu $(VENV)/bin/python -m sphinx -E -W --keep-going --quiet docs docs/_build/html
 	@echo "wrote docs/_build/html/index.html"
 
+evidence: $(RUN_STAMP)
+	$(VENV)/bin/python -m train.bench.evidence $(ARGS)
+
 figures: $(RUN_STAMP)
 	$(VENV)/bin/python docs/figures.py
+	$(VENV)/bin/python docs/tables.py
 
 $(VENV)/bin/python:
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \

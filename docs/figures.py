@@ -1,5 +1,7 @@
 """Draw the plots of the documentation from the result files in results (`make figures`).
 
+`tables` writes the tables from the same files.
+
 Every plot names the device, the library versions and the date of its file in its title.
 """
 
@@ -11,6 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of the backend)
 import numpy as np  # noqa: E402
+import tables  # noqa: E402  (beside this file)
 
 HERE = pathlib.Path(__file__).parent
 RESULTS, FIGURES = HERE.parent / "results", HERE / "figures"
@@ -21,8 +24,14 @@ COLORS = {  # color-blind safe (Okabe and Ito)
     "torch-sdpa": "#CC79A7",
     "xla": "#D55E00",
     "eager": "#56B4E9",
+    "fa3": "#000000",
 }
-LABELS = {"torch-fa4": "FlashAttention-4", "torch-sdpa": "PyTorch SDPA", "cudnn": "cuDNN"}
+LABELS = {
+    "fa3": "FlashAttention-3",
+    "torch-fa4": "FlashAttention-4",
+    "torch-sdpa": "PyTorch SDPA",
+    "cudnn": "cuDNN",
+}
 
 
 def main() -> None:
@@ -35,8 +44,10 @@ def main() -> None:
 
 def step_time() -> None:
     """Plot the time of a training step against the sequence length, one line per implementation."""
-    result = json.loads((RESULTS / "train" / "bench_h200_1.8b.json").read_text())
-    cells = [cell for cell in result["cells"] if "ms" in cell and not cell["packed"]]
+    file = tables.newest("seed/bench.json", "train/bench_h200_1.8b.json")
+    result = json.loads(file.read_text())
+    cells = [cell for cell in tables.seed_cells(file) if "ms" in cell]
+    origin = {**result, **cells[0]}
     lengths = sorted({cell["seq_len"] for cell in cells})
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for name in ("eager", "xla", "cudnn", "pallas"):
@@ -57,7 +68,7 @@ def step_time() -> None:
     axes.set_xlim(-0.15, len(lengths) - 0.6)
     axes.set_title(
         f"InternLM2-1.8B, full training step, bf16, one document per row\n"
-        f"{result['device']}, {result['versions']}, {result['date']}",
+        f"{origin['device']}, {origin['versions']}, {origin['date']}",
         fontsize=10,
     )
     _finish(figure, axes, "step_time")
@@ -65,17 +76,18 @@ def step_time() -> None:
 
 def attention_rate() -> None:
     """Plot the useful rate of attention alone, forward + backward, a group of bars per shape."""
-    cells = json.loads((RESULTS / "attention" / "bench_h200.json").read_text())["cells"]
+    cells = tables.cells_of(tables.newest("kernels.json", "attention/bench_h200.json"))
     cells = [cell for cell in cells if "both_tflops" in cell]
     shapes = list(dict.fromkeys(cell["shape"] for cell in cells))
     rate = {(cell["shape"], cell["impl"]): cell["both_tflops"] for cell in cells}
-    names = ("pallas", "torch-fa4", "cudnn", "torch-sdpa")
+    names = ("pallas", "torch-fa4", "fa3", "cudnn", "torch-sdpa")
+    names = [name for name in names if any(impl == name for _, impl in rate)]
     figure, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
     for row, shape in enumerate(shapes):
         ran = [name for name in names if (shape, name) in rate]
         for place, name in enumerate(ran):  # centered on the tick, without gaps
-            x = row + (place - (len(ran) - 1) / 2) * 0.2
-            axes.bar(x, rate[shape, name], 0.19, color=COLORS[name])
+            x = row + (place - (len(ran) - 1) / 2) * 0.8 / len(names)
+            axes.bar(x, rate[shape, name], 0.76 / len(names), color=COLORS[name])
     for name in names:
         axes.bar(0, 0, color=COLORS[name], label=LABELS.get(name, name))
     axes.set_xticks(range(len(shapes)), [s.replace("_", "\n") for s in shapes], fontsize=8)

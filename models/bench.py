@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ import tyro
 
 from jaxattn.bench import harness
 from jaxattn.device import default_device, memory_bandwidth
+from models.cli import fail, parse
 from models.config import PRESETS, ModelConfig
 from models.execution import INFERENCE
 from models.generate import stream
@@ -44,52 +46,59 @@ SHARD_BYTES = 2_000_000_000
 _WARM = dataclasses.replace(PRESETS["nano"], num_layers=1)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """Time loading and generation with random weights."""
+
+    model: str = "internlm2-1.8b"
+    """Preset to load and generate with."""
+
+    load: tuple[str, ...] = ("internlm2-20b, 2 layers",)
+    """Further weights to load, for the host memory."""
+
+    prompt: int = 32_512
+    """Tokens of the long prompt."""
+
+    new: int = 128
+    """Tokens to decode."""
+
+    attn: str = "auto"
+    """Attention implementation of the prefill."""
+
+    dir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """Directory for the weights while the bench runs. By default the system's."""
+
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json")] = None
+    """File to write."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit status."""
+    """Run the command; return its exit status: 0; 1 for an error; 2 for wrong flags."""
     try:
-        tyro.cli(
-            measure,
-            prog="python -m models.bench",
-            args=None if argv is None else list(argv),
-            use_underscores=True,
-        )
+        config = parse(BenchConfig, sys.argv[1:] if argv is None else argv, "models.bench")
+    except ValueError as error:
+        return fail(error, 2)
+    try:
+        measure(config)
     except (ValueError, NotImplementedError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return fail(error, 1)
     return 0
 
 
-def measure(
-    *,
-    model: str = "internlm2-1.8b",
-    load: tuple[str, ...] = ("internlm2-20b, 2 layers",),
-    prompt: int = 32_512,
-    new: int = 128,
-    attn: str = "auto",
-    dir: str | None = None,
-    out: Path | None = None,
-) -> None:
+def measure(config: BenchConfig) -> None:
     """Time loading and generation with random weights; print, and write JSON.
-
-    Args:
-      model: Preset to load and generate with.
-      load: Further weights to load, for the host memory.
-      prompt: Tokens of the long prompt.
-      new: Tokens to decode.
-      attn: Attention implementation of the prefill.
-      dir: Directory for the weights while the bench runs. Default: the system's.
-      out: JSON file to write.
 
     Raises:
       ValueError: a name of weights is unknown, or `out` is in no directory.
       RuntimeError: a process that loads failed.
     """
+    model, load, prompt, out = config.model, config.load, config.prompt, config.out
     if unknown := sorted({model, *load} - CASES.keys()):
         raise ValueError(f"weights {unknown[0]!r} must be one of {', '.join(CASES)}")
     if out and not out.parent.is_dir():  # before minutes of measuring
         raise ValueError(f"--out={out}: {out.parent} is not a directory")
     loads = {}
-    with tempfile.TemporaryDirectory(dir=dir) as directory:
+    with tempfile.TemporaryDirectory(dir=config.dir) as directory:
         # Before this process allocates the device's memory.
         for case in dict.fromkeys([model, *load]):
             target = Path(directory, case)
@@ -98,7 +107,7 @@ def measure(
             print(_load_line(case, loads[case]), flush=True)
             if case != model:
                 shutil.rmtree(target)
-        execution = dataclasses.replace(INFERENCE, attn=attn)
+        execution = dataclasses.replace(INFERENCE, attn=config.attn)
         network = load_hf(Path(directory, model), execution=execution)
     kind = default_device().device_kind
     about = {"model": model, "device": kind, "jax": jax.__version__}
@@ -107,7 +116,7 @@ def measure(
     rows = []
     bandwidth = memory_bandwidth(kind) or float("nan")
     for batch, tokens in [(1, prompt), (1, 512), (16, 512)]:
-        row = generate_speed(network, batch=batch, prompt=min(tokens, prompt), new=new)
+        row = generate_speed(network, batch=batch, prompt=min(tokens, prompt), new=config.new)
         bound = batch * bandwidth / decode_bytes(network, batch, row["prompt"])
         row["bound_tokens_per_second"] = bound
         rows.append(row)

@@ -6,6 +6,7 @@ checkpoint of a training run, becomes a HF directory.
 """
 
 import contextlib
+import dataclasses
 import logging
 import math
 import signal
@@ -18,6 +19,7 @@ import jax
 import tyro
 
 from models.byte_tokenizer import ByteTokenizer
+from models.cli import fail, parse
 from models.config import ModelConfig
 from models.files import read_json, write_json
 from models.terminal import set_up_streams
@@ -50,7 +52,8 @@ def convert(
         A run with LoRA adapters becomes a PEFT directory, or with `merge` whole HF weights.
       destination: directory to create; must not exist. Its parents are created.
       layout: layout of a HF destination, see `save_hf`. With a layout, a HF source becomes HF
-        again. None: orbax for a HF source, else the layout of assets_from.
+        again. None: orbax for a HF source, else the layout of a run's exports, else that of
+        assets_from.
       assets_from: directory whose tokenizer, code and other files are copied; None: source.
       merge: base model, a HF directory or a run, whose weights the adapters of a run, or of a PEFT
         directory, are added to; the tokenizer and code of a HF directory are copied.
@@ -122,7 +125,7 @@ def convert(
                     parameters,
                     destination,
                     assets_from=assets_from,
-                    layout=layout or layout_of(assets_from),
+                    layout=layout or layout_of(found, assets_from),
                     progress=progress,
                     **kwargs,
                 )
@@ -155,7 +158,7 @@ def _convert_adapter(
             config, lora, params = checkpoint.config, checkpoint.lora, checkpoint.adapter()
             if base is None:
                 named = checkpoint.base or "internlm2"
-                layout = layout or layout_of(Path(named))
+                layout = layout or layout_of(found, Path(named))
                 save_adapter(destination, config, lora, params, base=named, layout=layout)
                 return f", a PEFT adapter; --merge BASE_DIR writes whole weights (base: {named})"
         elif base is None:
@@ -187,65 +190,78 @@ def _convert_adapter(
     return ""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit status."""
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
-    set_up_streams()
-    try:
-        with _exit_on_signal():
-            tyro.cli(
-                _convert,
-                prog="python -m models.convert",
-                args=None if argv is None else list(argv),
-                use_underscores=True,
-            )
-    except (ValueError, OSError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _convert(
-    src: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SRC")],
-    dst: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")],
-    *,
-    layout: Literal["internlm2", "llama"] | None = None,
-    assets_from: str | None = None,
-    merge: str | None = None,
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
-    max_shard_gb: float = MAX_SHARD_BYTES / 1e9,
-) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
     """Convert InternLM2 weights between HF, orbax and training runs.
 
     A HF directory (config.json, and safetensors or pytorch_model*.bin) becomes an orbax directory,
     which loads directly onto any mesh. An orbax directory, or a training run, becomes a HF
     directory with safetensors.
-
-    Args:
-      src: HF directory, orbax directory, or training run.
-      dst: Directory to create; must not exist.
-      layout: Write HF weights in this layout; llama: wqkv split, names of LlamaForCausalLM.
-        Default: that of the base model or of --assets_from, else internlm2.
-      assets_from: HF directory whose tokenizer, code and other files are copied. Default: SRC; a
-        training run has none of these files.
-      merge: Base model, a HF directory or a run: add the LoRA adapters of SRC, a run or a PEFT
-        directory, to its weights.
-      dtype: Dtype of the HF weights. Default: the stored dtype.
-      max_shard_gb: Largest HF file in GB (10^9 bytes).
     """
-    if not 1 <= max_shard_gb * 1e9 < math.inf:
-        raise ValueError(f"--max_shard_gb={max_shard_gb} must be above 0 and finite")
-    remark = convert(
-        src,
-        dst,
-        layout=layout,
-        assets_from=assets_from,
-        merge=merge,
-        dtype=dtype,
-        max_shard_bytes=int(max_shard_gb * 1e9),
-        progress=True,
-    )
-    print(f"wrote {dst}{remark}")
+
+    src: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SRC")]
+    """HF directory, orbax directory, or training run."""
+
+    dst: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
+    """Directory to create; must not exist."""
+
+    layout: Annotated[
+        Literal["internlm2", "llama"] | None, tyro.conf.arg(metavar="internlm2|llama")
+    ] = None
+    """Write HF weights in this layout; llama: wqkv split, names of LlamaForCausalLM. By default
+    that of the exports of a run, or of the base model, or of --assets_from, else internlm2."""
+
+    assets_from: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """HF directory whose tokenizer, code and other files are copied. By default SRC; a training run
+    has none of these files."""
+
+    merge: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """Base model, a HF directory or a run: add the LoRA adapters of SRC, a run or a PEFT directory,
+    to its weights."""
+
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        tyro.conf.arg(metavar="float32|bfloat16|float16"),
+    ] = None
+    """Dtype of the HF weights. By default the stored dtype."""
+
+    max_shard_gb: float = MAX_SHARD_BYTES / 1e9
+    """Largest HF file in GB (10^9 bytes)."""
+
+    def __post_init__(self):
+        """Check the size of a file.
+
+        Raises:
+          ValueError: it is not above 0 and finite.
+        """
+        if not 1 <= self.max_shard_gb * 1e9 < math.inf:
+            raise ValueError(f"--max_shard_gb={self.max_shard_gb} must be above 0 and finite")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status: 0; 1 for an error; 2 for wrong flags."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    set_up_streams()
+    try:
+        config = parse(ConvertConfig, sys.argv[1:] if argv is None else argv, "models.convert")
+    except ValueError as error:
+        return fail(error, 2)
+    try:
+        with _exit_on_signal():
+            remark = convert(
+                config.src,
+                config.dst,
+                layout=config.layout,
+                assets_from=config.assets_from,
+                merge=config.merge,
+                dtype=config.dtype,
+                max_shard_bytes=int(config.max_shard_gb * 1e9),
+                progress=True,
+            )
+    except (ValueError, OSError, MemoryError) as error:
+        return fail(error, 1)
+    print(f"wrote {config.dst}{remark}")
+    return 0
 
 
 @contextlib.contextmanager

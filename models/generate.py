@@ -3,6 +3,7 @@
 B batch, T prompt slots.
 """
 
+import dataclasses
 import functools
 import logging
 import math
@@ -22,6 +23,7 @@ from jaxattn.errors import first_line, is_out_of_memory
 from models import sharding
 from models.cache import SLOTS, capacity_for, decode, prefill
 from models.chat import encode_chat
+from models.cli import fail, parse
 from models.config import NO_ID
 from models.execution import Execution
 from models.internlm2 import InternLM2
@@ -133,88 +135,96 @@ def stop_ids_of(directory: Path, model: InternLM2, tokenizer: Tokenizer) -> tupl
     return tuple(sorted(ids | {i for i in (tokenizer.im_end_id,) if i is not None}))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Continue a prompt with an InternLM2 checkpoint."""
+
+    dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
+    """HF directory, orbax directory from models.convert, or a training run, whose latest checkpoint
+    is taken, or one of its checkpoints."""
+
+    prompt: Annotated[str, tyro.conf.arg(metavar="TEXT")]
+    """Text to continue."""
+
+    chat: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """The prompt is the message of a user in a chat."""
+
+    max_new_tokens: int = 256
+    """Upper bound of the new tokens."""
+
+    temperature: float = 0.0
+    """Temperature of sampling; 0: always take the most likely token."""
+
+    top_p: float = 1.0
+    """Sample from the most likely tokens that together reach this probability."""
+
+    top_k: int = 0
+    """Sample from this many of the most likely tokens; 0: from all."""
+
+    seed: int = 0
+    """Seed of the sampling."""
+
+    attn: str = "auto"
+    """Attention implementation of the prefill."""
+
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Dtype of weights and activations."""
+
+    tokenizer: Annotated[str | None, tyro.conf.arg(metavar="byte|FILE|DIR")] = None
+    """byte, a tokenizer.model, or a directory. By default that of DIR, or of the run."""
+
+    adapter: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """PEFT directory of a LoRA adapter for DIR, or a run that trained one."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit status."""
+    """Run the command; return its exit status: 0; 1 for an error; 2 for wrong flags."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     set_up_streams()
     try:
-        tyro.cli(
-            _generate,
-            prog="python -m models.generate",
-            args=None if argv is None else list(argv),
-            use_underscores=True,
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
+        config = parse(GenerateConfig, sys.argv[1:] if argv is None else argv, "models.generate")
+    except ValueError as error:
+        return fail(error, 2)
+    try:
+        _generate(config)
     except (ValueError, NotImplementedError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return fail(error, 1)
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        print(
-            "error: out of memory for weights and KV cache; a smaller --max_new_tokens needs less: "
-            f"{first_line(error)}",
-            file=sys.stderr,
-        )
-        return 1
+        remedy = "a smaller --max_new_tokens needs less"
+        return fail(f"out of memory for weights and KV cache; {remedy}: {first_line(error)}", 1)
     return 0
 
 
-def _generate(
-    dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")],
-    *,
-    prompt: str,
-    chat: bool = False,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    seed: int = 0,
-    attn: str = "auto",
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
-    tokenizer: str | None = None,
-    adapter: Path | None = None,
-) -> None:
-    """Continue a prompt with an InternLM2 checkpoint.
-
-    Args:
-      dir: HF directory, orbax directory from models.convert, or a training run, whose latest
-        checkpoint is taken, or one of its checkpoints.
-      prompt: Text to continue.
-      chat: The prompt is the message of a user in a chat.
-      max_new_tokens: Upper bound of the new tokens.
-      temperature: Temperature of sampling; 0: always take the most likely token.
-      top_p: Sample from the most likely tokens that together reach this probability.
-      top_k: Sample from this many of the most likely tokens; 0: from all.
-      seed: Seed of the sampling.
-      attn: Attention implementation of the prefill.
-      dtype: Dtype of weights and activations.
-      tokenizer: byte, a tokenizer.model, or a directory. Default: DIR, or that of the run.
-      adapter: PEFT directory of a LoRA adapter for DIR, or a run that trained one.
-    """
+def _generate(config: GenerateConfig) -> None:
+    dir, dtype = config.dir, config.dtype
     if not dir.is_dir():
         raise ValueError(f"{dir} does not exist: give a HF directory, or a training run")
-    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k)
-    tok = _tokenizer(dir, tokenizer)
-    execution = Execution(attn=attn, dtype=dtype, param_dtype=dtype)
-    model = load(dir, execution=execution, adapter=adapter)
+    sampling = Sampling(temperature=config.temperature, top_p=config.top_p, top_k=config.top_k)
+    tok = _tokenizer(dir, config.tokenizer)
+    execution = Execution(attn=config.attn, dtype=dtype, param_dtype=dtype)
+    model = load(dir, execution=execution, adapter=config.adapter)
     if tok.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"tokenizer {tok.name} has {tok.vocab_size} ids, the model only "
             f"{model.config.vocab_size}: give the tokenizer that the model was trained with "
             "(--tokenizer)"
         )
-    ids = encode_chat([("user", prompt)], tok) if chat else [tok.bos_id, *tok.encode(prompt)]
+    if config.chat:
+        ids = encode_chat([("user", config.prompt)], tok)
+    else:
+        ids = [tok.bos_id, *tok.encode(config.prompt)]
     show = escape_control if sys.stdout.isatty() else str
     new: list[int] = []
     shown = ""
     for step in stream(
         model,
         [ids],
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=config.max_new_tokens,
         sampling=sampling,
         stop_ids=stop_ids_of(dir, model, tok),
-        seed=seed,
+        seed=config.seed,
         consume=True,
     ):
         new += [token for token in step if token is not None]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 
 from jaxattn.errors import first_line, is_out_of_memory
-from train.config.cli import fail
+from models.cli import fail
 from train.config.command_line import check_complete, config_notes, parse_flags
 from train.config.recipes import recipe_list
 from train.config.words import flatten_config
@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0, also after a signal during training; 1 where the run is impossible or failed; 2 for a
         wrong flag; 130 after Ctrl-C outside of training, or after a second one.
     """
+    notes: list[str] = []
     try:
         argv = sys.argv[1:] if argv is None else argv
         config = parse_flags(argv)
@@ -37,8 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(recipe_list())
             return 0
         notes = config_notes(config)
-        check_complete(config)
+        if not (config.dry_run or config.print_config):
+            check_complete(config)
     except (ValueError, OSError) as error:
+        for line in notes:  # the other settings that could not be mapped
+            print(line)
         return fail(error, 2)
     try:
         connect(config.dist)

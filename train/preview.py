@@ -15,10 +15,10 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from models.cli import fail, parse
 from models.terminal import escape_control
 from models.tokenizer import Tokenizer, load_tokenizer
 from train.config.bounds import at_least, check_bounds
-from train.config.cli import fail, parse
 from train.config.command_line import check_complete, parse_flags
 from train.config.sections import DataConfig, chosen
 from train.data.loader import Loader
@@ -162,6 +162,7 @@ def histogram(lengths: np.ndarray) -> Iterator[str]:
 
 
 def _lines(config: PreviewConfig, tokenizer: Tokenizer, loader: Loader) -> Iterator[str]:
+    yield escape_control(f"tokenizer {tokenizer.name}")
     for number in range(min(config.rows, loader.report.rows)):
         batch = next(loader)
         yield f"=== row {number + 1} of {loader.report.rows:,} in the order of training"

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from train.config.cli import fail, parse
+from models.cli import fail, parse
 from train.config.sections import chosen
 from train.metrics.curves import figures
 from train.metrics.run_records import TAIL, RunRecords, read_run, source_losses

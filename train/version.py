@@ -1,9 +1,9 @@
 """Version of the running code: the package, its git commit, and the libraries that compute."""
 
 import functools
-import subprocess
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+
+from jaxattn.commit import commit
 
 LIBRARIES = ("jax", "flax", "optax")
 
@@ -18,17 +18,11 @@ def code_version() -> dict[str, str | None]:
     """Return versions by name.
 
     Returns:
-        internlm2-jax: version, None if not installed; commit: from `git describe`, with "-dirty"
-        for changed files, None outside of a repository; and each of `LIBRARIES`.
+        internlm2-jax: version, None if not installed; commit: as of
+        `jaxattn.commit`; and each of `LIBRARIES`.
     """
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, check=True)
-        commit = found.stdout.decode().strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
     return {
         "internlm2-jax": __version__,
-        "commit": commit,
+        "commit": commit(),
         **{name: version(name) for name in LIBRARIES},
     }

@@ -7,12 +7,16 @@ in a child process (`jaxattn.bench.cell`). A cell that cannot run is a line with
 
 import argparse
 import itertools
+import math
 import sys
+import time
 from typing import Any
 
 from jaxattn import api
 from jaxattn.bench.harness import (
+    UNFINISHED,
     Cell,
+    is_done,
     machine,
     merge,
     output_file,
@@ -21,14 +25,14 @@ from jaxattn.bench.harness import (
     run_child,
     write_cells,
 )
-from jaxattn.bench.shapes import SHAPES, SMOKE, TORCH
+from jaxattn.bench.shapes import FA3, SHAPES, SMOKE, TORCH
 from jaxattn.bench.table import HEADER, line, plot, table
 
-IMPLEMENTATIONS = (*api.IMPLEMENTATIONS, *TORCH)
+IMPLEMENTATIONS = (*api.IMPLEMENTATIONS, FA3, *TORCH)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the cells, print and write the table; return 0 if any cell ran."""
+    """Run the cells, print and write the table; return 0 if any cell ran, 3 if some are left."""
     args = _parse(argv)
     origin = machine()
     try:
@@ -37,18 +41,31 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(", ".join(origin.values()), HEADER, sep="\n", flush=True)
-    any_ran = False
+    any_ran, left, begun = False, 0, time.monotonic()
     for impl, name in itertools.product(args.impls, args.shapes):
+        if args.resume and is_done(cells, (name, impl), _key, origin):
+            any_ran = True
+            continue
+        if time.monotonic() - begun > 60 * args.minutes:
+            left += 1
+            continue
         cell = run_cell(name, impl, check=args.check) | origin
         any_ran |= "both_ms" in cell
-        cells = merge(cells, cell, lambda cell: [(cell["shape"], cell["impl"])])
+        cells = merge(cells, cell, _key)
         print(line(cell), flush=True)
         if args.out:
             write_cells(cells, args.out)
     print("\n" + table(cells), flush=True)
     if args.plot:
         plot(cells, args.plot)
+    if left:
+        print(f"{left} cells are left: the same command with --resume goes on")
+        return UNFINISHED
     return 0 if any_ran else 1
+
+
+def _key(cell: Cell) -> list[tuple[str, str]]:
+    return [(cell["shape"], cell["impl"])]
 
 
 def run_cell(name: str, impl: str, *, check: bool) -> Cell:
@@ -92,6 +109,15 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         type=output_file,
         metavar="FILE.json",
         help="file of the results, written after every cell; cells of earlier calls are kept",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="skip cells of --out that this commit has measured"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=math.inf,
+        help="begin no cell after this time; the exit status is 3 if cells are left",
     )
     parser.add_argument(
         "--plot", type=picture_file, metavar="FILE.png", help="bar chart of the useful rates"

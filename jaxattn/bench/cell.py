@@ -1,14 +1,16 @@
 """Child process of the bench that measures one cell; see `jaxattn.bench.harness`."""
 
 import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 
 from jaxattn import api, xla
 from jaxattn import device as hardware
+from jaxattn.bench import fa3
 from jaxattn.bench.harness import Cell, child_fields, milliseconds, report
-from jaxattn.bench.shapes import SHAPES, SMOKE, TORCH, Shape
+from jaxattn.bench.shapes import FA3, SHAPES, SMOKE, TORCH, Shape
 from jaxattn.mask import Mask
 
 # Most useful FLOPs of a forward pass on a CPU: some seconds of work.
@@ -32,8 +34,8 @@ def main(argv: list[str] | None = None) -> None:
     report(run, fields)
 
 
-def measure(shape: Shape, impl: api.Implementation, *, check: bool) -> Cell:
-    """Measure one cell; with `check`, compare with fp32 as well.
+def measure(shape: Shape, impl: str, *, check: bool) -> Cell:
+    """Measure one cell of an implementation, or of `FA3`; with `check`, compare with fp32 as well.
 
     Returns:
       forward_ms and both_ms (forward and backward); temp_bytes, the memory of both passes beyond
@@ -44,20 +46,32 @@ def measure(shape: Shape, impl: api.Implementation, *, check: bool) -> Cell:
     """
     if hardware.default_device().platform == "cpu" and shape.flops() > CPU_FLOPS:
         return {"why": "too much work for a CPU; use --shapes smoke"}
+    package = {}
+    if impl == FA3:
+        try:
+            attend, package = fa3.attention(shape), {"package": fa3.version()}
+        except ImportError:
+            return {"why": f"{impl} is not installed (pip install {fa3.PACKAGE})"}
+        if hardware.default_device().platform != "gpu":
+            raise NotImplementedError(f"{impl} needs an NVIDIA GPU")
     q, k, v, do = inputs(shape)
-    mask = api.prepare(shape.mask(), q, k, impl=impl)
-    forward = jax.jit(functools.partial(api.attention, impl=impl))
+    mask = ()  # of FlashAttention-3, whose documents are lengths
+    if impl != FA3:
+        mask = (api.prepare(shape.mask(), q, k, impl=impl),)
+        attend = functools.partial(api.attention, impl=cast(api.Implementation, impl))
+    forward = jax.jit(attend)
 
     @jax.jit
     def both(q, k, v, mask, do):
-        out, pullback = jax.vjp(lambda q, k, v: api.attention(q, k, v, mask, impl=impl), q, k, v)
+        out, pullback = jax.vjp(lambda q, k, v: attend(q, k, v, *mask), q, k, v)
         return out, *pullback(do)
 
     compiled = both.lower(q, k, v, mask, do).compile()
     cell = {
-        "forward_ms": milliseconds(lambda: forward(q, k, v, mask), jax.block_until_ready),
+        "forward_ms": milliseconds(lambda: forward(q, k, v, *mask), jax.block_until_ready),
         "both_ms": milliseconds(lambda: compiled(q, k, v, mask, do), jax.block_until_ready),
         **memory(compiled),
+        **package,
     }
     if check:
         cell["errors"] = errors(compiled(q, k, v, mask, do), shape.mask(), q, k, v, do)

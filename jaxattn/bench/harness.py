@@ -27,9 +27,13 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from jaxattn.commit import commit
 from jaxattn.errors import first_line, is_out_of_memory
 
 Cell = dict[str, Any]
+
+UNFINISHED = 3  # exit status of a bench that has cells left for another call
+ENDED = "process ended"  # beginning of the reason of a cell whose process gave none
 
 
 def run_child(module: str, fields: Cell, *flags: str, **environment: str) -> Cell:
@@ -49,7 +53,7 @@ def run_child(module: str, fields: Cell, *flags: str, **environment: str) -> Cel
         return json.loads(done.stdout.splitlines()[-1])
     except (IndexError, json.JSONDecodeError):
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
-        return fields | {"why": f"process ended with {done.returncode}: {lines[-1][:300]}"}
+        return fields | {"why": f"{ENDED} with {done.returncode}: {lines[-1][:300]}"}
 
 
 def child_fields(argv: Sequence[str] | None = None) -> Cell:
@@ -79,10 +83,13 @@ def report(
 
 
 def machine() -> dict[str, str]:
-    """Return device, versions and date. A child process asks jax: this one must not hold a GPU.
+    """Return device, versions, date and commit, by asking a child process for the device.
+
+    This process must not hold a GPU.
 
     Returns:
-      device: "cpu", or the number and kind of the GPUs; versions of jax and of its backend; date.
+      device: "cpu", or the number and kind of the GPUs; versions of jax, its backend and, of a GPU,
+      the driver; date; commit, where it is known.
 
     Raises:
       subprocess.CalledProcessError: jax finds no device.
@@ -93,7 +100,21 @@ def machine() -> dict[str, str]:
         " f'jax {jax.__version__}, {d[0].client.platform_version.splitlines()[0]}'}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1]) | {"date": f"{datetime.date.today()}"}
+    found = json.loads(done.stdout.splitlines()[-1])
+    if found["device"] != "cpu" and (driver := _driver()):
+        found["versions"] += f", driver {driver}"
+    found["date"] = f"{datetime.date.today()}"
+    return found | ({"commit": code} if (code := commit()) else {})
+
+
+def _driver() -> str | None:
+    """Return the version of NVIDIA's driver, or None."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return next(iter(done.stdout.split()), None)
 
 
 def milliseconds(run: Callable[[], object], wait: Callable[[object], object]) -> float:
@@ -147,9 +168,34 @@ def merge(cells: list[Cell], new: Cell, key: Callable[[Cell], Iterable[object]])
     return [cell for cell in cells if next(iter(key(cell))) not in replaced] + [new]
 
 
+def is_done(
+    cells: list[Cell], wanted: object, key: Callable[[Cell], Iterable[object]], origin: Cell
+) -> bool:
+    """Return True if a cell has been measured, or cannot run, on the machine and commit of now.
+
+    Processes that ended without a reason, and packages that were missing, are tried again.
+
+    Args:
+      cells: cells of earlier calls.
+      wanted: first key of the cell.
+      key: as for `merge`.
+      origin: from `machine`; nothing is done where it has no commit.
+    """
+    same = [cell for cell in cells if wanted in key(cell)]
+    return any(
+        cell.get("commit") == origin.get("commit", "")
+        and cell["device"] == origin["device"]
+        and not cell.get("why", "").startswith(ENDED)
+        and "not installed" not in cell.get("why", "")
+        for cell in same
+    )
+
+
 def write_cells(cells: list[Cell], path: pathlib.Path) -> None:
-    """Write the cells as JSON."""
-    path.write_text(json.dumps({"cells": cells}, indent=1) + "\n")
+    """Write the cells as JSON; a kill leaves the old file or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps({"cells": cells}, indent=1) + "\n")
+    partial.replace(path)
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:

@@ -62,6 +62,8 @@ class Shape:
 
 # Implementations of PyTorch, measured by `torch_cell`.
 TORCH = ("torch-sdpa", "torch-flex", "torch-fa4")
+# FlashAttention-3 called from JAX, measured by `cell` through `fa3`.
+FA3 = "fa3"
 SHAPES = {
     "1.8b_32k_causal": Shape(batch=1, length=32768, heads=16, kv_heads=8),
     "7b_32k_causal": Shape(batch=1, length=32768, heads=32, kv_heads=8),

@@ -5,6 +5,7 @@ B batch, T tokens (queries and keys), N query heads, K kv heads, H head dim; tor
 """
 
 import functools
+import importlib.metadata
 from collections.abc import Callable
 
 # pyright runs without PyTorch too.
@@ -39,6 +40,7 @@ def measure(shape: Shape, impl: str, *, check: bool) -> Cell:
             cell = _measure(shape, _flex(shape, "cuda"), check)
         elif impl == "torch-fa4":
             cell = _measure(shape, _fa4(shape, "cuda"), check)
+            cell["package"] = f"flash-attn-4 {importlib.metadata.version('flash-attn-4')}"
         else:
             cell = _measure_sdpa(shape, check)
     except ImportError:

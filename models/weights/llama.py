@@ -14,6 +14,7 @@ import numpy as np
 
 from models.config import ModelConfig
 from models.files import read_json
+from models.weights import run_layout
 
 _NAMES = {
     "model.tok_embeddings": "model.embed_tokens",
@@ -27,11 +28,29 @@ _NAMES = {
 }
 
 
-def layout_of(directory: Path | None) -> str:
-    """Return the layout of a directory's weights: "llama" or, also without one, "internlm2"."""
-    config = None if directory is None else directory / "config.json"
-    found = read_json(config) if config and config.exists() else {}
-    return "llama" if found.get("model_type") == "llama" else "internlm2"
+def layout_of(*directories: Path | None) -> str:
+    """Return the layout of weights, "llama" or "internlm2", by the first directory that has one.
+
+    Args:
+      directories: directories of weights; runs or checkpoints of a run, which record the layout of
+        their exports; None is skipped.
+
+    Returns:
+      "internlm2" where no directory has a layout.
+    """
+    return next(filter(None, map(_layout_in, directories)), "internlm2")
+
+
+def _layout_in(directory: Path | None) -> str | None:
+    if directory is None:
+        return None
+    if checkpoint := run_layout.find_checkpoint(directory):
+        flags = read_json(checkpoint / run_layout.RUN / run_layout.METADATA).get("config")
+        return flags.get("export_layout") if isinstance(flags, dict) else None
+    config = directory / "config.json"
+    if not config.exists():
+        return None
+    return "llama" if read_json(config).get("model_type") == "llama" else "internlm2"
 
 
 def shapes(

@@ -2,8 +2,9 @@
 
 A run writes, for each checkpoint, `<out>/checkpoints/<step>/state`, an orbax checkpoint with the
 weights under "params" and the names of the model's parameters, and
-`<out>/checkpoints/<step>/run/metadata`, JSON whose "identity" contains the model's configuration
-as "model.<field>" and the fingerprint of the tokenizer.
+`<out>/checkpoints/<step>/run/metadata`, JSON. Its "identity" contains the model's configuration as
+"model.<field>" and the fingerprint of the tokenizer. Its "config" contains the flags in use: in
+"export_layout" the layout of exports, by default that of the weights that the run began from.
 """
 
 import dataclasses

@@ -57,6 +57,7 @@ def test_histogram_holds_every_length():
 def test_the_whole_preview(path, capsys):
     assert main(["--data", str(path), "--seq_len=64", "--rows=2", "--tokens=3", "--no_color"]) == 0
     output = capsys.readouterr().out
+    assert output.startswith("tokenizer byte\n")
     assert "=== row 2 of" in output and "9 documents (0 split" in output
     assert "the document mask saves " in output and "broken: " not in output
     with open_data([path], load_tokenizer("byte"), seq_len=64, batch_size=1) as loader:
@@ -107,7 +108,7 @@ def preview(path, **how) -> subprocess.Popen:
 
 def test_a_reader_that_has_seen_enough_is_no_error(path):
     with preview(path) as shown:
-        assert shown.stdout.read(5) == b"=== r"
+        assert shown.stdout.read(5) == b"token"
         shown.stdout.close()
         assert shown.stderr.read() == b""
     assert shown.returncode == 0
@@ -120,7 +121,7 @@ def test_every_row_is_shown_once_and_text_that_cannot_be_is_escaped(tmp_path):
         output, errors = shown.communicate()
     assert (shown.returncode, errors) == (0, b"")
     assert output.count(b"=== row") == 1
-    assert rb"na\xefve" in output and rb"caf\udce9.jsonl: 1 row (" in output
+    assert rb"na\xefve" in output and rb"caf\udce9.jsonl: 1 row: " in output
 
 
 def test_bad_flags_and_data_are_one_line(capsys, tmp_path):

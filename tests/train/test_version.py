@@ -7,15 +7,21 @@ import subprocess
 import jax
 import pytest
 
+from jaxattn import commit
 from train import version
 
 
 @pytest.fixture(autouse=True)
 def fresh():
     """Clear the cache, which lasts for a process, before and after each test."""
-    version.code_version.cache_clear()
+    forget()
     yield
+    forget()
+
+
+def forget():
     version.code_version.cache_clear()
+    commit.commit.cache_clear()
 
 
 def git(where, *arguments):
@@ -30,7 +36,7 @@ def repository(tmp_path, monkeypatch):
     (tmp_path / "version.py").write_text("one")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-qm", "first")
-    monkeypatch.setattr(version, "__file__", str(tmp_path / "version.py"))
+    monkeypatch.setattr(commit, "__file__", str(tmp_path / "version.py"))
     return tmp_path
 
 
@@ -41,12 +47,27 @@ def test_libraries_by_version():
 
 
 def test_the_commit_and_whether_files_differ_from_it(repository):
-    commit = version.code_version()["commit"]
-    assert commit and git(repository, "rev-parse", "HEAD").startswith(commit)
+    found = version.code_version()["commit"]
+    assert found and git(repository, "rev-parse", "HEAD").startswith(found)
     (repository / "version.py").write_text("two")
-    assert version.code_version()["commit"] == commit  # what runs was read when it started
-    version.code_version.cache_clear()
-    assert version.code_version()["commit"] == f"{commit}-dirty"
+    assert version.code_version()["commit"] == found  # what runs was read when it started
+    forget()
+    assert version.code_version()["commit"] == f"{found}-dirty"
+
+
+def test_results_are_not_code(repository):
+    """A bench that writes its results does not change the commit of its next cells."""
+    (repository / "results").mkdir()
+    (repository / "results" / "a.json").write_text("{}")
+    git(repository, "add", ".")
+    git(repository, "commit", "-qm", "results")
+    (repository / "results" / "a.json").write_text("[]")
+    assert git(repository, "rev-parse", "HEAD").startswith(version.code_version()["commit"])
+
+
+def test_a_copy_without_a_repository_can_name_its_commit(monkeypatch):
+    monkeypatch.setenv(commit.VARIABLE, "abc")
+    assert version.code_version()["commit"] == "abc"
 
 
 def test_a_tag_does_not_hide_the_commit(repository):
@@ -55,7 +76,7 @@ def test_a_tag_does_not_hide_the_commit(repository):
 
 
 def test_outside_of_a_repository(monkeypatch, tmp_path):
-    monkeypatch.setattr(version, "__file__", str(tmp_path / "version.py"))
+    monkeypatch.setattr(commit, "__file__", str(tmp_path / "version.py"))
     assert version.code_version()["commit"] is None
 
 

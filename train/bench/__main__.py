@@ -9,8 +9,10 @@ make one table: a cell that is measured again replaces the old one.
 import contextlib
 import dataclasses
 import itertools
+import math
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,12 +20,12 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from jaxattn.bench import harness
+from models.cli import fail, parse
 from models.config import PRESETS
 from models.remat import parse_remat
 from train.bench.run import compile_first, has_torch, run_cell
 from train.bench.shapes import TORCH, Cell, RowKind, parse_mesh
 from train.bench.table import HEADER, key, line, read, write
-from train.config.cli import fail, parse
 from train.config.sections import chosen
 
 ON_GPU = {
@@ -129,6 +131,12 @@ class BenchConfig:
     """Compile again in a second process, from the compilation cache of the first, and report that
     time. With --jobs above 1 the first process reports it."""
 
+    resume: bool = False
+    """Skip the cells of --out that this commit has measured on this machine."""
+
+    minutes: float = math.inf
+    """Begin no cell after this time. The exit status is 3 if cells are left."""
+
     out: Path = Path("runs/bench")
     """Directory of bench.json, table.md and the plots; cells of earlier calls are kept."""
 
@@ -148,6 +156,8 @@ class BenchConfig:
                 raise ValueError(f"--{flag}={getattr(self, flag)} must be at least 1")
         for text in self.mesh:
             parse_mesh(text)
+        if not self.minutes > 0:
+            raise ValueError(f"--minutes={self.minutes} must be above 0")
         if self.jobs < 1:
             raise ValueError(f"--jobs={self.jobs} must be at least 1: 1 compiles no cell ahead")
         if ("data" in self.rows) != bool(self.data):
@@ -168,21 +178,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not config.attn and not has_torch():
         print("without PyTorch's columns: it is not installed (pip install -e '.[torch]')")
     cells = list(cells_of(config, on_gpu=machine["device"] != "cpu"))
-    any_ran = False
+    begun = time.monotonic()
+    if config.resume:
+        wanted = [cell for cell in cells if not _is_done(found, cell, machine)]
+        print(f"{len(cells) - len(wanted)} of {len(cells)} cells are done", flush=True)
+        if not wanted:
+            return 0
+        cells = wanted
+    any_ran, left = False, 0
     with contextlib.ExitStack() as stack:
         compiled = None
         if config.jobs > 1:
             print(f"compiling the cells first, {config.jobs} at a time", flush=True)
             compiled = stack.enter_context(compile_first(cells, config.jobs))
         print(HEADER, flush=True)
-        for cell in cells:
+        for number, cell in enumerate(cells):
+            if time.monotonic() - begun > 60 * config.minutes:
+                left = len(cells) - number
+                break
             new = run_cell(cell, cached=config.cached, compiled=compiled) | machine
             any_ran |= "ms" in new
             found = harness.merge(found, new, key)
             write(found, config.out)  # after every cell: an interrupted bench keeps its results
             print(line(new), flush=True)
     print(f"wrote {config.out}/bench.json, table.md and plots, {len(found)} cells in all")
+    if left:
+        print(f"{left} cells are left: the same command with --resume goes on")
+        return harness.UNFINISHED
     return 0 if any_ran else 1
+
+
+def _is_done(found: list[harness.Cell], cell: Cell, machine: dict[str, str]) -> bool:
+    wanted = next(iter(key(dataclasses.asdict(cell) | {"data": [*cell.data]})))
+    return harness.is_done(found, wanted, key, machine)
 
 
 def cells_of(config: BenchConfig, *, on_gpu: bool) -> Iterator[Cell]:

@@ -57,8 +57,6 @@ class Program:
         Raises:
             ValueError, NotImplementedError: The cell cannot run.
         """
-        options: Any = {name: getattr(cell, name) for name in OPTIONS}
-        optim: Any = {"name": cell.optim, "moment_dtype": cell.state, "lr": RATE}
         mesh, devices = MeshConfig(), jax.devices()
         if cell.mesh is not None:
             mesh = parse_mesh(cell.mesh)
@@ -67,15 +65,7 @@ class Program:
                     f"--mesh={cell.mesh} needs {count} devices, and there are {len(devices)}"
                 )
             devices = devices[:count]
-        config = Config(
-            batch_size=cell.batch_size * mesh.data * (mesh.fsdp or len(devices)),
-            steps=STEPS,
-            mesh=mesh,
-            rope_factor=_rope_factor(cell),
-            optim=OptimConfig(**optim),
-            lora=cell.lora,
-            **options,
-        )
+        config = config_of(cell, mesh, len(devices))
         run = resolve(config, devices)
         if run.execution.attn == "cudnn" and cell.rows != "dense":
             raise NotImplementedError("cudnn has no document mask, take --rows=dense")
@@ -140,6 +130,27 @@ class Program:
             "loss": float(values["loss"]),
             "first_losses": [float(loss) for loss in losses[:FIRST_LOSSES]],
         }
+
+
+def config_of(cell: Cell, mesh: MeshConfig, devices: int) -> Config:
+    """Return the flags of the run whose step is timed.
+
+    Args:
+        cell: The cell.
+        mesh: Its mesh; an fsdp of None takes all devices.
+        devices: Number of devices.
+    """
+    options: Any = {name: getattr(cell, name) for name in OPTIONS}
+    optim: Any = {"name": cell.optim, "moment_dtype": cell.state, "lr": RATE}
+    return Config(
+        batch_size=cell.batch_size * mesh.data * (mesh.fsdp or devices),
+        steps=STEPS,
+        mesh=mesh,
+        rope_factor=_rope_factor(cell),
+        optim=OptimConfig(**optim),
+        lora=cell.lora,
+        **options,
+    )
 
 
 def _rope_factor(cell: Cell) -> float | None:

@@ -77,17 +77,25 @@ class Checkpoints:
         """Damaged checkpoints that were moved aside, in this run or before."""
         return sorted(self._dir.parent.glob("corrupt-*"))
 
-    def check(self, identity: Identity) -> dict[str, Any]:
-        """Check that the newest readable checkpoint belongs to this run.
+    def metadata(self) -> dict[str, Any]:
+        """Return the metadata of the newest readable checkpoint.
 
         Returns:
-            Its metadata: "data", "config" and the other arguments of `save`.
+            "data", "config" and the other arguments of `save`.
+
+        Raises:
+            ValueError: no checkpoint can be read.
+        """
+        return self._read_latest(self._metadata)
+
+    def check(self, identity: Identity) -> dict[str, Any]:
+        """Check that the newest readable checkpoint belongs to this run; return its `metadata`.
 
         Raises:
             ValueError: a field differs (the message has all of them, with both values), or no
                 checkpoint can be read.
         """
-        run = self._read_latest(self._metadata)
+        run = self.metadata()
         theirs = run["identity"]
         names = sorted(identity.keys() | theirs.keys())
         differ = [n for n in names if identity.get(n) != theirs.get(n)]

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import jax
+from jax.experimental import multihost_utils
 
 from models.weights.orbax_errors import cause
 from train.data.thread import Thread
@@ -44,6 +45,10 @@ class Exports:
             for step in self._steps():
                 if step > start:
                     _remove(self._dir / f"step-{step}")
+
+    def latest(self) -> int:
+        """Return the step of the newest complete export, as the first process sees it; 0: none."""
+        return int(multihost_utils.broadcast_one_to_all(max(self._steps(), default=0)))
 
     def save(self, step: int, take: Callable[[], Write]) -> None:
         """Start to write the export of a step; training may go on while it is written.

@@ -5,8 +5,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from models.cli import parse
 from models.config import PRESETS
-from train.config.cli import parse
 from train.config.config import Config
 from train.config.file import SUFFIXES, Values, read_values
 from train.config.recipes import RECIPES
@@ -81,19 +81,24 @@ def config_notes(config: Config) -> list[str]:
 
 
 def check_complete(config: Config) -> None:
-    """Raise ValueError if a recipe or an XTuner config lacks data, or weights and a tokenizer."""
+    """Check that a recipe or an XTuner config has data to train on, and weights or a tokenizer.
+
+    A run is refused with a ValueError without them. --dry_run and --print_config print the reason
+    instead.
+    """
     path = Path(config.config) if config.config and config.config.endswith(".py") else None
-    if config.dry_run or config.print_config or config.recipe is None and path is None:
+    if config.recipe is None and path is None:
         return
     flag = f"--config={path}" if path else f"--recipe={config.recipe}"
     if not config.data.files:
         lost = read_xtuner(path).lost if path else []
         why = [f"{setting} is {why}" for setting, why in lost if "--data" in why]
         raise ValueError(f"{flag} needs --data: {(*why, 'files to train on')[0]}")
-    if config.model in PRESETS and config.tokenizer is None:
+    if (config.model is None or config.model in PRESETS) and config.tokenizer is None:
+        what = "no --model" if config.model is None else f"--model={config.model}"
         raise ValueError(
-            f"{flag} needs --model DIR, trained weights: --model={config.model} "
-            "begins with random ones, for which --tokenizer must be given"
+            f"{flag} needs --model DIR, trained weights: {what} begins with random ones, for which "
+            "--tokenizer must be given"
         )
 
 

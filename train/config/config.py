@@ -137,7 +137,7 @@ class Config:
 
     export_layout: Annotated[Literal["internlm2", "llama"] | None, chosen("internlm2|llama")] = None
     """Names and shapes of exported tensors: InternLM2's, or those of LlamaForCausalLM. By default
-    those of --model's weights, else internlm2."""
+    those of --model's weights, or of the exports of the run that it names, else internlm2."""
 
     export_keep: Annotated[int, at_least(1)] = 2
     """Number of latest exports to keep."""
@@ -204,7 +204,8 @@ class Config:
 
     dry_run: bool = False
     """Print the command with all choices, and the memory plan; compile the step and compare. No
-    data are read, nothing is trained or written. The exit status is 1 if the run does not fit."""
+    data are read, nothing is trained or written. The exit status is 1 if the run does not fit, or
+    would be refused because data, weights or a tokenizer are missing."""
 
     dry_run_device: Annotated[str | None, chosen("NAME|GiB")] = None
     """GPU to plan for with --dry_run, which need not be installed: h200, h100, a100-80, a100-40,

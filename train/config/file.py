@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from train.config.cli import nearest
+from models.cli import nearest
 from train.config.config import Config
-from train.config.synonyms import SYNONYMS
+from train.config.synonyms import RENAMED, SYNONYMS
 from train.config.words import Kind, flag_kinds, flatten_config
 
 Values = dict[str, Any]
@@ -99,10 +99,17 @@ def _unique(pairs: Sequence[tuple[Any, Any]]) -> dict[str, Any]:
 def _differing(flags: Any) -> Iterator[tuple[str, Any]]:
     """Yield the flags of a run's config.json that are not defaults.
 
-    They include those of its recipe, so that the recipe itself is not needed.
+    They include those of its recipe, so that the recipe itself is not needed. Flags of older
+    versions have their present names.
     """
     defaults = json.loads(json.dumps(flatten_config(Config())), parse_int=str, parse_float=str)
-    for name, value in _unique([*flags.items()]).items():
+    for given, value in _unique([*flags.items()]).items():
+        name = RENAMED.get(given, given)
+        if given == "lora.export":  # the adapter was exported with every checkpoint
+            name, value = (
+                "export_every",
+                flags.get("save_every") if value else defaults["export_every"],
+            )
         if name not in ("recipe", *COMMAND_LINE_ONLY) and value != defaults.get(name):
             yield name, value
 

@@ -1,6 +1,17 @@
-"""Map flags of XTuner, Hugging Face, LLaMA-Factory and torchtitan to the flags of train.main."""
+"""Map flags of XTuner, Hugging Face, LLaMA-Factory, torchtitan and older versions to ours."""
 
-SYNONYMS = {
+RENAMED = {
+    "accum": "grad_accum",
+    "data.overlong": "data.too_long",
+    "device": "dry_run_device",
+    "keep": "keep_last",
+    "optim.decay": "optim.decay_ratio",
+    "optim.state": "optim.moment_dtype",
+    "optim.warmup": "optim.warmup_ratio",
+}
+"""Present names of the flags of older versions."""
+
+SYNONYMS = {f: f"take --{name}" for f, name in RENAMED.items()} | {
     name: hint
     for hint, names in {
         "take --optim.lr": "lr learning_rate optimizer.lr max_lr peak_lr",
@@ -40,6 +51,12 @@ SYNONYMS = {
         "take --config": "config_file cfg cfg_file yaml job.config_file",
         "take --data": "data.files dataset dataset_name_or_path train_file dataset_path data_path "
         "training.dataset",
+        "take data.files, --data on the command line": "data.path data.paths data.file data.name "
+        "data.train data.train_file data.train_files data.train_path data.data_path data.dataset "
+        "dataset.path dataset.name",
+        "take data.val, --data.val on the command line": "data.val_path data.val_file "
+        "data.val_files data.validation data.eval data.eval_path",
+        "take --export_every": "lora.export",
         "take --data.val": "val_size eval_dataset validation_file val_data",
         "take --data.packing": "packing pack_to_max_length neat_packing pack",
         "take --model": "model_name_or_path pretrained_model_name_or_path model_path",

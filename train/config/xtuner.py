@@ -29,7 +29,7 @@ class Outcome(NamedTuple):
 
 
 Facts = Mapping[str, Any]
-"""Values of all settings by the keys of `RULES`."""
+"""Values of all settings by the keys of `RULES`; None for one that is not a plain constant."""
 
 Rule = Callable[[Any, Facts, str], Outcome | None]
 """(value, facts, type of the dict that has it) -> outcome; None: a default without meaning here."""
@@ -82,6 +82,7 @@ def read_xtuner(path: Path) -> XTunerConfig:
     settings = [_of_constant(name, c) for name, c in file.constants.items()]
     settings += [_of_leaf(leaf) for leaves in file.parts.values() for leaf in leaves]
     facts = {s.key: s.value for s in settings if s.key and not _has_unread(s.value)}
+    facts |= {s.key: None for s in settings if s.key and s.key not in facts}
     found = XTunerConfig()
     for setting in settings:
         outcome = _outcome(setting, facts)
@@ -136,7 +137,8 @@ def _outcome(setting: _Setting, facts: Facts) -> Outcome | None:
         return Outcome(reason=reason, lost=not setting.used_in)
     rule = RULES[setting.key]
     if _has_unread(setting.value) and rule is not _ignore:
-        return Outcome(reason="not a plain constant: give the flag yourself", lost=True)
+        flag = f"--{rule.name}" if isinstance(rule, _Flag) else "the flag"
+        return Outcome(reason=f"not a plain constant: give {flag} yourself", lost=True)
     try:
         outcome = rule(setting.value, facts, setting.owner)
     except (TypeError, ValueError, AttributeError):
@@ -169,8 +171,15 @@ def _check_kind(file: PlainPython) -> None:
 # Rules.
 
 
-def _flag(name: str, convert: Callable[[Any], Any] = lambda value: value) -> Rule:
-    return lambda value, facts, owner: Outcome({name: convert(value)})
+@dataclasses.dataclass(frozen=True)
+class _Flag:
+    """Rule for a setting that becomes one flag."""
+
+    name: str
+    convert: Callable[[Any], Any] = lambda value: value
+
+    def __call__(self, value: Any, facts: Facts, owner: str) -> Outcome:
+        return Outcome({self.name: self.convert(value)})
 
 
 def _if_true(flag: str, chosen: Any) -> Rule:
@@ -203,7 +212,11 @@ def _last(value: Any) -> Any:
 
 def _rows(value: int, facts: Facts, owner: str) -> Outcome:
     """Rows of a step, here and there for each group of devices that share rows."""
-    rows = value * facts.get("accumulative_counts", 1)
+    accum = facts.get("accumulative_counts", 1)
+    if accum is None:
+        reason = "accumulative_counts is not known: give --rows_per_device, their product"
+        return Outcome(reason=reason, lost=True)
+    rows = value * accum
     return Outcome({"rows_per_device": rows}, source=f"batch_size={value} x accumulative_counts")
 
 
@@ -250,7 +263,7 @@ def _end(value: int | float, facts: Facts, owner: str) -> Outcome | None:
         return None if value == epochs else Outcome(reason="not the last epoch", lost=True)
     if not epochs:
         return Outcome(reason="max_epochs is not known: give --optim.warmup_ratio", lost=True)
-    if value in [facts.get(key, 0) * epochs for key in ("warmup_ratio", "warm_up_ratio")]:
+    if value in [(facts.get(key) or 0) * epochs for key in ("warmup_ratio", "warm_up_ratio")]:
         return None
     return Outcome({"optim.warmup_ratio": float(f"{value / epochs:.6g}")})
 
@@ -323,23 +336,23 @@ _WITHOUT_MEANING = """
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_WITHOUT_MEANING, _ignore),
     # Model
-    "pretrained_model_name_or_path": _flag("model"),
+    "pretrained_model_name_or_path": _Flag("model"),
     "tokenizer.pretrained_model_name_or_path": lambda value, facts, owner: (
         None
         if value == facts.get("pretrained_model_name_or_path")
         else Outcome({"tokenizer": value})
     ),
-    "attn_implementation": _flag("attn"),
+    "attn_implementation": _Flag("attn"),
     "use_varlen_attn": _unneeded("documents of one row never attend to each other"),
     "max_position_embeddings": _lost("the scaling of the weights is used; see --rope_factor"),
     "torch_dtype": _dtype,
     # LoRA
     "lora.type": _lora,
-    "r": _flag("lora.rank"),
-    "lora_alpha": _flag("lora.alpha", float),
-    "lora_dropout": _flag("lora.dropout", float),
-    "target_modules": _flag("lora.targets", tuple),
-    "use_rslora": _flag("lora.rslora"),
+    "r": _Flag("lora.rank"),
+    "lora_alpha": _Flag("lora.alpha", float),
+    "lora_dropout": _Flag("lora.dropout", float),
+    "target_modules": _Flag("lora.targets", tuple),
+    "use_rslora": _Flag("lora.rslora"),
     "bias": _only("none", otherwise=_UNKNOWN),
     # Quantisation
     "load_in_4bit": _if_true("base_dtype", "nf4"),
@@ -373,8 +386,8 @@ RULES: dict[str, Rule] = {
             "rows must be conversation, messages or instruction and output: write them so"
         ),
     ),
-    "max_length": _flag("seq_len"),
-    "packed_length": _flag("seq_len"),
+    "max_length": _Flag("seq_len"),
+    "packed_length": _Flag("seq_len"),
     "pack_to_max_length": lambda value, facts, owner: Outcome(
         reason="rows are always packed" + ("" if value else ", with several documents each"),
         lost=not value,
@@ -385,35 +398,35 @@ RULES: dict[str, Rule] = {
     ),
     "sampler.shuffle": _only(True, otherwise=_lost("rows are always shuffled, by --seed")),
     "dataloader_num_workers": _unneeded(),
-    "sequence_parallel_size": _only(1, otherwise=_flag("mesh.seq")),
+    "sequence_parallel_size": _only(1, otherwise=_Flag("mesh.seq")),
     # Steps and optimizer
     "batch_size": _rows,
-    "accumulative_counts": _flag("grad_accum"),
-    "max_epochs": _flag("epochs", float),
-    "max_iters": _flag("steps"),
+    "accumulative_counts": _Flag("grad_accum"),
+    "max_epochs": _Flag("epochs", float),
+    "max_iters": _Flag("steps"),
     "optim_type": _optimizer,
     "optimizer.type": _optimizer,
-    "lr": _flag("optim.lr", float),
-    "betas": _flag("optim.betas", tuple),
-    "weight_decay": _flag("optim.weight_decay", float),
-    "max_norm": _flag("optim.clip", float),
+    "lr": _Flag("optim.lr", float),
+    "betas": _Flag("optim.betas", tuple),
+    "weight_decay": _Flag("optim.weight_decay", float),
+    "max_norm": _Flag("optim.clip", float),
     "optim_wrapper.type": _only("AmpOptimWrapper", "OptimWrapper", otherwise=_UNKNOWN),
     "optim_wrapper.dtype": _dtype,
-    "warmup_ratio": _flag("optim.warmup_ratio", float),
-    "warm_up_ratio": _flag("optim.warmup_ratio", float),
+    "warmup_ratio": _Flag("optim.warmup_ratio", float),
+    "warm_up_ratio": _Flag("optim.warmup_ratio", float),
     "param_scheduler.type": _scheduler,
     "param_scheduler.eta_min": _last_rate,
     "param_scheduler.begin": _begin,
     "param_scheduler.end": _end,
     "param_scheduler.by_epoch": _only(True, otherwise=_lost("the schedule counts epochs")),
     # Checkpoints, samples, log
-    "save_steps": _flag("save_every"),
-    "checkpoint.interval": _flag("save_every"),
+    "save_steps": _Flag("save_every"),
+    "checkpoint.interval": _Flag("save_every"),
     "checkpoint.by_epoch": _only(False, otherwise=_lost("checkpoints are counted in steps")),
     "save_total_limit": _keep,
     "checkpoint.max_keep_ckpts": _keep,
-    "evaluation_freq": _flag("sample_every"),
-    "custom_hooks.every_n_iters": _flag("sample_every"),
+    "evaluation_freq": _Flag("sample_every"),
+    "custom_hooks.every_n_iters": _Flag("sample_every"),
     "evaluation_inputs": _prompts,
     "SYSTEM": _system,
     "custom_hooks.system": _system,
@@ -422,12 +435,12 @@ RULES: dict[str, Rule] = {
         "VarlenAttnArgsToMessageHubHook",
         otherwise=_lost("hooks of one's own are not run"),
     ),
-    "logger.interval": _flag("log_every"),
+    "logger.interval": _Flag("log_every"),
     "visualizer": _only(None, otherwise=_lost("see --log")),
     "load_from": _only(None, otherwise=_lost("a run resumes by --out, or begins by --model RUN")),
     "resume": _only(False, otherwise=_lost("a run resumes by the same --out")),
     # Randomness
-    "randomness.seed": _only(None, otherwise=_flag("seed")),
+    "randomness.seed": _only(None, otherwise=_Flag("seed")),
     "randomness.deterministic": _if_true("deterministic", True),
 }
 """Rules by the end of the dotted place of a setting."""

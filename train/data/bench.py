@@ -23,9 +23,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
+from models.cli import fail, parse
 from models.tokenizer import Tokenizer, load_tokenizer
 from train.config.bounds import above, check_bounds, require
-from train.config.cli import fail, parse
 from train.data.files.examples import Ids
 from train.data.files.fields import RowError
 from train.data.files.formats import recognise

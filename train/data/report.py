@@ -6,6 +6,9 @@ import re
 
 from models.terminal import counted
 
+RAW = ("pretrain", "tokens", "text")
+"""Formats (files/formats.py) of raw text, and of ids that may be anything; all others are chats."""
+
 _LINES = 3  # line numbers that are named of problems of one kind
 _KINDS = 6  # kinds of problems that are named for a file; the rest are counted
 _KEYS = 12  # unread keys that are named for a file; the rest are counted
@@ -38,9 +41,9 @@ class FileReport:
     remarks: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
-        formats = ", ".join(f"{count:,} {name}" for name, count in self.formats.items())
-        broken = self.rows - self.documents
-        return f"{self.file}: {counted(self.rows, 'row')} ({formats}, {broken:,} broken)"
+        counts = [f"{count:,} in the format {name}" for name, count in self.formats.items()]
+        counts.append(f"{self.rows - self.documents:,} broken")
+        return f"{self.file}: {counted(self.rows, 'row')}: {', '.join(counts)}"
 
     def notes(self) -> list[str]:
         """Return a line for the keys that are not read, and one for each remark."""
@@ -72,6 +75,11 @@ class Report:
     broken: tuple[Problem, ...]  # rows that could not be used
     dropped: tuple[Problem, ...]  # documents left out because of their length
     truncated: tuple[Problem, ...]  # documents cut to `seq_len`; counted in `documents`
+
+    @property
+    def has_chats(self) -> bool:
+        """True if a file has rows in one of the chat formats."""
+        return any(name not in RAW for file in self.files for name in file.formats)
 
     @property
     def efficiency(self) -> float:

@@ -7,6 +7,7 @@ step is traced, not a slow program.
 
 import math
 from collections.abc import Sequence
+from itertools import product
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
@@ -14,6 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from train.config.sections import MeshConfig
 
 AXES = ("data", "fsdp", "seq", "tensor")
+MOST_SHOWN = 6  # meshes that an error lists
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -22,7 +24,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     An fsdp of None takes all devices that the other axes leave.
 
     Raises:
-        ValueError: The sizes do not multiply to the number of devices.
+        ValueError: The sizes do not multiply to the number of devices; lists meshes that do.
     """
     devices = jax.devices() if devices is None else devices
     fixed = config.data * config.seq * config.tensor
@@ -31,7 +33,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         raise ValueError(
             f"--mesh.data={config.data} x --mesh.fsdp={fsdp} x --mesh.seq={config.seq} x "
             f"--mesh.tensor={config.tensor} = {fixed * fsdp} must be the number of devices, "
-            f"{len(devices)}"
+            f"{len(devices)}: take {', or '.join(_meshes(config, len(devices)))}"
         )
     return jax.make_mesh(
         (config.data, fsdp, config.seq, config.tensor),
@@ -39,6 +41,30 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         axis_types=(AxisType.Explicit,) * len(AXES),
         devices=devices,
     )
+
+
+def _meshes(config: MeshConfig, count: int) -> list[str]:
+    """Return the flags of the meshes of `count` devices that change the fewest of the given sizes.
+
+    An fsdp that is not given is free. A size of 1 is the default and is left out.
+    """
+    given = (config.data, config.fsdp, config.seq, config.tensor)
+    divisors = [n for n in range(1, count + 1) if count % n == 0]
+    meshes = [sizes for sizes in product(divisors, repeat=len(AXES)) if math.prod(sizes) == count]
+    changes = [
+        sum(old not in (None, new) for old, new in zip(given, sizes, strict=True))
+        for sizes in meshes
+    ]
+    nearest = [sizes for sizes, n in zip(meshes, changes, strict=True) if n == min(changes)]
+    nearest.sort(key=lambda sizes: -sizes[AXES.index("fsdp")])
+    return [
+        " ".join(
+            f"--mesh.{axis}={size}"
+            for axis, size in zip(AXES, sizes, strict=True)
+            if size > 1 or axis == "fsdp"
+        )
+        for sizes in nearest[:MOST_SHOWN]
+    ]
 
 
 def abstract_mesh(config: MeshConfig) -> AbstractMesh:

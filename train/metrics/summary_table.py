@@ -1,4 +1,4 @@
-"""Table of runs: what ran where, with which speed, memory and loss; HTML or Markdown."""
+"""Table of runs: what ran where, with which speed, memory and loss; for HTML or as Markdown."""
 
 import logging
 import math
@@ -14,8 +14,10 @@ log = logging.getLogger(__name__)
 COLUMNS = (
     *("run", "model", "devices", "rows a step", "attention", "precision", "steps", "loss"),
     *("best validation", "tokens/s", "MFU", "peak GiB", "skipped"),
-    *("time: " + ", ".join(PARTS), "versions"),
+    *(f"time: {part}" for part in PARTS),
+    "versions",
 )
+"""Names of `cells`."""
 
 
 def log_table(out: Path) -> None:
@@ -28,9 +30,17 @@ def log_table(out: Path) -> None:
 
 
 def markdown(runs: Sequence[RunRecords]) -> list[str]:
-    """Return the lines of a Markdown table with one row for each run, for an issue or a page."""
-    rows = [COLUMNS, ["---"] * len(COLUMNS), *map(cells, runs)]
-    return [f"| {' | '.join(row)} |" for row in rows]
+    """Return the lines of a Markdown table for an issue or a page: a column for each run.
+
+    The table of one run fits a terminal of 80 columns, unless its names are very long.
+    """
+    rows = [*zip(COLUMNS, *map(cells, runs), strict=True)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, tuple("-" * width for width in widths))
+    return [
+        f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))} |"
+        for row in rows
+    ]
 
 
 def cells(run: RunRecords) -> list[str]:
@@ -50,7 +60,7 @@ def cells(run: RunRecords) -> list[str]:
         f"{statistics.median(mfu):.1%}" if mfu else "-",
         f"{last['peak_memory_bytes'] / 2**30:.1f}",
         f"{last.get('skipped') or 0:.0f}",
-        ", ".join(f"{part:.0%}" for part in parts),
+        *(f"{part:.1%}" for part in parts),
         _versions(run.config),
     ]
 

@@ -113,7 +113,7 @@ def check_rows_for_attention(run: Run, *loaders: Loader) -> None:
 
 def abstract_training(
     run: Run,
-) -> tuple[optax.GradientTransformation, nnx.GraphDef, TrainState]:
+) -> tuple[optax.GradientTransformationExtraArgs, nnx.GraphDef, TrainState]:
     """Return the optimizer, the graphdef of the model, and the state as ShapeDtypeStructs."""
     # Adapters are float32, whatever the frozen weights are stored in.
     param_dtype = run.execution.param_dtype if run.execution.lora is None else jnp.float32
@@ -142,7 +142,7 @@ def initial_params(run: Run, like: TrainState) -> Params:
 
 def compile_training(
     run: Run,
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformationExtraArgs,
     graphdef: nnx.GraphDef,
     like: TrainState,
     sources: int = 1,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import jax
 
 from jaxattn.device import GPUS, DeviceSpec, GiB
+from train.config.command_line import check_complete
 from train.config.config import Config
 from train.config.words import flatten_config
 from train.distributed import device
@@ -21,7 +22,7 @@ def dry_run(config: Config) -> bool:
     """Print what a run needs, without reading data or making an array.
 
     Returns:
-        Whether the run fits the devices.
+        Whether the run fits the devices, and is not refused for another reason.
 
     Raises:
         ValueError, NotImplementedError, OSError: As in the run itself.
@@ -34,17 +35,30 @@ def dry_run(config: Config) -> bool:
         _print(f"not compiled: this machine has {jax.devices()[0].device_kind}")
     elif fits:
         _print(*_compare(run))
-    return fits
+    if refused := _refused(config):
+        _print(f"the run would be refused: {refused}")
+    return fits and not refused
 
 
 def print_config(config: Config, notes: Sequence[str]) -> None:
     """Print the flags that repeat a run as YAML, with notes as comments; errors as in `dry_run`."""
     run, given = _resolve(config), flatten_config(config)
+    if refused := _refused(config):
+        notes = (*notes, f"a run would be refused: {refused}")
     chosen = [flag for flag in run.chosen() if given[flag] in (None, "auto")]
     if chosen:
         note = f"chosen for {run.device.device_kind}: {', '.join(chosen)}"
         notes = (*notes, note, "without these lines another machine makes its own choice")
     _print(*(f"# {note}" for note in notes), as_yaml(run).rstrip())
+
+
+def _refused(config: Config) -> str:
+    """Return the reason for which `train.main` refuses the flags; "" if it does not."""
+    try:
+        check_complete(config)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _resolve(config: Config) -> Run:

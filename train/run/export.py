@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -14,11 +15,10 @@ from models.byte_tokenizer import ByteTokenizer
 from models.lora import adapter_params
 from models.tokenizer import load_tokenizer
 from models.weights.adapter_files import write_adapter
-from models.weights.llama import layout_of
 from models.weights.save import snapshot_hf
 from models.weights.sidecar_files import generation_config
 from train.checkpoint.checksum import all_finite
-from train.checkpoint.exports import Write
+from train.checkpoint.exports import Exports, Write
 from train.run.resolve import Run
 from train.step.state import TrainState
 
@@ -52,6 +52,32 @@ def export_assets(run: Run) -> Path | None:
     return found
 
 
+def restore_export(run: Run, exports: Exports, start: int, export: Callable[[], None]) -> None:
+    """Write the export that a kill has cost, or log that it is lost.
+
+    A kill between a checkpoint and the end of an export leaves the checkpoint alone.
+
+    Args:
+        run: The run.
+        exports: Its exports, after `Exports.begin`.
+        start: Step from which the run resumes; above 0.
+        export: Begins an export of that step's weights.
+    """
+    every = run.config.export_every
+    due = start if start == run.steps else start // every * every
+    if exports.latest() >= due:
+        return
+    if due == start:
+        log.info(f"the export of step {start} is missing, and is written now")
+        export()
+    else:
+        following = min(due + every, run.steps)
+        log.info(
+            f"there is no export of step {due}, whose weights are gone; the next one is of step "
+            f"{following}"
+        )
+
+
 def take_export(run: Run, assets: Path | None, graphdef: nnx.GraphDef, state: TrainState) -> Write:
     """Copy the weights to host memory; return the function that writes them.
 
@@ -75,7 +101,7 @@ def take_export(run: Run, assets: Path | None, graphdef: nnx.GraphDef, state: Tr
                 "start again with a smaller --optim.lr"
             )
     model = nnx.merge(graphdef, state.weights)
-    layout = config.export_layout or layout_of(run.weights)
+    layout = run.layout or "internlm2"
     if run.execution.lora is None:
         return snapshot_hf(
             model,

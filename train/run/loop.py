@@ -1,5 +1,6 @@
 """Train from the flags to the last checkpoint: resolve, read, compile, start or resume, sample."""
 
+import functools
 import logging
 import time
 from typing import Any
@@ -21,7 +22,7 @@ from train.run.build import (
     open_training,
     open_validation,
 )
-from train.run.export import export_assets, take_export
+from train.run.export import export_assets, restore_export, take_export
 from train.run.recorder import Recorder, check_recorder
 from train.run.resolve import resolve
 from train.run.resume import check_out, check_resume, check_still_new, identity_of, read_checkpoint
@@ -82,8 +83,15 @@ def run(config: Config) -> None:
                     if like.frozen is not None:  # no checkpoint has them
                         state = state._replace(frozen=new_frozen(initial_params(run, like), like))
                 start = int(state.step)
+
+                def export(state: TrainState) -> None:
+                    exports.save(int(state.step), lambda: take_export(run, assets, graphdef, state))
+
                 if start == run.steps:
                     log.info(f"all {run.steps} steps are done: to train on, give more --steps")
+                    if config.export_every:
+                        exports.begin(start)
+                        restore_export(run, exports, start, functools.partial(export, state))
                 else:
                     step = compile_training(run, tx, graphdef, state, len(loader.sources))
                     if config.export_every:  # compiles, and finds at once what would fail
@@ -92,6 +100,8 @@ def run(config: Config) -> None:
                     run_lock.acquire()
                     check_still_new(run, saved)
                     exports.begin(start)
+                    if config.export_every and start:
+                        restore_export(run, exports, start, functools.partial(export, state))
                     evaluate = Evaluation(
                         validation.sets,
                         graphdef,
@@ -110,17 +120,12 @@ def run(config: Config) -> None:
                     def save(state: TrainState, **options: Any) -> None:
                         checkpoints.save(state, identity=identity, config=flags, **options)
 
-                    def export(state: TrainState) -> None:
-                        exports.save(
-                            int(state.step), lambda: take_export(run, assets, graphdef, state)
-                        )
-
                     state = train(run, step, state, start, loader, evaluate, recorder, save, export)
                 batch = next(loader)
     params, done = state.weights, int(state.step) == run.steps
     del state  # the sample can use the memory of the optimizer
     if done:
         write_sample(run, graphdef, params, batch)
-        log_end(run, time.monotonic() - begun)
+        log_end(run, time.monotonic() - begun, chat=loader.report.has_chats)
         if jax.process_index() == 0:
             log_table(run.out)

@@ -22,6 +22,7 @@ from models.lora import LoRA
 from models.remat import parse_remat
 from models.tokenizer import Tokenizer
 from models.weights.abstract import abstract
+from models.weights.llama import layout_of
 from models.weights.run_layout import find_checkpoint
 from train.config.config import MOST_STEPS, Config
 from train.distributed.device import HOST_SHARE
@@ -71,6 +72,9 @@ class Run:
 
     weights: Path | None
     """Directory of HF or orbax weights to load, or a run's checkpoint; None: random weights."""
+
+    layout: str | None
+    """Layout of exports, "internlm2" or "llama"; None for random weights, which have none yet."""
 
     tokenizer: Tokenizer
     """Tokenizer, whose vocabulary fits the model's."""
@@ -270,6 +274,7 @@ def resolve(config: Config, devices: Sequence[jax.Device] | DeviceSpec | None = 
         name=name,
         model=model,
         weights=weights,
+        layout=config.export_layout or (layout_of(weights) if weights else None),
         tokenizer=tokenizer,
         mesh=mesh,
         device=device,

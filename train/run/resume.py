@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from models.weights import run_layout
+from models.weights.run_layout import find_checkpoint
 from train.checkpoint.checkpoints import Checkpoints
 from train.data.loader import Loader
 from train.run.resolve import Run
@@ -89,7 +90,28 @@ def read_checkpoint(
             f"{run.out} holds a checkpoint of step {checkpoints.latest}, and --no_resume would "
             "overwrite it: choose another --out"
         )
+    _check_weights(run, checkpoints.metadata(), identity)
     return checkpoints.check(identity)
+
+
+def _check_weights(run: Run, saved: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Check that the run of --model has not trained on since this run began from it.
+
+    Raises:
+        ValueError: It has; names the checkpoint that this run began from.
+    """
+    then, now = (saved["config"] or {}).get("model"), run.name
+    if saved["identity"].get("weights") in (None, identity["weights"]) or then == now:
+        return
+    first, latest = Path(str(then)), find_checkpoint(now)
+    if latest is None or first.parent.resolve() != latest.parent.resolve():
+        return  # another model: `Checkpoints.check` has all that differs
+    remedy = f"take --model={first}"
+    if not first.is_dir():
+        remedy = f"choose another --out, because {first} is no longer there"
+    raise ValueError(
+        f"{run.out} began from {first}, and --model={run.config.model} means {latest}: {remedy}"
+    )
 
 
 def check_resume(run: Run, step: int, saved: Mapping[str, Any], loader: Loader) -> None:

@@ -75,13 +75,19 @@ def log_dispatch(run: Run, batch: Batch) -> None:
     log.info(f"dispatch internlm2 attn forward: {found}")
 
 
-def log_end(run: Run, seconds: float) -> None:
-    """Log the files of a finished run, its time, and the commands that come next."""
+def log_end(run: Run, seconds: float, *, chat: bool) -> None:
+    """Log the files of a finished run, its time, and the commands that come next.
+
+    Args:
+        run: The run.
+        seconds: Its time.
+        chat: True if its data have chats, so that a prompt is the message of a user.
+    """
     out = run.out
     took = timedelta(seconds=round(seconds))
     log.info(f"done in {took}: {out} has checkpoints, metrics.jsonl, config.json, sample.txt")
-    chat = " --chat" if run.config.chat else ""
-    log.info(f'try it:  python -m models.generate {out}{chat} --prompt "..."')
+    as_chat = " --chat" if chat or run.config.chat else ""
+    log.info(f'try it:  python -m models.generate {out}{as_chat} --prompt "..."')
     log.info(f"curves:  python -m train.report {out}")
     if run.execution.lora is not None:
         log.info(f"adapter: python -m models.convert {out} {out}/adapter")
@@ -94,7 +100,7 @@ def log_end(run: Run, seconds: float) -> None:
 
 def flags_in_use(run: Run) -> dict[str, Any]:
     """Return the value in use of every flag: as given, or chosen where none was given."""
-    return flatten_config(run.config) | run.chosen()
+    return flatten_config(run.config) | run.chosen() | {"export_layout": run.layout}
 
 
 def save_config(run: Run) -> None:

@@ -139,6 +139,9 @@ def _on_whole_arrays(rule: optax.GradientTransformation) -> optax.GradientTransf
     """
     rule = optax.with_extra_args_support(rule)
 
+    def with_extra(updates, state, params, extra):
+        return rule.update(updates, state, params, **extra)
+
     def update(updates, state, params=None, **extra):
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
@@ -149,10 +152,7 @@ def _on_whole_arrays(rule: optax.GradientTransformation) -> optax.GradientTransf
             return NamedSharding(mesh, P() if sharding.mesh.empty else sharding.spec)
 
         out = jax.tree.map(place, (updates, state))
-        on_shards = jax.sharding.auto_axes(
-            lambda *args: rule.update(*args[:3], **args[3]), out_sharding=out
-        )
-        return on_shards(updates, state, params, extra)
+        return jax.sharding.auto_axes(out_sharding=out)(with_extra)(updates, state, params, extra)
 
     return optax.GradientTransformationExtraArgs(rule.init, update)
 

@@ -83,19 +83,19 @@ def update_weights(
 
     def of_layer(i: jax.Array, carry: Any) -> Any:
         *stacks, kept = carry
-        layer = [_map_blocks(lambda a: a[i], tree) for tree in (_part(grads, True), *stacks)]
-        *new, more = update(*layer, Place(tuple(streams[True]), i))
+        g, p, state = (_map_blocks(lambda a: a[i], x) for x in (_part(grads, True), *stacks))
+        *new, more = update(g, p, state, Place(tuple(streams[True]), i))
         written = [
-            _map_blocks(lambda a, n: a.at[i].set(n), tree, with_)
-            for tree, with_ in zip(stacks, new, strict=True)
+            _map_blocks(lambda a, of_layer: a.at[i].set(of_layer), stack, value)
+            for stack, value in zip(stacks, new, strict=True)
         ]
         return *written, kept + more
 
     # A loop with a carry, not a scan: its results take the memory of its arguments.
     start = _part(params, True), _part(opt_state, True), jnp.float32(0)
     *stacks, kept = jax.lax.fori_loop(0, layers, of_layer, start)
-    rest = [_part(tree, False) for tree in (grads, params, opt_state)]
-    *others, more = update(*rest, Place(tuple(streams[False])))
+    g, p, state = (_part(tree, False) for tree in (grads, params, opt_state))
+    *others, more = update(g, p, state, Place(tuple(streams[False])))
     new_params, new_state = (_join(o, s) for o, s in zip(others, stacks, strict=True))
     return new_params, new_state, kept + more
 

@@ -8,8 +8,8 @@ import pytest
 
 import jaxattn
 from jaxattn.api import Impl
+from models.cli import flags, parse
 from models.remat import REMAT
-from train.config.cli import flags, parse
 from train.config.config import Config
 from train.config.synonyms import SYNONYMS
 

@@ -74,6 +74,10 @@ MISTAKES = {
     "seq_lne: 3": "unknown key seq_lne; the nearest is seq_len; see --help",
     "learning_rate: 3": "unknown key learning_rate: take --optim.lr",
     "optim: {learning_rate: 3}": "unknown key optim.learning_rate: take --optim.lr",
+    "data: {path: a.jsonl}": "unknown key data.path: take data.files, --data on the",
+    "data: {val_path: a.jsonl}": "unknown key data.val_path: take data.val, --data.val",
+    "lora: {export: true}": "unknown key lora.export: take --export_every",
+    "optim: {state: int8}": "unknown key optim.state: take --optim.moment_dtype",
     "training: {seq_len: 3}": "unknown key training.seq_len: take --seq_len",
     "steps: 3\nsteps: 4": "steps is there twice: leave one out",
     "optim: {lr: 1}\noptim.lr: 2": "optim.lr is there twice",
@@ -173,6 +177,19 @@ def test_config_of_a_run(tiny, finished):
     config = parse_flags([f"--config={finished}", "--log_every=3"])
     assert (config.model, config.steps, config.optim.lr) == ("tiny", 8, 1e-2)
     assert config.out == recorded["out"] and config.log_every == 3
+
+
+@pytest.mark.parametrize(("export", "every"), [(True, 250), (False, 0)])
+def test_config_of_a_run_of_an_older_version(export, every, tmp_path):
+    """Renamed flags keep their values; lora.export wrote an adapter with every checkpoint."""
+    flags = {"accum": 2, "keep": 3, "optim.warmup": 0.1, "optim.decay": 0.2, "optim.state": "int8"}
+    flags |= {"data.overlong": "head", "device": None, "optim.schedule": "wsd"}
+    flags |= {"lora.rank": 4, "lora.export": export, "save_every": 250, "batch_size": 4}
+    (tmp_path / "config.json").write_text(json.dumps({"flags": flags, "chosen": {}}))
+    config = parse_flags([f"--config={tmp_path}"])
+    assert (config.grad_accum, config.keep_last, config.export_every) == (2, 3, every)
+    assert config.optim.warmup_ratio == 0.1 and config.optim.decay_ratio == 0.2
+    assert config.optim.moment_dtype == "int8" and config.data.too_long == "head"
 
 
 def test_no_file_is_no_change():

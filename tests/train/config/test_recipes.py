@@ -46,8 +46,9 @@ def test_long_rows_fit_an_h200(name, capsys):
     """With dynamic rotary scaling up to the end of the row."""
     config = RECIPES[name]
     assert config.rope_factor * 32_768 == config.seq_len
-    assert main(["--dry_run", "--dry_run_device=h200", f"--recipe={name}"]) == 0
-    assert "it fits" in capsys.readouterr().out
+    assert main(["--dry_run", "--dry_run_device=h200", f"--recipe={name}"]) == 1
+    refused = capsys.readouterr().out.partition("it fits")[2]
+    assert "needs --data: files to train on" in refused
 
 
 @pytest.mark.parametrize(

@@ -174,9 +174,48 @@ def test_sequence_parallelism_keeps_the_rows_of_a_step(read):
 def test_what_is_not_read_is_named(read):
     found = read(SETTINGS + "lr = float('1e-4')\nfor i in x: max_norm = 2\nmodel['a'] = 3\nzz = 4")
     lost = dict(found.lost)
-    assert lost["lr=float('1e-4')"] == "not a plain constant: give the flag yourself"
+    assert lost["lr=float('1e-4')"] == "not a plain constant: give --optim.lr yourself"
     assert lost["zz=4"] == "not a setting known here"
     assert {"for i in x:", "model['a'] = 3"} <= lost.keys() and "optim.lr" not in found.flags
+
+
+def test_all_that_could_not_be_mapped_is_named_where_the_config_is_refused(tmp_path, capsys):
+    """Also what depends on it, such as the rows of a step on accumulative_counts."""
+    text = "lr = float('1e-4')\nbetas = f()\naccumulative_counts = int(x)\n"
+    (tmp_path / "config.py").write_text(SETTINGS + text + PARTS)
+    assert main([f"--config={tmp_path / 'config.py'}"]) == 2
+    out, err = capsys.readouterr()
+    assert "needs --data: alpaca_en_path=tatsu-lab/alpaca is a dataset of the hub" in err
+    assert "--optim.lr" not in out.partition("not mapped: ")[0] and "--rows_per_device" in out
+    for line in (
+        "lr=float('1e-4'): not a plain constant: give --optim.lr yourself",
+        "betas=f(): not a plain constant: give --optim.betas yourself",
+        "accumulative_counts=int(x): not a plain constant: give --grad_accum yourself",
+        "batch_size=2: accumulative_counts is not known: give --rows_per_device, their product",
+        "param_scheduler.eta_min=lr * 0.15: not a plain constant: give the flag yourself",
+    ):
+        assert f"not mapped: {line}\n" in out
+
+
+@pytest.mark.parametrize("form", ["recipe", "xtuner"])
+def test_dry_run_names_what_the_run_refuses(form, tiny, tmp_path, capsys):
+    """By the same check: a preset begins with random weights, and has no tokenizer."""
+    (tmp_path / "config.py").write_text(SETTINGS + "data_files = ['rows.jsonl']\n")
+    (tmp_path / "rows.jsonl").write_text('{"text": "word"}')
+    flags = {
+        "recipe": ["--recipe=internlm2-1.8b-full-alpaca-2k", "--data", f"{tmp_path}/rows.jsonl"],
+        "xtuner": [f"--config={tmp_path / 'config.py'}", f"--data={tmp_path / 'rows.jsonl'}"],
+    }[form]
+    flags += ["--model=tiny", "--seq_len=64", "--rows_per_device=1", "--grad_accum=1"]
+    assert main(flags) == 2
+    refused = capsys.readouterr().err.removeprefix("error: ")
+    assert "needs --model DIR, trained weights: --model=tiny begins with random" in refused
+    assert main([*flags, "--dry_run", "--dry_run_device=h200", "--attn=xla"]) == 1
+    assert f"\nthe run would be refused: {refused}" in capsys.readouterr().out
+    assert main([*flags, "--print_config"]) == 0
+    assert f"# a run would be refused: {refused}" in capsys.readouterr().out
+    assert main([*flags, "--dry_run", "--tokenizer=byte"]) == 0
+    assert "refused" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

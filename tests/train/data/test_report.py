@@ -42,7 +42,7 @@ def test_it_reads_in_one_line_each(write, tokenizer):
         "1 document (0 split, 0 truncated, 0 dropped, 5 broken), 24 tokens, 2 with loss,"
         " in 1 row of 64 (37.5% full)"
     )
-    assert str(report.files[0]) == f"{path}: 6 rows (1 qa, 5 broken)"
+    assert str(report.files[0]) == f"{path}: 6 rows: 1 in the format qa, 5 broken"
     assert report.notes() == [
         f"{path}: 5 broken row(s) skipped, 160 bytes: 5 x 'answer' is empty (line 1, 2, 3, ...)"
     ]
@@ -68,10 +68,11 @@ def test_nothing_is_left_out_in_silence(write, tokenizer):
     ]
     path = write("a.jsonl", rows)
     report = open_data([path], tokenizer, **PARTS).report
-    formats = "5 qa, 1 messages, 1 pretrain, 1 sharegpt, 3 broken"
+    counts = {"qa": 5, "messages": 1, "pretrain": 1, "sharegpt": 1}
+    formats = ", ".join(f"{count} in the format {name}" for name, count in counts.items())
     assert report.lines() == [
         str(report),
-        f"{path}: 11 rows ({formats})",
+        f"{path}: 11 rows: {formats}, 3 broken",
         f"{path}: keys not read: 'id' in 2 row(s), 'meta' in 1 row(s)",
         f"{path}: 1 row(s) without any prompt read as raw text, as XTuner pre-trains",
         f"{path}: 1 answer(s) without loss, as the data ask",

@@ -1,11 +1,20 @@
 """The mesh has every device, or the error names the flags."""
 
+import re
+
 import jax
 import pytest
 from jax.sharding import AxisType
 
 from train.config.sections import MeshConfig
-from train.distributed.mesh import abstract_mesh, check_rows, check_seq, make_mesh, row_shards
+from train.distributed.mesh import (
+    MOST_SHOWN,
+    abstract_mesh,
+    check_rows,
+    check_seq,
+    make_mesh,
+    row_shards,
+)
 
 
 @pytest.mark.parametrize(
@@ -27,11 +36,24 @@ def test_fsdp_takes_what_is_left(config, sizes):
 
 
 @pytest.mark.parametrize(
-    "config", [MeshConfig(data=3), MeshConfig(fsdp=4), MeshConfig(seq=3), MeshConfig(tensor=16)]
+    ("sizes", "remedies"),
+    [
+        ({"data": 3}, [{"fsdp": 8}, {"data": 2, "fsdp": 4}, {"data": 4, "fsdp": 2}]),
+        ({"fsdp": 4}, [{"fsdp": 8}, {"fsdp": 4, "seq": 2}]),
+        ({"seq": 3, "fsdp": 4}, [{"fsdp": 4, "seq": 2}]),
+        ({"tensor": 16, "seq": 2}, [{"fsdp": 4, "seq": 2}, {"fsdp": 2, "seq": 2, "tensor": 2}]),
+    ],
 )
-def test_sizes_must_multiply_to_the_devices(config):
-    with pytest.raises(ValueError, match="must be the number of devices, 8"):
-        make_mesh(config)
+def test_sizes_must_multiply_to_the_devices(sizes, remedies):
+    """The meshes that the message lists work; those that keep more of the given sizes."""
+    with pytest.raises(ValueError, match=r"must be the number of devices, 8: take ") as error:
+        make_mesh(MeshConfig(**sizes))
+    listed = [
+        {axis: int(n) for axis, n in re.findall(r"--mesh\.(\w+)=(\d+)", mesh)}
+        for mesh in str(error.value).partition(": take ")[2].split(", or ")
+    ]
+    assert len(listed) <= MOST_SHOWN and all(mesh in listed for mesh in remedies)
+    assert all(make_mesh(MeshConfig(**mesh)).size == 8 for mesh in listed)
 
 
 def test_one_device_is_a_mesh():

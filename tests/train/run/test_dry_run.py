@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from train.config.cli import parse
+from models.cli import parse
 from train.config.config import Config
 from train.main import main
 from train.run.repeat import as_command

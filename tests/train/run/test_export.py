@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from models.chat import encode_chat
 from models.convert import convert
 from models.execution import Execution
+from models.files import read_json
 from models.internlm2 import init
 from models.tokenizer import load_tokenizer
 from models.weights.hf_files import HFDirectory
@@ -56,6 +58,44 @@ def test_export_has_the_weights_of_its_step_and_the_layout_of_its_model(out):
             want = want[part]
         got = np.asarray(getattr(*find_param(model, weight.path)).get_value())
         assert got.tobytes() == want.astype(ml_dtypes.bfloat16).tobytes(), weight.path
+
+
+def test_layout_goes_on_through_a_run_that_begins_from_a_run(out, tiny_run, tmp_path):
+    """A run records the layout that it was given; exports and conversions keep it."""
+    changes = {"model": str(out), "steps": 1, "export_every": 1}
+    loop.run(dataclasses.replace(tiny_run(tmp_path / "second"), **changes))
+    convert(tmp_path / "second", tmp_path / "third")
+    for directory in (tmp_path / "second" / "export" / "step-1", tmp_path / "third"):
+        assert read_json(directory / "config.json")["model_type"] == "llama"
+    convert(tmp_path / "second", tmp_path / "fourth", layout="internlm2")
+    assert read_json(tmp_path / "fourth" / "config.json")["model_type"] == "internlm2"
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "line"),
+    [
+        (8, 4, "the export of step 8 is missing, and is written now"),
+        (9, 4, "the export of step 8 is missing, and is written now"),
+        (9, 3, "there is no export of step 6, whose weights are gone; the next one is of step 9"),
+    ],
+    ids=["done", "resumed", "lost"],
+)
+def test_export_that_a_kill_has_cost_is_written_or_named(
+    steps, every, line, tiny_run, finished, tmp_path, capsys
+):
+    """The checkpoint of step 8 was complete; the export was not."""
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    (out / "export" / ".step-8.partial").mkdir(parents=True)
+    (out / "export" / ".step-8.partial" / "stale").touch()
+    changes = {"steps": steps, "export_every": every, "export_keep": 3}
+    loop.run(dataclasses.replace(tiny_run(out), **changes))
+    assert capsys.readouterr().out.count(line) == 1
+    wanted = {8: ["step-8"], 9: ["step-8", "step-9"]}[steps] if every == 4 else ["step-9"]
+    assert sorted(p.name for p in (out / "export").iterdir()) == wanted
+    assert not (out / "export" / wanted[0] / "stale").exists()
+    loop.run(dataclasses.replace(tiny_run(out), **changes))  # nothing is missing now
+    assert " export of step " not in capsys.readouterr().out
 
 
 @pytest.mark.torch

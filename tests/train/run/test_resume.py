@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import pytest
@@ -95,6 +96,22 @@ def test_other_weights_are_refused(tiny_run, copy, monkeypatch, capsys):
     monkeypatch.setattr(loop, "identity_of", lambda r: identity_of(r) | {"weights": "b" * 16})
     with pytest.raises(ValueError, match="weights is none there, bbbb.* here; choose another"):
         run(tiny_run(copy))
+
+
+def test_model_run_that_has_trained_on_is_named(tiny_run, copy, tmp_path, monkeypatch):
+    """The checkpoint that the second run began from is the remedy, as long as it is there."""
+    second = dataclasses.replace(tiny_run(tmp_path / "second"), model=str(copy), steps=1)
+    run(second)
+    shutil.copytree(copy / "checkpoints" / "6", copy / "checkpoints" / "9")  # as if trained on
+    first, latest = copy / "checkpoints" / "8", copy / "checkpoints" / "9"
+    message = f"second began from {first}, and --model={copy} means {latest}: "
+    with pytest.raises(ValueError, match=re.escape(f"{message}take --model={first}")):
+        run(second)
+    run(dataclasses.replace(second, model=str(first), steps=2))
+    assert len(losses(tmp_path / "second")) == 2
+    shutil.rmtree(first)
+    with pytest.raises(ValueError, match=re.escape(f"{message}choose another --out, because")):
+        run(second)
 
 
 @pytest.mark.parametrize(

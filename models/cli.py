@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 import docstring_parser
 import tyro
 
-from train.config.words import flag_kinds, flag_name
-
 
 def parse[C](
     config: type[C],
@@ -61,10 +59,17 @@ def parse[C](
     return parsed
 
 
-def flags(config: type) -> list[str]:
+def flags(config: type, prefix: str = "--") -> list[str]:
     """Return every flag of a dataclass and of its sections."""
-    kinds = flag_kinds(config).items()
-    return [f"--{flag_name(flag)}" for flag, kind in kinds if kind != "section"]
+    names = []
+    for field in dataclasses.fields(config):
+        if isinstance(field.default_factory, type):
+            names += flags(field.default_factory, f"{prefix}{field.name}.")
+        else:  # tyro's own name for it, if it has one; an empty one is its section's
+            given = [getattr(m, "name", None) for m in getattr(field.type, "__metadata__", ())]
+            name = next((n for n in given if n is not None), field.name)
+            names.append(f"{prefix}{name}".rstrip("."))
+    return names
 
 
 def fail(error: object, status: int) -> int:
@@ -119,5 +124,9 @@ def _message(box: str) -> str:
         value, flag, choices = found.groups()
         known = sorted(c for c in re.findall(r"'([^']*)'", choices) if c != "None")
         return f"{flag}={value} must be one of {', '.join(known)}"
+    if found := re.match(r"Missing from (.*?): (.*)", text):
+        parts = (part.split() for part in found[2].split("(required)"))
+        names = [" ".join(part[: 2 if part[0].startswith("-") else 1]) for part in parts if part]
+        return f"{found[1]} needs {' and '.join(names)}; see --help"
     # A check of a dataclass or of a section names its flag itself.
     return re.sub(r"^Error parsing \w+: ", "", text)

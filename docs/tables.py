@@ -1,0 +1,268 @@
+"""Write the tables of measurements into the documentation (`make figures`).
+
+A page has a table between the lines `<!-- table NAME -->` and `<!-- end of table -->`. Each table
+is made of the files of `make evidence` where they exist, else of the older ones, and begins with
+the file, its date, device and versions.
+"""
+
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results"
+EVIDENCE = RESULTS / "evidence"
+REGION = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+Cell = dict[str, Any]
+
+
+def main() -> None:
+    """Write all tables into their pages."""
+    for page in pages():
+        text = page.read_text()
+        if (new := with_tables(text)) != text:
+            page.write_text(new)
+            print(f"wrote the tables of {page.relative_to(ROOT)}")
+
+
+def pages() -> list[Path]:
+    """Return the pages that have tables."""
+    found = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [page for page in found if REGION.search(page.read_text())]
+
+
+def with_tables(text: str) -> str:
+    """Return a page with the present content of its tables.
+
+    Raises:
+        KeyError: a table has an unknown name.
+    """
+
+    def content(found: re.Match[str]) -> str:
+        new = TABLES[found[2]]()
+        return found[0] if new is None else f"{found[1]}{new}{found[3]}"
+
+    return REGION.sub(content, text)
+
+
+def newest(name: str, older: str) -> Path:
+    """Return a file of the evidence, or the older file where it has not been measured."""
+    file = EVIDENCE / name
+    return file if file.exists() else RESULTS / older
+
+
+def kernels() -> str:
+    """Return the table of attention alone: ms forward / forward and backward (TFLOP/s)."""
+    files = [EVIDENCE / "kernels.json"]
+    if not files[0].exists():
+        folder = RESULTS / "attention"
+        files = [folder / f"bench_h200{part}.json" for part in ("", "_flex", "_xla")]
+    cells: dict[tuple[str, str], Cell] = {}
+    for file in files:
+        for cell in cells_of(file):
+            cells.setdefault((cell["shape"], cell["impl"]), cell)
+    shapes = dict.fromkeys(shape for shape, _ in cells)
+    impls = dict.fromkeys(impl for _, impl in cells)
+    rows = [["shape", *impls]]
+    for shape in shapes:
+        ran = [c for i in impls if "both_ms" in (c := cells.get((shape, i), {}))]
+        best = {name: min(c[name] for c in ran) for name in ("forward_ms", "both_ms")}
+        rows.append([shape, *(_kernel(cells.get((shape, impl)), best) for impl in impls)])
+    return f"{sources(files)}\n\n{markdown(rows)}{reasons(cells.values(), 'impl')}"
+
+
+def _kernel(cell: Cell | None, best: dict[str, float]) -> str:
+    if cell is None:
+        return "not measured"
+    if "both_ms" not in cell:
+        return "-"
+    pairs = [("forward_ms", "forward_tflops"), ("both_ms", "both_tflops")]
+    times = (
+        f"**{digits(cell[ms])}**" if cell[ms] == best[ms] else digits(cell[ms]) for ms, _ in pairs
+    )
+    return f"{' / '.join(times)} ({' / '.join(f'{cell[rate]:.0f}' for _, rate in pairs)})"
+
+
+def seed() -> str:
+    """Return the table of time per step against row length: ms (tokens/s)."""
+    file = newest("seed/bench.json", "train/bench_h200_1.8b.json")
+    cells = seed_cells(file)
+    lengths = sorted({cell["seq_len"] for cell in cells})
+    rows = [["attention", *(f"{n:,} x {32_768 // n}" for n in lengths)]]
+    found = {(cell["attn"], cell["seq_len"]): cell for cell in cells}
+    fastest = {n: min(c["ms"] for c in cells if c["seq_len"] == n and "ms" in c) for n in lengths}
+    for attn in ("pallas", "cudnn", "xla", "eager"):
+        row = [attn]
+        for n in lengths:
+            cell = found.get((attn, n), {})
+            if "ms" not in cell:
+                row.append("-" if cell else "not measured")
+                continue
+            ms = f"{cell['ms']:,.0f}"
+            ms = f"**{ms}**" if cell["ms"] == fastest[n] else ms
+            row.append(f"{ms} ({cell['tokens_per_second']:,.0f})")
+        rows.append(row)
+    return f"{sources([file])}\n\n{markdown(rows)}{reasons(cells, 'attn')}"
+
+
+def seed_cells(file: Path) -> list[Cell]:
+    """Return the cells of one document a row."""
+    return [c for c in cells_of(file) if not c.get("packed") and c.get("rows") != "packed"]
+
+
+def steps() -> str:
+    """Return the table of whole steps: implementations, remat, ms, tokens/s, MFU, peak memory."""
+    file = newest("steps/bench.json", "train/h200/bench.json")
+    cells = cells_of(file)
+    rows = [["rows", "implementation", "remat", "ms", "tokens/s", "MFU", "peak GiB"]]
+    kinds = {
+        "dense": "one document each",
+        "packed": "packed documents (median 1,500)",
+        "data": "Alpaca (en, zh), real tokenizer",
+    }
+    for c in sorted(cells, key=lambda c: ([*kinds].index(c["rows"]), c["seq_len"])):
+        if "ms" in c:
+            of = f"{c['seq_len']:,} x {c['batch_size']}, {kinds[c['rows']]}"
+            numbers = (f"{c['ms']:,.0f}", f"{c['tokens_per_second']:,.0f}", f"{c['mfu']:.1%}")
+            rows.append([of, c["attn"], f"`{c['remat']}`", *numbers, gib(c["peak_memory_bytes"])])
+    return f"{sources([file])}\n\n{markdown(rows)}{reasons(cells, 'attn')}"
+
+
+def generation() -> str:
+    """Return the table of generation."""
+    file = newest("generate.json", "train/generate_h200_1.8b.json")
+    found = json.loads(file.read_text())
+    rows = [["batch", "prompt", "time to the first token", "tokens/s", "limit by memory bandwidth"]]
+    for row in found["generate"]:
+        limit = row.get("bound_tokens_per_second", row.get("floor_tokens_per_second"))
+        first = (
+            f"{row['first']:.3f} s ({row['batch'] * row['prompt'] / row['first']:,.0f} tokens/s)"
+        )
+        rate = f"{row['tokens_per_second']:,.0f}"
+        rows.append([f"{row['batch']}", f"{row['prompt']:,}", first, rate, f"{limit:,.0f}"])
+    return f"{sources([file])}\n\n{markdown(rows)}"
+
+
+def readme() -> str | None:
+    """Return the README's table of whole steps; None, which keeps the page's, without evidence."""
+    file = EVIDENCE / "steps" / "bench.json"
+    if not file.exists():
+        return None
+    ran = [cell for cell in cells_of(file) if "ms" in cell]
+    names = [n for n in ("torch_eager", "torch_sdpa", "pallas") if any(c["attn"] == n for c in ran)]
+    rows = [["rows", *(f"{name}, tokens/s (MFU)" for name in names)]]
+    for kind, length in sorted({(c["rows"], c["seq_len"]) for c in ran}):
+        row = {c["attn"]: c for c in ran if (c["rows"], c["seq_len"]) == (kind, length)}
+        count = next(iter(row.values()))["batch_size"]
+        what = "one document each" if kind == "dense" else "packed documents"
+        texts = (
+            f"{c['tokens_per_second']:,.0f} ({c['mfu']:.1%})" if (c := row.get(n)) else "cannot run"
+            for n in names
+        )
+        rows.append([f"{length:,} x {count}, {what}", *texts])
+    first = ran[0]
+    return (
+        f"InternLM2-1.8B, fp32 weights and Adam moments, 32,768 tokens a step, {first['device']}, "
+        f"{first['date']}, commit {first['commit']}.\n"
+        "torch is transformers' Llama of the same shape. "
+        "[All figures](docs/memory_and_speed.md) with files and dates.\n\n"
+        + markdown(rows).rstrip("\n")
+        + "\n"
+    )
+
+
+def meshes() -> str:
+    """Return the table of two GPUs beside one."""
+    file = EVIDENCE / "mesh" / "bench.json"
+    if file.exists():
+        rows = [["mesh", "tokens/s", "of each GPU, beside one GPU"]]
+        ran = [cell for cell in cells_of(file) if "ms" in cell]
+        one = next((c["tokens_per_second"] for c in ran if c["mesh"] == "fsdp=1"), None)
+        for c in ran:
+            of_one = c["tokens_per_second"] / one if one else float("nan")
+            count = 1 if c["mesh"] == "fsdp=1" else 2
+            rows.append(
+                [f"`{c['mesh']}`", f"{c['tokens_per_second']:,.0f}", f"{of_one / count:.1%}"]
+            )
+        return f"{sources([file])}\n\n{markdown(rows)}"
+    folder, rows = RESULTS / "train" / "h200", [["", "tokens/s"]]
+    for name, label in {
+        "one": "one GPU, `--grad_accum=2`",
+        "fsdp2": "two GPUs, `--mesh.fsdp=2`",
+        "tensor2": "two GPUs, `--mesh.tensor=2 --mesh.fsdp=1`",
+    }.items():
+        text = (folder / f"1.8b_32k_{name}.jsonl").read_text()
+        lines = [json.loads(line) for line in text.splitlines()]
+        rate = statistics.median(line["all_tokens_per_second"] for line in lines[1:])
+        rows.append([label, f"{rate:,.0f}"])
+    origin = "`results/train/h200/1.8b_32k_*.jsonl`: 2026-11-22 and 23, NVIDIA H200, jax 0.11.2; "
+    return f"{origin}{OLDER}.\n\n{markdown(rows)}"
+
+
+OLDER = "older code, whose commit was not recorded"
+
+
+def sources(files: Sequence[Path]) -> str:
+    """Return a line with files, date, device, versions and commit of their cells."""
+    origins = []
+    for file in files:
+        found = json.loads(file.read_text())
+        for cell in found.get("cells", [found]):
+            origin = {**found, **cell}
+            versions = origin.get("versions") or f"jax {origin['jax']}"
+            commit = f"commit {origin['commit']}" if origin.get("commit") else OLDER
+            origins.append(f"{origin['date']}, {origin['device']}, {versions}; {commit}")
+    names = ", ".join(f"`{file.relative_to(ROOT)}`" for file in files)
+    return f"{names}: {' / '.join(dict.fromkeys(origins))}."
+
+
+def cells_of(file: Path) -> list[Cell]:
+    """Return the cells of a bench."""
+    return json.loads(file.read_text())["cells"]
+
+
+def reasons(cells: Any, name: str) -> str:
+    """Return a list of the reasons why cells could not run, numbers and lengths left out."""
+    why: dict[str, list[str]] = {}
+    for cell in cells:
+        if "why" in cell:
+            text = re.sub(r"^attention '\w+' cannot run: ", "", cell["why"])
+            text = re.sub(r"; use (impl|--attn)=.*", "", text)
+            where = cell.get("shape") or f"{cell['seq_len']:,} tokens"
+            why.setdefault(f"{cell[name]}: {text}", []).append(where)
+    return "".join(f"- {text} ({', '.join(of)})\n" for text, of in why.items())
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table; the first row is the header."""
+    head, *body = rows
+    lines = [head, ["---"] * len(head), *body]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
+
+
+def digits(ms: float) -> str:
+    """Return milliseconds with three digits."""
+    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}"
+
+
+def gib(count: int) -> str:
+    """Return bytes as GiB."""
+    return f"{count / 2**30:.1f}"
+
+
+TABLES: dict[str, Callable[[], str | None]] = {
+    "kernels": kernels,
+    "seed": seed,
+    "steps": steps,
+    "generation": generation,
+    "meshes": meshes,
+    "readme": readme,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

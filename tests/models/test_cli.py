@@ -1,0 +1,46 @@
+"""A wrong flag of a command of models is one line, without a frame; --help has every flag."""
+
+import pytest
+
+from models import bench, convert, generate
+from models.cli import flags
+
+
+@pytest.mark.parametrize(
+    ("command", "argv", "message"),
+    [
+        (generate, [], "python -m models.generate needs DIR and --prompt TEXT; see --help"),
+        (generate, ["x"], "python -m models.generate needs --prompt TEXT; see --help"),
+        (generate, ["x", "--prompt"], "Missing value for argument '--prompt'"),
+        (generate, ["x", "--promt=a", "--prompt=a"], "unknown argument --promt; the nearest is "),
+        (generate, ["x", "--prompt=a", "--dtype=int"], "--dtype=int must be one of bfloat16, "),
+        (generate, ["x", "--prompt=a", "--top_k=x"], "--top_k=x must be INT"),
+        (generate, ["x", "y", "--prompt=a"], "unknown argument y; see --help"),
+        (convert, ["a"], "python -m models.convert needs DST; see --help"),
+        (convert, ["a", "b", "--max_shard_gb=0"], "--max_shard_gb=0.0 must be above 0 and finite"),
+        (convert, ["a", "b", "--layout=gpt"], "--layout=gpt must be "),
+        (bench, ["--new=x"], "--new=x must be INT"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(command, argv, message, capsys):
+    assert command.main(argv) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"error: {message}") and said.err.count("\n") == 1
+    assert said.out == "" and "│" not in said.err
+
+
+@pytest.mark.parametrize(
+    ("command", "config"),
+    [
+        (generate, generate.GenerateConfig),
+        (convert, convert.ConvertConfig),
+        (bench, bench.BenchConfig),
+    ],
+)
+def test_help_shows_every_flag(command, config, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--help"])
+    assert stop.value.code == 0
+    text, positional = capsys.readouterr().out, ("--dir", "--src", "--dst")
+    missing = [flag for flag in flags(config) if flag not in text]
+    assert set(missing) <= set(positional)
