@@ -26,12 +26,17 @@ from train.config.sections import OptimConfig
 from train.distributed.mesh import head_shards, row_shards
 from train.step.adam8bit import BLOCK
 from train.step.loss import CHUNK_TOKENS
+from train.step.update import by_layer
 
 GiB = 2**30
 UPDATE_BYTES = 10
-"""Bytes per weight of the largest stack that the update with int8 moments holds: both moments in
-float32, since their largest number is needed before the first is quantised, and half as much of the
-next stack. By the compiler's count, 17 GiB at 7B and 44 GiB at 20B (jax 0.12.0)."""
+"""Bytes per weight of the largest stack that an update of whole stacks with int8 moments holds:
+both moments in float32, since their largest number is needed before the first is quantised, and
+half as much of the next stack. By the compiler's count, 17 GiB at 7B and 44 GiB at 20B (jax
+0.12.0)."""
+UPDATE_BYTES_IN_LAYERS = 13
+"""Bytes per weight that an update layer by layer holds of one layer, or of the embedding table. By
+the compiler's count, 4.3 GiB at 7B and 6.4 GiB at 20B (jax 0.12.0), both of the table."""
 NF4_BYTES = 0.5 + 1 / NF4_BLOCK + 4 / (NF4_BLOCK * SCALE_BLOCK)
 """Bytes of a weight in NF4: its code, and its share of the scales and of their factors."""
 
@@ -69,8 +74,8 @@ class Plan:
     """The score matrices of one layer: whole ones (eager), or those of a slice (xla)."""
 
     update: int
-    """With int8 moments: all gradients and float32 copies of the largest stacks, less the copies of
-    weights, which are gone by then."""
+    """With int8 moments: all gradients and float32 copies of one layer or of the largest stacks
+    (`train.step.update`), less the copies of weights, which are gone by then."""
 
     host: int
     """Saved activations in host memory, for each device; not part of the total."""
@@ -163,7 +168,11 @@ def plan(
     scores = {"eager": eager, "xla": xla}
     optim = optim or OptimConfig()
     moments, int8 = _moment_bytes(optim, in_blocks), optim.moment_dtype == "int8"
-    largest = model.num_layers * model.hidden_size * model.intermediate_size // (sharded * tensor)
+    if by_layer(optim, scan=scan):
+        in_update = UPDATE_BYTES_IN_LAYERS * max(of_block // sharded, table // (sharded * tensor))
+    else:
+        stack = model.num_layers * model.hidden_size * model.intermediate_size
+        in_update = UPDATE_BYTES * stack // (sharded * tensor)
     copied = 1.0 if itemsize != param_itemsize else 0.0 if scan else in_blocks
     activations = round(tokens * model.num_layers * kept)
     always = Plan(
@@ -176,7 +185,7 @@ def plan(
         gradients=max(0, parameters * itemsize - (0 if scan else activations)),
         block=block,
         scores=scores[attn].score_bytes(*local) if attn in scores else 0,
-        update=int(parameters * itemsize * (1 - copied) + largest * UPDATE_BYTES) if int8 else 0,
+        update=int(parameters * itemsize * (1 - copied) + in_update) if int8 else 0,
         host=round(tokens * model.num_layers * on_host),
     )
     if lora is None:

@@ -62,7 +62,7 @@ def test_what_fits_needs_nothing():
 
 
 def test_nothing_helps():
-    assert "no flag makes it fit with this optimizer (14" in advise(5)
+    assert "no flag makes it fit with this optimizer (13" in advise(5)
     assert "more devices (--mesh.fsdp; for long rows --mesh.seq)" in advise(5)
 
 

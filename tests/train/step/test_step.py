@@ -235,7 +235,7 @@ def test_skipping_keeps_no_second_state(trainer, monkeypatch):
     Weights and each moment are a third of the state: a copy of any of them would show.
     """
     guarded, _ = trainer.step(ONE)
-    monkeypatch.setattr("train.step.step.should_update", lambda guard, **_: (True, guard))
+    monkeypatch.setattr("train.step.step.should_update", lambda guard, **_: (jnp.bool(True), guard))
     free, _ = Trainer(trainer.model, trainer.rows).step(ONE)
     assert guarded.cost_analysis()["flops"] > free.cost_analysis()["flops"]  # it does choose
     a, b = guarded.memory_analysis(), free.memory_analysis()
