@@ -53,7 +53,8 @@ docs: $(DOCS_STAMP)
 	JAX_PLATFORMS=cpu $(VENV)/bin/python -m sphinx -E -W --keep-going --quiet docs docs/_build/html
 	@echo "wrote docs/_build/html/index.html"
 
-evidence: $(RUN_STAMP)
+evidence:
+	$(MAKE) EXTRAS=torch $(RUN_STAMP)-dev-torch
 	$(VENV)/bin/python -m train.bench.evidence $(ARGS)
 
 figures: $(RUN_STAMP)

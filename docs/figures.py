@@ -52,6 +52,8 @@ def step_time() -> None:
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for name in ("eager", "xla", "cudnn", "pallas"):
         own = sorted((c["seq_len"], c["ms"]) for c in cells if c["attn"] == name)
+        if not own:  # not measured yet
+            continue
         x = [lengths.index(length) for length, _ in own]
         ms = [value for _, value in own]
         axes.plot(x, ms, marker="o", color=COLORS[name], label=LABELS.get(name, name))

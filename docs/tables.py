@@ -71,12 +71,12 @@ def kernels() -> str:
     rows = [["shape", *impls]]
     for shape in shapes:
         ran = [c for i in impls if "both_ms" in (c := cells.get((shape, i), {}))]
-        best = {name: min(c[name] for c in ran) for name in ("forward_ms", "both_ms")}
+        best = {n: min((c[n] for c in ran), default=None) for n in ("forward_ms", "both_ms")}
         rows.append([shape, *(_kernel(cells.get((shape, impl)), best) for impl in impls)])
     return f"{sources(files)}\n\n{markdown(rows)}{reasons(cells.values(), 'impl')}"
 
 
-def _kernel(cell: Cell | None, best: dict[str, float]) -> str:
+def _kernel(cell: Cell | None, best: dict[str, float | None]) -> str:
     if cell is None:
         return "not measured"
     if "both_ms" not in cell:
@@ -95,7 +95,8 @@ def seed() -> str:
     lengths = sorted({cell["seq_len"] for cell in cells})
     rows = [["attention", *(f"{n:,} x {32_768 // n}" for n in lengths)]]
     found = {(cell["attn"], cell["seq_len"]): cell for cell in cells}
-    fastest = {n: min(c["ms"] for c in cells if c["seq_len"] == n and "ms" in c) for n in lengths}
+    times = {n: [c["ms"] for c in cells if c["seq_len"] == n and "ms" in c] for n in lengths}
+    fastest = {n: min(ms, default=None) for n, ms in times.items()}
     for attn in ("pallas", "cudnn", "xla", "eager"):
         row = [attn]
         for n in lengths:
@@ -151,9 +152,11 @@ def generation() -> str:
 def readme() -> str | None:
     """Return the README's table of whole steps; None, which keeps the page's, without evidence."""
     file = EVIDENCE / "steps" / "bench.json"
-    if not file.exists():
+    cells = cells_of(file) if file.exists() else []
+    ran = [cell for cell in cells if "ms" in cell]
+    if not ran:
         return None
-    ran = [cell for cell in cells_of(file) if "ms" in cell]
+    tried = {(c["attn"], c["rows"], c["seq_len"]) for c in cells}
     names = [n for n in ("torch_eager", "torch_sdpa", "pallas") if any(c["attn"] == n for c in ran)]
     rows = [["rows", *(f"{name}, tokens/s (MFU)" for name in names)]]
     for kind, length in sorted({(c["rows"], c["seq_len"]) for c in ran}):
@@ -161,14 +164,16 @@ def readme() -> str | None:
         count = next(iter(row.values()))["batch_size"]
         what = "one document each" if kind == "dense" else "packed documents"
         texts = (
-            f"{c['tokens_per_second']:,.0f} ({c['mfu']:.1%})" if (c := row.get(n)) else "cannot run"
+            f"{c['tokens_per_second']:,.0f} ({c['mfu']:.1%})"
+            if (c := row.get(n))
+            else ("cannot run" if (n, kind, length) in tried else "not measured")
             for n in names
         )
         rows.append([f"{length:,} x {count}, {what}", *texts])
-    first = ran[0]
+    origin = dict.fromkeys(f"{c['device']}, {c['date']}, commit {c['commit']}" for c in ran)
     return (
-        f"InternLM2-1.8B, fp32 weights and Adam moments, 32,768 tokens a step, {first['device']}, "
-        f"{first['date']}, commit {first['commit']}.\n"
+        "InternLM2-1.8B, fp32 weights and Adam moments, 32,768 tokens a step, "
+        f"{' / '.join(origin)}.\n"
         "torch is transformers' Llama of the same shape. "
         "[All figures](docs/memory_and_speed.md) with files and dates.\n\n"
         + markdown(rows).rstrip("\n")
@@ -178,18 +183,21 @@ def readme() -> str | None:
 
 def meshes() -> str:
     """Return the table of two GPUs beside one."""
-    file = EVIDENCE / "mesh" / "bench.json"
-    if file.exists():
-        rows = [["mesh", "tokens/s", "of each GPU, beside one GPU"]]
-        ran = [cell for cell in cells_of(file) if "ms" in cell]
-        one = next((c["tokens_per_second"] for c in ran if c["mesh"] == "fsdp=1"), None)
-        for c in ran:
-            of_one = c["tokens_per_second"] / one if one else float("nan")
-            count = 1 if c["mesh"] == "fsdp=1" else 2
-            rows.append(
-                [f"`{c['mesh']}`", f"{c['tokens_per_second']:,.0f}", f"{of_one / count:.1%}"]
-            )
-        return f"{sources([file])}\n\n{markdown(rows)}"
+    files = [EVIDENCE / name / "bench.json" for name in ("mesh", "mesh_long")]
+    if files := [file for file in files if file.exists()]:
+        rows = [["tokens a row", "mesh", "tokens/s", "of each GPU, beside one GPU"]]
+        for file in files:
+            ran = [cell for cell in cells_of(file) if "ms" in cell]
+            one = next((c["tokens_per_second"] for c in ran if c["mesh"] == "fsdp=1"), None)
+            for c in ran:
+                of_one = c["tokens_per_second"] / (1 if c["mesh"] == "fsdp=1" else 2)
+                rows.append(
+                    [
+                        *(f"{c['seq_len']:,}", f"`{c['mesh']}`", f"{c['tokens_per_second']:,.0f}"),
+                        f"{of_one / one:.1%}" if one else "not measured",
+                    ]
+                )
+        return f"{sources(files)}\n\n{markdown(rows)}"
     folder, rows = RESULTS / "train" / "h200", [["", "tokens/s"]]
     for name, label in {
         "one": "one GPU, `--grad_accum=2`",

@@ -11,7 +11,7 @@ VARIABLE = "INTERNLM2_JAX_COMMIT"
 
 @functools.cache
 def commit() -> str | None:
-    """Return the short commit hash, with "-dirty" for changed files other than results.
+    """Return the short commit hash, with "-dirty" where files of the packages have changed.
 
     Returns:
       The value of `VARIABLE` where that is set; None outside of a repository.
@@ -21,8 +21,8 @@ def commit() -> str | None:
     here = Path(__file__).parent
     try:
         found = _git("rev-parse", "--short", "HEAD", cwd=here)
-        # A bench that writes its results does not change the code.
-        files = [":(top)", ":(top,exclude)results"]
+        # Results, tables and plots do not change the code.
+        files = [f":(top){name}" for name in ("jaxattn", "models", "train", "pyproject.toml")]
         changed = _git("status", "--porcelain", "--untracked-files=no", "--", *files, cwd=here)
     except (OSError, subprocess.CalledProcessError):
         return None

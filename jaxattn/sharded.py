@@ -30,7 +30,7 @@ QKV_NAME = "attn_qkv"
 
 
 def local(q: Shaped, k: Shaped) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    """Return the shapes of q and k that one device attends with; those of the largest part.
+    """Return the shapes of q [B, T, N, H] and k [B, S, K, H] on one device, of the largest part.
 
     Raises:
       ValueError: positions are sharded, and heads or positions do not divide.

@@ -173,7 +173,8 @@ def is_done(
 ) -> bool:
     """Return True if a cell has been measured, or cannot run, on the machine and commit of now.
 
-    Processes that ended without a reason, and packages that were missing, are tried again.
+    Processes that ended without a reason, and packages that were missing, are tried again. So is
+    everything where files have changed since the commit.
 
     Args:
       cells: cells of earlier calls.
@@ -182,7 +183,7 @@ def is_done(
       origin: from `machine`; nothing is done where it has no commit.
     """
     same = [cell for cell in cells if wanted in key(cell)]
-    return any(
+    return not origin.get("commit", "").endswith("-dirty") and any(
         cell.get("commit") == origin.get("commit", "")
         and cell["device"] == origin["device"]
         and not cell.get("why", "").startswith(ENDED)

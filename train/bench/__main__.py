@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from jaxattn.bench import harness
+from jaxattn.commit import VARIABLE
 from models.cli import fail, parse
 from models.config import PRESETS
 from models.remat import parse_remat
@@ -178,14 +179,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not config.attn and not has_torch():
         print("without PyTorch's columns: it is not installed (pip install -e '.[torch]')")
     cells = list(cells_of(config, on_gpu=machine["device"] != "cpu"))
-    begun = time.monotonic()
+    begun, count = time.monotonic(), len(cells)
+    if config.resume and "commit" not in machine:
+        return fail(f"--resume needs the commit of the code: set {VARIABLE}=HASH", 2)
     if config.resume:
         wanted = [cell for cell in cells if not _is_done(found, cell, machine)]
         print(f"{len(cells) - len(wanted)} of {len(cells)} cells are done", flush=True)
         if not wanted:
             return 0
         cells = wanted
-    any_ran, left = False, 0
+    any_ran, left = len(cells) < count, 0
     with contextlib.ExitStack() as stack:
         compiled = None
         if config.jobs > 1:

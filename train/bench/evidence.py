@@ -97,8 +97,9 @@ class EvidenceConfig:
     commit: Annotated[str | None, tyro.conf.arg(metavar="HASH")] = None
     """Commit of the code, for a copy that has no git repository."""
 
-    out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("results/evidence")
-    """Directory of the files."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Directory of the files; by default results/evidence, of which the documentation is made, and
+    runs/evidence_tiny with --tiny."""
 
     def __post_init__(self):
         """Check the time.
@@ -128,29 +129,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         commit.cache_clear()
     if commit() is None:
         return fail("there is no git repository here: give --commit=HASH of this code", 2)
-    machine = harness.machine()
+    try:
+        machine = harness.machine()
+    except subprocess.CalledProcessError as error:
+        return fail(f"jax finds no device: {error.stderr.strip().splitlines()[-1]}", 1)
+    out = config.out or Path("runs/evidence_tiny" if config.tiny else "results/evidence")
     print(", ".join(machine.values()), flush=True)
     on_two = _count(machine["device"]) > 1
     parts = config.parts or tuple(part for part in PARTS if (part in ON_TWO) == on_two)
     begun, states = time.monotonic(), {}
     for part in parts:
         left = config.minutes - (time.monotonic() - begun) / 60
-        print(f"\n== {part}: {config.out / FILES[part]}", flush=True)
+        print(f"\n== {part}: {out / FILES[part]}", flush=True)
         if (part in ON_TWO) != on_two and not config.tiny:
             print("needs two GPUs" if part in ON_TWO else "needs one: CUDA_VISIBLE_DEVICES=0")
             states[part] = FAILED
         else:
-            states[part] = LEFT if left <= 0 else _run(part, config, machine, left)
+            states[part] = LEFT if left <= 0 else _run(part, config, out, machine, left)
     print(f"\nevidence of commit {commit()}: {', '.join(f'{p} {s}' for p, s in states.items())}")
     if FAILED in states.values():
         return 1
     return harness.UNFINISHED if LEFT in states.values() else 0
 
 
-def _run(part: Part, config: EvidenceConfig, machine: dict[str, str], minutes: float) -> str:
+def _run(
+    part: Part, config: EvidenceConfig, directory: Path, machine: dict[str, str], minutes: float
+) -> str:
     """Run a part; return its state."""
     flags = (TINY if config.tiny else FLAGS)[part]
-    file = config.out / FILES[part]
+    file = directory / FILES[part]
     file.parent.mkdir(parents=True, exist_ok=True)
     if part == "generate":
         return _generate(flags, file, machine)
@@ -164,7 +171,10 @@ def _run(part: Part, config: EvidenceConfig, machine: dict[str, str], minutes: f
 
 def _generate(flags: list[str], file: Path, machine: dict[str, str]) -> str:
     """Run the bench of loading and generation, unless this commit has its file."""
-    found = read_json(file) if file.exists() else {}
+    try:
+        found = read_json(file) if file.exists() else {}
+    except ValueError:  # damaged
+        found = {}
     if all(found.get(name) == machine[name] for name in ("commit", "device")):
         print("done before")
         return DONE

@@ -95,10 +95,10 @@ def check_complete(config: Config) -> None:
         why = [f"{setting} is {why}" for setting, why in lost if "--data" in why]
         raise ValueError(f"{flag} needs --data: {(*why, 'files to train on')[0]}")
     if (config.model is None or config.model in PRESETS) and config.tokenizer is None:
-        what = "no --model" if config.model is None else f"--model={config.model}"
+        given = "without --model" if config.model is None else f"with --model={config.model}"
         raise ValueError(
-            f"{flag} needs --model DIR, trained weights: {what} begins with random ones, for which "
-            "--tokenizer must be given"
+            f"{flag} needs --model DIR (trained weights): {given} the run begins with random "
+            "weights and needs --tokenizer"
         )
 
 

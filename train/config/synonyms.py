@@ -86,4 +86,8 @@ SYNONYMS = {f: f"take --{name}" for f, name in RENAMED.items()} | {
     }.items()
     for name in names.split()
 }
+SYNONYMS["device"] = (
+    "jax finds the devices itself; to plan for a GPU that is not here take --dry_run "
+    "--dry_run_device"
+)
 """Hint by the name of an unknown flag, without dashes and in lower case."""

@@ -36,7 +36,7 @@ def open_data(
         paths: files (records.read_chunks) and directories that the `datasets` library saved, mixed
             as one pool; None for the built-in text. An epoch has `file:2` twice, and a random 30%
             of `file:0.3` once (mixture.repeats).
-        tokenizer: of the ids.
+        tokenizer: makes the ids of texts.
         seq_len: tokens of a row, at least 2.
         batch_size: rows of a batch over all hosts.
         seed: of every shuffle, >= 0.

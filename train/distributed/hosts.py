@@ -318,7 +318,11 @@ def _relay(read: int, stderr: Any) -> None:
 
 
 def _from_torchrun() -> dict[str, Any]:
-    """Return the arguments of jax.distributed.initialize in the environment of torchrun, if any."""
+    """Return the arguments of jax.distributed.initialize in the environment of torchrun, if any.
+
+    Raises:
+        ValueError: a variable of torchrun is missing or no number.
+    """
     env = os.environ
     if env.get("WORLD_SIZE", "1") == "1":
         return {}

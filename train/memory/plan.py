@@ -36,7 +36,8 @@ half as much of the next stack. By the compiler's count, 17 GiB at 7B and 44 GiB
 0.12.0)."""
 UPDATE_BYTES_IN_LAYERS = 13
 """Bytes per weight that an update layer by layer holds of one layer, or of the embedding table. By
-the compiler's count, 4.3 GiB at 7B and 6.4 GiB at 20B (jax 0.12.0), both of the table."""
+the compiler's count, 4.3 GiB at 7B and 6.4 GiB at 20B, both of the table; 13.1 bytes per weight of
+a layer of 17M weights, which is larger than its model's table (jax 0.12.0, for an H200)."""
 NF4_BYTES = 0.5 + 1 / NF4_BLOCK + 4 / (NF4_BLOCK * SCALE_BLOCK)
 """Bytes of a weight in NF4: its code, and its share of the scales and of their factors."""
 
@@ -168,7 +169,7 @@ def plan(
     scores = {"eager": eager, "xla": xla}
     optim = optim or OptimConfig()
     moments, int8 = _moment_bytes(optim, in_blocks), optim.moment_dtype == "int8"
-    if by_layer(optim, scan=scan):
+    if by_layer(optim, scan=scan, lora=lora is not None):
         in_update = UPDATE_BYTES_IN_LAYERS * max(of_block // sharded, table // (sharded * tensor))
     else:
         stack = model.num_layers * model.hidden_size * model.intermediate_size

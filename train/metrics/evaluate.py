@@ -45,7 +45,7 @@ class Evaluation:
         start: int,
         options: dict[str, bool | int] | None = None,
     ):
-        """Open eval.jsonl at `path`, which has lines up to step `start`.
+        """Open eval.jsonl at `path`; lines of steps after `start` are removed.
 
         Each evaluation reads every row of the sets once, in `grad_accum` microbatches a batch. The
         graphdef is the model's, from `train.step.state.abstract_state`; the options are those of

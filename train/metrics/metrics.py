@@ -60,7 +60,7 @@ class Metrics:
         sources: Sequence[str] = (),
         sinks: Sequence[Sink] = (),
     ):
-        """Open metrics.jsonl at `path`, which has lines up to step `start`.
+        """Open metrics.jsonl at `path`; lines of steps after `start` are removed.
 
         Args:
             path: of the file.

@@ -55,7 +55,7 @@ class Sampler:
         path: Path,
         start: int,
     ):
-        """Tokenize the prompts; open samples.jsonl at `path`, which has lines up to step `start`.
+        """Tokenize the prompts; open samples.jsonl at `path`, without lines of steps after `start`.
 
         With `chat` a prompt is a user's message to answer, else a text to continue. The graphdef is
         the model's, from `train.step.state.abstract_state`.

@@ -23,7 +23,7 @@ class Skips:
     """
 
     def __init__(self, path: Path, loader: Loader, *, patience: int, start: int):
-        """Open skipped.jsonl at `path`, which has lines up to step `start`.
+        """Open skipped.jsonl at `path`; lines of steps after `start` are removed.
 
         `patience` skipped steps in a row end the run; the loader names the documents of a batch.
         """

@@ -176,7 +176,7 @@ def compile_training(
         z_loss=config.z_loss,
         dropout_seed=config.seed if config.lora.dropout else None,
         sources=sources,
-        layered=by_layer(config.optim, scan=run.execution.scan) and not config.lora.used,
+        layered=by_layer(config.optim, scan=run.execution.scan, lora=config.lora.used),
     )
     options = compiler_options(
         deterministic=config.deterministic, matmul=config.matmul, remat=run.execution.remat

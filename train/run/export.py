@@ -53,9 +53,10 @@ def export_assets(run: Run) -> Path | None:
 
 
 def restore_export(run: Run, exports: Exports, start: int, export: Callable[[], None]) -> None:
-    """Write the export that a kill has cost, or log that it is lost.
+    """Write the export of the step from which a run resumes, if it is missing.
 
-    A kill between a checkpoint and the end of an export leaves the checkpoint alone.
+    If the process is killed after a checkpoint but before its export is complete, only the
+    checkpoint exists. Of an earlier step there are no weights any more: a line in the log says so.
 
     Args:
         run: The run.
@@ -68,13 +69,13 @@ def restore_export(run: Run, exports: Exports, start: int, export: Callable[[], 
     if exports.latest() >= due:
         return
     if due == start:
-        log.info(f"the export of step {start} is missing, and is written now")
+        log.info(f"step {start} has a checkpoint and no export: the export is written now")
         export()
     else:
         following = min(due + every, run.steps)
         log.info(
-            f"there is no export of step {due}, whose weights are gone; the next one is of step "
-            f"{following}"
+            f"there is no export of step {due}, and no checkpoint to write it from; the next "
+            f"export is of step {following}"
         )
 
 

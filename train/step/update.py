@@ -20,16 +20,18 @@ BLOCKS = "blocks"
 """Name of the weights that are stacked over layers, in `Params` and in moments."""
 
 
-def by_layer(optim: OptimConfig, *, scan: bool) -> bool:
+def by_layer(optim: OptimConfig, *, scan: bool, lora: bool) -> bool:
     """Return whether a run updates its weights one layer at a time.
 
-    Unrolled layers have their gradients in pieces: stacking them first would take what is saved.
+    Without a scan the gradient of each layer is a separate array: stacking them would need as much
+    memory as this saves. Adapters are small.
 
     Args:
         optim: the optimizer.
         scan: whether the layers of the step are one scan.
+        lora: whether adapters alone are trained.
     """
-    return scan and optim.name == "adamw" and optim.moment_dtype == "int8"
+    return scan and not lora and optim.name == "adamw" and optim.moment_dtype == "int8"
 
 
 def update_weights(
@@ -110,7 +112,7 @@ def _is_params(tree: Any) -> bool:
 
 
 def _part(tree: Any, in_blocks: bool) -> Any:
-    """Return weights, or every tree like them in an optimizer state, of the blocks or without."""
+    """Return the part under `BLOCKS`, or the rest, of weights and of trees like them in a state."""
 
     def part(x: Any) -> Any:
         if not _is_params(x):

@@ -209,8 +209,8 @@ def test_dry_run_names_what_the_run_refuses(form, tiny, tmp_path, capsys):
     flags += ["--model=tiny", "--seq_len=64", "--rows_per_device=1", "--grad_accum=1"]
     assert main(flags) == 2
     refused = capsys.readouterr().err.removeprefix("error: ")
-    assert "needs --model DIR, trained weights: --model=tiny begins with random" in refused
-    assert main([*flags, "--dry_run", "--dry_run_device=h200", "--attn=xla"]) == 1
+    assert "needs --model DIR (trained weights): with --model=tiny the run begins" in refused
+    assert main([*flags, "--dry_run", "--dry_run_device=h200", "--attn=xla"]) == 0
     assert f"\nthe run would be refused: {refused}" in capsys.readouterr().out
     assert main([*flags, "--print_config"]) == 0
     assert f"# a run would be refused: {refused}" in capsys.readouterr().out

@@ -1,12 +1,14 @@
-"""Data loaders of a run."""
+"""Data loaders of a run, and the step that it compiles."""
 
 import dataclasses
 import json
 
 import pytest
 
+from train.config.command_line import parse_flags
 from train.config.sections import DataConfig
 from train.metrics.evaluate import OpenSets
+from train.run import build
 from train.run.build import open_training, open_validation
 from train.run.resolve import resolve
 
@@ -33,3 +35,22 @@ def test_validation_is_packed_alike_whatever_training_does(tiny_run, tmp_path, s
 
     trained, validated = zip(*map(opened, ("fit", "concat", "xtuner")), strict=True)
     assert len(set(trained)) == 3 and len(set(validated)) == 1
+
+
+INT8 = ["--model=nano", "--seq_len=64", "--optim.moment_dtype=int8"]
+
+
+def test_int8_moments_of_a_scan_are_updated_layer_by_layer(monkeypatch):
+    """What the memory plan counts is what is compiled."""
+    asked = []
+
+    def make_step(*_, layered, **__):
+        asked.append(layered)
+        raise InterruptedError
+
+    monkeypatch.setattr(build, "make_step", make_step)
+    for flags in (["--scan_layers=True"], ["--scan_layers=False"], ["--lora.rank=4"]):
+        run = resolve(parse_flags([*INT8, *flags]))
+        with pytest.raises(InterruptedError):
+            build.compile_training(run, *build.abstract_training(run))
+    assert asked == [True, False, False]

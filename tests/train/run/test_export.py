@@ -74,9 +74,9 @@ def test_layout_goes_on_through_a_run_that_begins_from_a_run(out, tiny_run, tmp_
 @pytest.mark.parametrize(
     ("steps", "every", "line"),
     [
-        (8, 4, "the export of step 8 is missing, and is written now"),
-        (9, 4, "the export of step 8 is missing, and is written now"),
-        (9, 3, "there is no export of step 6, whose weights are gone; the next one is of step 9"),
+        (8, 4, "step 8 has a checkpoint and no export: the export is written now"),
+        (9, 4, "step 8 has a checkpoint and no export: the export is written now"),
+        (9, 3, "there is no export of step 6, and no checkpoint to write it from; the next export"),
     ],
     ids=["done", "resumed", "lost"],
 )

@@ -62,7 +62,7 @@ RULES = {
     "lion": OptimConfig(name="lion", lr=1e-3),
     "muon": OptimConfig(name="muon"),
     "bf16": OptimConfig(moment_dtype="bf16"),
-    # float32 weights with int8 moments learn in test_compact_training.py, on one device.
+    # float32 weights with int8 moments learn in test_adam8bit_training.py, on one device.
     "int8, bf16 weights": OptimConfig(moment_dtype="int8"),
 }
 

@@ -105,7 +105,8 @@ def test_layer_by_layer_needs_the_memory_of_a_layer(tiny):
 
 
 def test_only_int8_moments_of_a_scan_are_updated_layer_by_layer():
-    assert by_layer(INT8, scan=True)
-    assert not by_layer(INT8, scan=False)
-    assert not by_layer(OptimConfig(moment_dtype="bf16"), scan=True)
-    assert not by_layer(OptimConfig(name="adafactor"), scan=True)
+    assert by_layer(INT8, scan=True, lora=False)
+    assert not by_layer(INT8, scan=False, lora=False)
+    assert not by_layer(INT8, scan=True, lora=True)
+    assert not by_layer(OptimConfig(moment_dtype="bf16"), scan=True, lora=False)
+    assert not by_layer(OptimConfig(name="adafactor"), scan=True, lora=False)

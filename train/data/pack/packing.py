@@ -96,9 +96,11 @@ def fill(
     pad_id: int,
     sources: Integer[np.ndarray, " D"] | None = None,
 ) -> Batch:
-    """Write out the rows numbered `chosen`, as NumPy arrays.
+    """Write out the rows numbered `chosen`, as NumPy arrays [B, T].
 
-    `sources` has the index of each document's source, in the dtype of the batch; None: one source.
+    `rows` are lists of `spans`, which are parts of documents. Rows are filled up to `seq_len` with
+    `pad_id`. `sources` has the index of each document's source, in the dtype of the batch; None:
+    one source.
 
     Raises:
         ValueError: the token cache holds ids that the tokenizer does not have.
