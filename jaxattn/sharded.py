@@ -50,8 +50,8 @@ def local(q: Shaped, k: Shaped) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStr
 def plan_rows(plan: Callable[[Mask], Any], q: Shaped, mask: Mask) -> Mask:
     """Add the tile metadata of each device's rows to a mask, concatenated over devices.
 
-    `plan` computes the metadata of one device's rows. On each device, the mask that is returned has
-    the ids of whole rows.
+    q is [B, T, N, H]. `plan` computes the metadata of one device's rows. On each device, the mask
+    that is returned has the ids of whole rows.
 
     Raises:
       ValueError: the sharding of the mask is not that of the rows.
