@@ -33,10 +33,12 @@ def git(where, *arguments):
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
     git(tmp_path, "init", "-q")
-    (tmp_path / "version.py").write_text("one")
+    for folder, name in (("train", "version.py"), ("docs", "page.md")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text("one")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-qm", "first")
-    monkeypatch.setattr(commit, "__file__", str(tmp_path / "version.py"))
+    monkeypatch.setattr(commit, "__file__", str(tmp_path / "train" / "version.py"))
     return tmp_path
 
 
@@ -49,7 +51,10 @@ def test_libraries_by_version():
 def test_the_commit_and_whether_files_differ_from_it(repository):
     found = version.code_version()["commit"]
     assert found and git(repository, "rev-parse", "HEAD").startswith(found)
-    (repository / "version.py").write_text("two")
+    (repository / "docs" / "page.md").write_text("two")
+    forget()
+    assert version.code_version()["commit"] == found  # a page is no code
+    (repository / "train" / "version.py").write_text("two")
     assert version.code_version()["commit"] == found  # what runs was read when it started
     forget()
     assert version.code_version()["commit"] == f"{found}-dirty"
@@ -76,7 +81,7 @@ def test_a_tag_does_not_hide_the_commit(repository):
 
 
 def test_outside_of_a_repository(monkeypatch, tmp_path):
-    monkeypatch.setattr(commit, "__file__", str(tmp_path / "version.py"))
+    monkeypatch.setattr(commit, "__file__", str(tmp_path / "train" / "version.py"))
     assert version.code_version()["commit"] is None
 
 
