@@ -18,7 +18,7 @@ def code_version() -> dict[str, str | None]:
     """Return versions by name.
 
     Returns:
-        internlm2-jax: version, None if not installed; commit: as of
+        internlm2-jax: version, None if not installed; commit, of
         `jaxattn.commit`; and each of `LIBRARIES`.
     """
     return {

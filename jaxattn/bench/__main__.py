@@ -16,6 +16,7 @@ from jaxattn import api
 from jaxattn.bench.harness import (
     UNFINISHED,
     Cell,
+    check_resumable,
     is_done,
     machine,
     merge,
@@ -27,7 +28,6 @@ from jaxattn.bench.harness import (
 )
 from jaxattn.bench.shapes import FA3, SHAPES, SMOKE, TORCH
 from jaxattn.bench.table import HEADER, line, plot, table
-from jaxattn.commit import VARIABLE
 
 IMPLEMENTATIONS = (*api.IMPLEMENTATIONS, FA3, *TORCH)
 
@@ -37,12 +37,11 @@ def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
     origin = machine()
     try:
+        if args.resume:
+            check_resumable(origin)
         cells = read_cells(args.out, origin["device"]) if args.out else []
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    if args.resume and "commit" not in origin:
-        print(f"error: --resume needs the commit of the code: set {VARIABLE}=HASH", file=sys.stderr)
         return 2
     print(", ".join(origin.values()), HEADER, sep="\n", flush=True)
     any_ran, left, begun = False, 0, time.monotonic()

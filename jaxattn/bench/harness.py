@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from jaxattn.commit import commit
+from jaxattn.commit import VARIABLE, commit
 from jaxattn.errors import first_line, is_out_of_memory
 
 Cell = dict[str, Any]
@@ -92,14 +92,16 @@ def machine() -> dict[str, str]:
       the driver; date; commit, where it is known.
 
     Raises:
-      subprocess.CalledProcessError: jax finds no device.
+      RuntimeError: jax finds no device.
     """
     code = (
         "import jax, json; d = jax.devices(); print(json.dumps({'device': "
         "f'{len(d)} x {d[0].device_kind}' if d[0].platform == 'gpu' else d[0].platform, 'versions':"
         " f'jax {jax.__version__}, {d[0].client.platform_version.splitlines()[0]}'}))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"jax finds no device: {done.stderr.strip().splitlines()[-1]}")
     found = json.loads(done.stdout.splitlines()[-1])
     if found["device"] != "cpu" and (driver := _driver()):
         found["versions"] += f", driver {driver}"
@@ -166,6 +168,12 @@ def merge(cells: list[Cell], new: Cell, key: Callable[[Cell], Iterable[object]])
     """
     replaced = list(key(new))
     return [cell for cell in cells if next(iter(key(cell))) not in replaced] + [new]
+
+
+def check_resumable(origin: Cell) -> None:
+    """Raise ValueError if `origin`, from `machine`, has no commit to compare cells with."""
+    if "commit" not in origin:
+        raise ValueError(f"--resume needs the commit of the code: set {VARIABLE}=HASH")
 
 
 def is_done(

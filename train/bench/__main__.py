@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,6 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from jaxattn.bench import harness
-from jaxattn.commit import VARIABLE
 from models.cli import fail, parse
 from models.config import PRESETS
 from models.remat import parse_remat
@@ -170,18 +168,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = parse(BenchConfig, sys.argv[1:] if argv is None else argv, "train.bench")
         machine = harness.machine()
+        if config.resume:
+            harness.check_resumable(machine)
         found = read(config.out, machine["device"])
     except (ValueError, OSError) as error:
         return fail(error, 2)
-    except subprocess.CalledProcessError as error:
-        return fail(f"jax finds no device: {error.stderr.strip().splitlines()[-1]}", 1)
+    except RuntimeError as error:  # no device
+        return fail(error, 1)
     print(", ".join(machine.values()), flush=True)
     if not config.attn and not has_torch():
         print("without PyTorch's columns: it is not installed (pip install -e '.[torch]')")
     cells = list(cells_of(config, on_gpu=machine["device"] != "cpu"))
     begun, count = time.monotonic(), len(cells)
-    if config.resume and "commit" not in machine:
-        return fail(f"--resume needs the commit of the code: set {VARIABLE}=HASH", 2)
     if config.resume:
         wanted = [cell for cell in cells if not _is_done(found, cell, machine)]
         print(f"{len(cells) - len(wanted)} of {len(cells)} cells are done", flush=True)

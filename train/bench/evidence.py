@@ -131,8 +131,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail("there is no git repository here: give --commit=HASH of this code", 2)
     try:
         machine = harness.machine()
-    except subprocess.CalledProcessError as error:
-        return fail(f"jax finds no device: {error.stderr.strip().splitlines()[-1]}", 1)
+    except RuntimeError as error:  # no device
+        return fail(error, 1)
     out = config.out or Path("runs/evidence_tiny" if config.tiny else "results/evidence")
     print(", ".join(machine.values()), flush=True)
     on_two = _count(machine["device"]) > 1

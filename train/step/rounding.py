@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, UInt32
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["layer"], meta_fields=["streams"])
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where the arrays of an update are among all weights, so that their random bits are the same.
+    """Locate the arrays of an update among all weights, to draw the random bits of whole arrays.
 
     Attributes:
         streams: for each array, the position of its whole array among the weights.

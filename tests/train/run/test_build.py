@@ -41,7 +41,7 @@ INT8 = ["--model=nano", "--seq_len=64", "--optim.moment_dtype=int8"]
 
 
 def test_int8_moments_of_a_scan_are_updated_layer_by_layer(monkeypatch):
-    """What the memory plan counts is what is compiled."""
+    """The compiled step and the memory plan choose the update by the same rule."""
     asked = []
 
     def make_step(*_, layered, **__):
