@@ -107,6 +107,10 @@ def test_layers_are_a_loop_where_that_is_better(remat, asked, on_gpu, scan):
 
 def test_layers_of_long_rows_are_a_loop():
     assert in_scan(None, "full", on_gpu=True, seq_len=65_536)
+    assert in_scan(None, "attention", on_gpu=True, seq_len=65_536)
+    # A scan would copy the saved matrix products.
+    assert not in_scan(None, "dots,attention", on_gpu=True, seq_len=65_536)
+    assert not in_scan(None, "qkv", on_gpu=True, seq_len=65_536)
     assert not in_scan(False, "full", on_gpu=True, seq_len=65_536)
 
 
