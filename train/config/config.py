@@ -181,9 +181,9 @@ class Config:
     16,384 where the whole row does not fit the device, else no tiles."""
 
     scan_layers: Annotated[bool | None, chosen("{True,False}")] = None
-    """Compile one layer for all layers (a scan): compiles faster, and runs slower unless rows are
-    long. By default False on a GPU, except with --remat=offload or offload_input, and with rows of
-    65,536 tokens or more."""
+    """Compile one layer for all layers (a scan): compiles faster, and runs slower by the copies of
+    what is saved. By default False on a GPU, except with --remat=offload or offload_input, and with
+    rows of 65,536 tokens or more if remat saves no matrix products (attention, full)."""
 
     dtype: Annotated[Literal["bfloat16", "float32"] | None, chosen("{bfloat16,float32}")] = None
     """Compute dtype. By default bfloat16 on a GPU, else float32."""
