@@ -17,7 +17,6 @@ beginning of an iteration; with one, after dK has read Q.
 """
 
 import functools
-import math
 
 import jax
 import jax.experimental.pallas as pl
@@ -66,20 +65,6 @@ def scratch(head_dim: int, dtype: jnp.dtype, tiles: BackwardTiles) -> dict:
     }
 
 
-def work_of(program, key_tiles: int, kv_heads: int):
-    """Return the entry of the work list, and the kv head, of a program.
-
-    The GPU starts programs in their order: the longest key tile first, for two kv heads in turn, then
-    for the next two. With one head after another the longest tile of the last head would begin so
-    late that it ends long after the others (7b_32k_packed on 132 multiprocessors, by counting tiles:
-    10% after the mean, here 1%). With all heads at once fewer programs would share the Q and dO of a
-    head in the L2 cache.
-    """
-    together = math.gcd(2, kv_heads)
-    pair, rest = lax.div(program, together * key_tiles), lax.rem(program, together * key_tiles)
-    return lax.div(rest, together), pair * together + lax.rem(rest, together)
-
-
 def backward(
     x: BackwardOperands, work: BlockMap, *, scale: float, tiles: BackwardTiles, with_dq: bool
 ) -> tuple[Float[Array, "R N H"] | None, Float[Array, "C K H"], Float[Array, "C K H"]]:
@@ -99,7 +84,8 @@ def backward(
     def kernel(gmem, smem):
         wg = lax.axis_index("wg") if warpgroups > 1 else jnp.int32(0)
         program = lax.axis_index("program")
-        entry, kv_head = work_of(program, key_tiles, K)
+        # Longest key tile first within a kv head, and one kv head after another.
+        entry, kv_head = lax.rem(program, key_tiles), lax.div(program, key_tiles)
         row_bounds = smem.row_bounds.at[wg]
         tile = WorkTile(gmem, entry, wg, row_bounds=row_bounds, block_cols=tiles.block_q)
         key = tile.row_tile * tiles.block_kv
