@@ -17,12 +17,18 @@ def encode_chat(
       generate: append the beginning of the assistant's answer.
 
     Raises:
-      ValueError: the tokenizer lacks chat tokens.
+      ValueError: the tokenizer lacks chat tokens, or a message is no pair.
 
     References:
       The chat_template in the published tokenizer_config.json.
     """
     check_chat_tokens(tokenizer)
+    for number, message in enumerate(messages, start=1):
+        # A dict of two keys, as of Hugging Face, would be unpacked to the names of its keys.
+        if not isinstance(message, tuple | list) or len(message) != 2:
+            raise ValueError(
+                f"message {number} is a {type(message).__name__}, must be (role, content)"
+            )
     text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in messages)
     return [
         tokenizer.bos_id,

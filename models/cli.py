@@ -3,11 +3,12 @@
 import contextlib
 import dataclasses
 import difflib
+import functools
 import io
 import re
 import sys
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import docstring_parser
 import tyro
@@ -76,6 +77,19 @@ def fail(error: object, status: int) -> int:
     """Print an error on one line of stderr; return the status to exit with."""
     print("error:", " ".join(str(error).split()), file=sys.stderr)
     return status
+
+
+def interruptible(main: Callable[..., int]) -> Callable[..., int]:
+    """Wrap the main function of a command: Ctrl-C is one line and exit status 130."""
+
+    @functools.wraps(main)
+    def run(argv: Sequence[str] | None = None) -> int:
+        try:
+            return main(argv)
+        except KeyboardInterrupt:
+            return fail("stopped by Ctrl-C", 130)
+
+    return run
 
 
 def _join_help(config: type) -> None:

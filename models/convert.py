@@ -256,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 merge=config.merge,
                 dtype=config.dtype,
                 max_shard_bytes=int(config.max_shard_gb * 1e9),
-                progress=True,
+                progress=sys.stderr.isatty(),
             )
     except (ValueError, OSError, MemoryError) as error:
         return fail(error, 1)

@@ -23,12 +23,12 @@ from jaxattn.errors import first_line, is_out_of_memory
 from models import sharding
 from models.cache import SLOTS, capacity_for, decode, prefill
 from models.chat import encode_chat
-from models.cli import fail, parse
+from models.cli import fail, interruptible, parse
 from models.config import NO_ID
 from models.execution import Execution
 from models.internlm2 import InternLM2
 from models.sampling import Sampling, sample
-from models.terminal import escape_control, set_up_streams
+from models.terminal import discard_output, escape_control, set_up_streams
 from models.tokenizer import Tokenizer, load_given_or
 from models.unstack import unstack_layers
 from models.weights.hf_files import eos_ids
@@ -176,7 +176,25 @@ class GenerateConfig:
     adapter: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """PEFT directory of a LoRA adapter for DIR, or a run that trained one."""
 
+    def __post_init__(self):
+        """Check the ranges."""
+        try:
+            _check_new(self.max_new_tokens)
+            _ = self.sampling
+        except ValueError as error:
+            raise ValueError(f"--{error}") from error
 
+    @property
+    def sampling(self) -> Sampling:
+        """Options of sampling.
+
+        Raises:
+          ValueError: a value is out of its range.
+        """
+        return Sampling(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
+
+
+@interruptible
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status: 0; 1 for an error; 2 for wrong flags."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
@@ -187,6 +205,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(error, 2)
     try:
         _generate(config)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        discard_output()
     except (ValueError, NotImplementedError, OSError, FloatingPointError) as error:
         return fail(error, 1)
     except jax.errors.JaxRuntimeError as error:
@@ -201,7 +222,6 @@ def _generate(config: GenerateConfig) -> None:
     dir, dtype = config.dir, config.dtype
     if not dir.is_dir():
         raise ValueError(f"{dir} does not exist: give a HF directory, or a training run")
-    sampling = Sampling(temperature=config.temperature, top_p=config.top_p, top_k=config.top_k)
     tok = _tokenizer(dir, config.tokenizer)
     execution = Execution(attn=config.attn, dtype=dtype, param_dtype=dtype)
     model = load(dir, execution=execution, adapter=config.adapter)
@@ -222,7 +242,7 @@ def _generate(config: GenerateConfig) -> None:
         model,
         [ids],
         max_new_tokens=config.max_new_tokens,
-        sampling=sampling,
+        sampling=config.sampling,
         stop_ids=stop_ids_of(dir, model, tok),
         seed=config.seed,
         consume=True,
@@ -241,6 +261,10 @@ def _tokenizer(directory: Path, spec: str | None) -> Tokenizer:
     run = find_run(directory)
     if run is None:
         check_loadable(directory)
+        if not (directory / "config.json").exists():
+            raise ValueError(
+                f"{directory} is no model: it has no config.json, and no checkpoints of a run"
+            )
     own = directory if run is None else run.tokenizer_spec or directory
     tokenizer = load_given_or(spec, own)
     if run is not None and run.tokenizer not in (None, tokenizer.fingerprint):
@@ -280,13 +304,19 @@ def _fetch(a: Array) -> np.ndarray:
 
 
 def _check(prompts: Sequence[Sequence[int]], vocab_size: int, max_new_tokens: int) -> None:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    if not prompts or not all(len(p) for p in prompts):
+    _check_new(max_new_tokens)
+    if len(prompts) == 0 or not all(len(p) for p in prompts):
         raise ValueError("every prompt must have at least one id: give bos for an empty text")
     for i, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            raise ValueError(f"prompt {i} is text, must be ids: give those of tokenizer.encode")
         if not 0 <= min(prompt) <= max(prompt) < vocab_size:
             raise ValueError(f"prompt {i} has ids outside 0 .. {vocab_size - 1} of the model")
+
+
+def _check_new(max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
 
 
 def _left_pad(

@@ -284,12 +284,21 @@ class InternLM2(nnx.Module):
         """Convert the inputs to jax arrays split over the mesh, with default positions.
 
         Only tokens are split along T: positions and lengths of documents are counted over rows.
+
+        Raises:
+          ValueError: the tokens have another number of axes, or are no integers.
         """
+        tokens_BT = jnp.asarray(tokens_BT)
+        if tokens_BT.ndim != 2 or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
+            raise ValueError(
+                f"tokens have shape {tokens_BT.shape} and dtype {tokens_BT.dtype}, must be "
+                "integers with 2 axes: batch, pos"
+            )
 
         def place(ids):
             return sharding.constrain(jnp.asarray(ids), "batch", None)
 
-        tokens_BT = sharding.constrain(jnp.asarray(tokens_BT), "batch", "seq")
+        tokens_BT = sharding.constrain(tokens_BT, "batch", "seq")
         segment_ids = None if segment_ids is None else place(segment_ids)
         if positions is not None:
             positions = place(positions)

@@ -19,6 +19,11 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+def discard_output() -> None:
+    """Let standard output go nowhere: its reader, such as `head`, has ended."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def set_up_streams() -> None:
     """Make standard output and standard error safe to write to.
 

@@ -7,7 +7,6 @@ Needs no accelerator.
 
 import dataclasses
 import io
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Annotated
@@ -15,8 +14,8 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from models.cli import fail, parse
-from models.terminal import escape_control
+from models.cli import fail, interruptible, parse
+from models.terminal import discard_output, escape_control
 from models.tokenizer import Tokenizer, load_tokenizer
 from train.config.bounds import at_least, check_bounds
 from train.config.command_line import check_complete, parse_flags
@@ -67,6 +66,7 @@ class PreviewConfig:
         check_bounds(self)
 
 
+@interruptible
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the preview; return the exit status: 0; 1 for bad data; 2 for wrong flags."""
     try:
@@ -92,8 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for line in _lines(config, tokenizer, loader):
                 print(line)
         sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has ended; later writes, at exit too, go nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        discard_output()
     except (ValueError, OSError) as error:
         return fail(error, 1)
     return 0

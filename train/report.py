@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from models.cli import fail, parse
+from models.cli import fail, interruptible, parse
 from train.config.sections import chosen
 from train.metrics.curves import figures
 from train.metrics.run_records import TAIL, RunRecords, read_run, source_losses
@@ -31,6 +31,7 @@ class ReportConfig:
     """Directory for report.html and the PNGs. By default OUT/report for one run, else report."""
 
 
+@interruptible
 def main(argv: Sequence[str] | None = None) -> int:
     """Read, plot and write; return the exit status: 0; 1 for wrong records; 2 for wrong flags."""
     try:

@@ -1,6 +1,7 @@
 """The conversation format against the original's chat template."""
 
 import dataclasses
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -28,6 +29,13 @@ def test_the_byte_tokenizer_can_chat():
     ids = encode_chat([("user", "hi")], byte)
     assert byte.decode(ids) == "<s><|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert ids.count(byte.im_start_id) == 2
+
+
+@pytest.mark.parametrize("message", [{"role": "user", "content": "hi"}, "hi", ("user",)])
+def test_a_message_that_is_no_pair_is_refused(message):
+    """A dict would be a message of "role" that says "content"."""
+    with pytest.raises(ValueError, match=r"message 2 is a \w+, must be \(role, content\)"):
+        inspect.unwrap(encode_chat)([("user", "hi"), message], ByteTokenizer())
 
 
 def test_a_tokenizer_without_chat_tokens_is_refused():

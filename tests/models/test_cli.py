@@ -15,6 +15,8 @@ from models.cli import flags
         (generate, ["x", "--promt=a", "--prompt=a"], "unknown argument --promt; the nearest is "),
         (generate, ["x", "--prompt=a", "--dtype=int"], "--dtype=int must be one of bfloat16, "),
         (generate, ["x", "--prompt=a", "--top_k=x"], "--top_k=x must be INT"),
+        (generate, ["x", "--prompt=a", "--max_new_tokens=0"], "--max_new_tokens=0 must be at le"),
+        (generate, ["x", "--prompt=a", "--top_p=2"], "--top_p=2.0 must be above 0 and at most 1"),
         (generate, ["x", "y", "--prompt=a"], "unknown argument y; see --help"),
         (convert, ["a"], "python -m models.convert needs DST; see --help"),
         (convert, ["a", "b", "--max_shard_gb=0"], "--max_shard_gb=0.0 must be above 0 and finite"),

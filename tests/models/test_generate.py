@@ -1,7 +1,9 @@
 """Generation against the original's, and the command."""
 
+import inspect
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -91,6 +93,14 @@ def test_sampling_follows_the_seed(model, prompts, exact):
     assert run(1) == run(1) != run(2)
 
 
+def test_prompts_are_ids(model):
+    """Those of a batch, an array, too; without the checks of types that pytest adds."""
+    check = inspect.unwrap(command._check)
+    check(np.ones((2, 3), np.int32), model.config.vocab_size, 4)
+    with pytest.raises(ValueError, match="prompt 0 is text, must be ids"):
+        check(["hi"], model.config.vocab_size, 4)
+
+
 @pytest.mark.parametrize(
     ("prompts", "new", "message"),
     [
@@ -153,7 +163,6 @@ def test_command_errors_are_one_line(directory, capsys):
     wide = ["--tokenizer", str(directory)]
     for argv, message in [
         ([str(directory / "nowhere"), "--prompt=a"], "nowhere does not exist: give a HF directory"),
-        ([str(directory), "--prompt=a", "--top_p=2"], "top_p=2.0"),
         ([str(directory), "--prompt=a", "--attn=fast"], "'fast'"),
         ([str(directory), "--prompt=a", *wide], "cannot be read"),
     ]:
@@ -179,6 +188,12 @@ def test_no_tokenizer_is_one_line_with_a_remedy(tiny_dir, tmp_path, capsys):
     assert "name one with --tokenizer ('byte' for" in capsys.readouterr().err
 
 
+def test_a_directory_without_a_model_is_one_line(tmp_path, capsys):
+    """The model is missing, not only its tokenizer."""
+    assert command.main([str(tmp_path), "--prompt=a"]) == 1
+    assert f"{tmp_path} is no model: it has no config.json" in capsys.readouterr().err
+
+
 def test_a_damaged_run_is_one_line(tmp_path, capsys):
     (tmp_path / "run" / "checkpoints" / "8").mkdir(parents=True)
     assert command.main([str(tmp_path / "run"), "--prompt=a"]) == 1
@@ -189,6 +204,29 @@ def test_a_lora_adapter_is_named(tmp_path, capsys):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     assert command.main([str(tmp_path), "--prompt=a"]) == 1
     assert "contains a LoRA adapter" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_one_line(directory, monkeypatch, capsys):
+    """Text that was generated before stays."""
+
+    def stream(*args, **kwargs):
+        yield [3 + ord("c")]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "stream", stream)
+    assert command.main([str(directory), "--prompt=a", "--tokenizer=byte"]) == 130
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("c", "error: stopped by Ctrl-C\n")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(directory):
+    """The output goes to `head`, which ends after the first bytes."""
+    flags = [str(directory), "--prompt=a", "--tokenizer=byte", "--max_new_tokens=50"]
+    command = [sys.executable, "-m", "models.generate", *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as shown:
+        shown.stdout.close()
+        assert shown.stderr.read() == b""
+    assert shown.returncode == 0
 
 
 def test_escape_sequences_are_not_sent_to_a_terminal(directory, monkeypatch, capsys):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import inspect
+import re
 
 import jax
 import jax.numpy as jnp
@@ -291,6 +293,14 @@ def test_init_on_a_mesh_never_holds_a_whole_weight(make_mesh):
         return stats.temp_size_in_bytes + stats.output_size_in_bytes
 
     assert peak(make_mesh(1, 8, 1)) < 0.3 * peak(make_mesh(1, 1, 1))
+
+
+@pytest.mark.parametrize("tokens", [np.ones(8, np.int32), np.ones((1, 8), np.float32)])
+def test_tokens_of_another_kind_are_refused(model, tokens):
+    """Without the checks of types that pytest adds, as callers have it."""
+    kind = re.escape(f"tokens have shape {tokens.shape} and dtype {tokens.dtype}, must be integers")
+    with pytest.raises(ValueError, match=kind):
+        inspect.unwrap(InternLM2._place_inputs)(model, tokens, None, None)
 
 
 def test_padding_has_no_influence(exact, forward):

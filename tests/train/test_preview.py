@@ -114,6 +114,15 @@ def test_a_reader_that_has_seen_enough_is_no_error(path):
     assert shown.returncode == 0
 
 
+def test_ctrl_c_is_one_line(path, monkeypatch, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("train.preview.load_tokenizer", interrupted)
+    assert main(["--data", str(path)]) == 130
+    assert capsys.readouterr().err == "error: stopped by Ctrl-C\n"
+
+
 def test_every_row_is_shown_once_and_text_that_cannot_be_is_escaped(tmp_path):
     path = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
     path.write_text('{"text": "na\u00efve"}')

@@ -29,15 +29,25 @@ NOT_NEGATIVE = Bound(lambda value: 0 <= value < math.inf, "at least 0 and finite
 
 
 def check_bounds(config: Any, prefix: str = "--") -> None:
-    """Raise ValueError if a field of a dataclass is out of its bound; None is within all.
+    """Raise ValueError if a field of a dataclass is out of its bound, or empty text.
 
-    The prefix precedes the names of its fields, such as "--optim.".
+    None is within all bounds. The prefix precedes the names of its fields, such as "--optim.".
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
+        check_not_empty(f"{prefix}{field.name}", value)
         for bound in getattr(field.type, "__metadata__", ()):
             if isinstance(bound, Bound) and value is not None:
                 require(bound.holds(value), f"{prefix}{field.name}", value, bound.text)
+
+
+def check_not_empty(flag: str, *values: object) -> None:
+    """Raise ValueError if a value is empty text, as of a shell variable that is not set.
+
+    A path that is empty would be the working directory.
+    """
+    if "" in values:
+        raise ValueError(f"{flag}= is empty: give a value, or leave the flag out")
 
 
 def require(holds: bool, flag: str, value: object, bound: str) -> None:

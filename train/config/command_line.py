@@ -7,6 +7,7 @@ from pathlib import Path
 
 from models.cli import parse
 from models.config import PRESETS
+from train.config.bounds import check_bounds
 from train.config.config import Config
 from train.config.file import SUFFIXES, Values, read_values
 from train.config.recipes import RECIPES
@@ -28,6 +29,9 @@ class _Given:
     epochs: float | None = None
     batch_size: int | None = None
     rows_per_device: int | None = None
+
+    def __post_init__(self):
+        check_bounds(self)
 
 
 def parse_flags(argv: Sequence[str]) -> Config:

@@ -16,6 +16,7 @@ from train.config.bounds import (
     above,
     at_least,
     check_bounds,
+    check_not_empty,
     require,
 )
 
@@ -68,6 +69,8 @@ class DataConfig:
     def __post_init__(self):
         """Check the ranges."""
         check_bounds(self, "--data.")
+        check_not_empty("--data", *(self.files or ()))
+        check_not_empty("--data.val", *(self.val or ()))
         if self.files == ():
             raise ValueError("--data names no file: name some, or leave it out for built-in text")
         if self.val == ():
@@ -224,6 +227,7 @@ class LoRAConfig:
 
     def __post_init__(self):
         """Check the ranges."""
+        check_not_empty("--lora.adapter", self.adapter)
         try:
             _ = self.lora
         except ValueError as error:

@@ -4,6 +4,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from models.tokenizer import Tokenizer
 from train.data.corpus import TINY_SHAKESPEARE
@@ -57,6 +58,15 @@ def open_data(
         raise ValueError(f"{seq_len=} must be at least 2: a token and its target")
     if seed < 0:
         raise ValueError(f"{seed=} must not be negative")
+    for name, value, known in (
+        ("packing", packing, get_args(Packing)),
+        ("too_long", too_long, get_args(TooLong)),
+        ("split", split, get_args(Split)),
+    ):
+        if value not in known:
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
+    if isinstance(paths, str | Path):  # a string is a sequence, too: of characters
+        raise ValueError(f"paths={str(paths)!r} must be a list of files: give [{str(paths)!r}]")
     if paths is not None and not paths:
         raise ValueError("no data files are named; name some, or none at all for built-in text")
     shard.rows_of(batch_size)

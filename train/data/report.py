@@ -141,7 +141,7 @@ def _by_file(kind: str, problems: tuple[Problem, ...]) -> list[str]:
         size = sum(problem.size for group in groups for problem in group)
         shown = "; ".join(map(_group, groups[:_KINDS]))
         rest = groups[_KINDS:]
-        more = f"; {sum(map(len, rest)):,} of {len(rest):,} other kinds" if rest else ""
+        more = f"; {sum(map(len, rest)):,} for other reasons (train.preview --all)" if rest else ""
         bytes_ = f", {size:,} bytes" if size else ""
         count = sum(map(len, groups))
         lines.append(f"{file}: {count:,} {kind}{bytes_}: {shown}{more}")
@@ -151,4 +151,6 @@ def _by_file(kind: str, problems: tuple[Problem, ...]) -> list[str]:
 def _group(group: list[Problem]) -> str:
     numbers = ", ".join(str(problem.line) for problem in group[:_LINES])
     more = ", ..." if len(group) > _LINES else ""
-    return f"{len(group):,} x {group[0].reason} (line {numbers}{more})"
+    alike = all(problem.reason == group[0].reason for problem in group)
+    count = f"{len(group):,} x" if alike else f"{len(group):,}, the first:"
+    return f"{count} {group[0].reason} (line {numbers}{more})"

@@ -237,6 +237,8 @@ def resolve(config: Config, devices: Sequence[jax.Device] | DeviceSpec | None = 
     model = extend_rope(model, config.rope_factor, config.seq_len)
     check_seq(mesh, heads=model.num_heads, seq_len=config.seq_len)
     notes += _seq_notes(mesh, model, config.seq_len)
+    if config.prompts and not config.sample_every:
+        notes.append("no samples of --prompts during training: --sample_every is 0")
     attn, reason = _attention(config, model, mesh, device, rows, dtype)
 
     lora = read_lora(config.lora, model)

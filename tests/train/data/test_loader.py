@@ -1,5 +1,7 @@
 """The stream of batches: the same everywhere, from any position, on any number of hosts."""
 
+import functools
+import inspect
 import json
 import os
 import threading
@@ -303,6 +305,31 @@ def test_bad_arguments_are_one_clear_line(opened, change, message):
         opened(**change)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+# Without the checks of types that pytest adds, as callers have it.
+plain_open = functools.partial(inspect.unwrap(open_data), seq_len=8, batch_size=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"packing": "best"}, "packing='best' must be one of fit, concat, xtuner"),
+        ({"too_long": "split"}, "too_long='split' must be one of drop, head, tail"),
+        ({"split": "test"}, "split='test' must be one of train, val"),
+    ],
+)
+def test_a_name_that_is_unknown_is_refused(path, tokenizer, change, message):
+    """None of them means another one."""
+    with pytest.raises(ValueError, match=message):
+        plain_open([path], tokenizer, **change)
+
+
+def test_one_path_is_no_list_of_paths(path, tokenizer):
+    """Not its characters, of which "/" would be a directory."""
+    for one in (path, str(path)):
+        with pytest.raises(ValueError, match=r"must be a list of files: give \['"):
+            plain_open(one, tokenizer)
 
 
 def test_no_files_is_not_the_built_in_text(tokenizer):

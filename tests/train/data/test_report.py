@@ -96,6 +96,13 @@ def test_reasons_that_differ_in_numbers_are_one_kind(write, tokenizer):
     *_, broken, dropped = open_data([path], tokenizer, **PARTS).report.notes()
     assert broken.endswith(": 9 x 'text' must be a string, this is a number (line 32, 33, 34, ...)")
     assert (
-        dropped
-        == f"{path}: 30 document(s) dropped: 30 x 83 tokens, a row has 64 (line 2, 3, 4, ...)"
+        dropped == f"{path}: 30 document(s) dropped: 30, the first: 83 tokens, a row has 64"
+        " (line 2, 3, 4, ...)"
     )
+
+
+def test_many_reasons_are_counted_and_the_place_of_the_list_is_named(write, tokenizer):
+    broken = [{"messages": [{"role": 3 * letter, "content": "Q"}]} for letter in "abcdefgh"]
+    path = write("a.jsonl", [{"text": "fine"}, *broken])
+    [note] = open_data([path], tokenizer, **PARTS).report.notes()
+    assert note.endswith("; 2 for other reasons (train.preview --all)")

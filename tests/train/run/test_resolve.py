@@ -49,6 +49,13 @@ def test_flags_win(tiny):
     assert dict(run.mesh.shape) == {"data": 2, "fsdp": 4, "seq": 1, "tensor": 1}
 
 
+def test_prompts_without_samples_are_said(tiny):
+    """--sample_every is 0 by default."""
+    note = "no samples of --prompts during training: --sample_every is 0"
+    assert note in resolve(Config(model="tiny", prompts=("a",))).notes
+    assert note not in resolve(Config(model="tiny", prompts=("a",), sample_every=2)).notes
+
+
 def test_remat_is_chosen_and_said(tiny):
     run = resolve(Config(model="tiny"))
     assert run.execution.remat == "dots" and "remat dots: the fastest that fits" in run.notes[-1]

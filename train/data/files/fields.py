@@ -72,6 +72,8 @@ def objects(row: dict[str, Any], key: str, name: str) -> Iterator[tuple[str, dic
 
 def string(row: dict[str, Any], key: str, where: str = "") -> str:
     """Return a string that can be written as UTF-8."""
+    if key not in row:
+        raise RowError(f"{where}'{key}' is missing")
     return _checked(row.get(key), key, where)
 
 

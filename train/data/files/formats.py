@@ -184,7 +184,7 @@ class _Reader:
             results.clear()
 
         for where, message in objects(self.row, "messages", "message"):
-            role = string(message, "role", where)
+            role = _speaker(message, "role", where)
             header = "assistant" if role == "assistant" else ROLES.get(role)
             if header is None:
                 known = ", ".join((*ROLES, "assistant"))
@@ -239,7 +239,7 @@ class _Reader:
     def sharegpt(self) -> Chat:
         self._begin(_OF_SHAREGPT)
         for where, message in objects(self.row, "conversations", "message"):
-            speaker = string(message, "from", where)
+            speaker = _speaker(message, "from", where)
             if speaker in SPEAKERS:
                 self._skip(message, _OF_SPEAKER, "conversations[].", asks=True)
                 said = content(message, "value", where)
@@ -401,6 +401,17 @@ class _Reader:
             ids.append(optional(call, "id", where))
             texts.append(f"{ACTION}{PLUGIN}\n{_call_json(name, function, where)}{ACTION_END}")
         return ids, texts
+
+
+def _speaker(message: dict[str, Any], key: str, where: str) -> str:
+    """Return the role, or ShareGPT's speaker, of a message."""
+    if key not in message:
+        other, name = {"role": ("from", "conversations"), "from": ("role", "messages")}[key]
+        if other in message:
+            raise RowError(
+                f"{where}'{key}' is missing: messages with '{other}' are read from the key '{name}'"
+            )
+    return string(message, key, where)
 
 
 def _place(message: dict[str, Any], calls: dict[str, int], default: int, where: str) -> int:

@@ -79,9 +79,11 @@ def text_chunks(path: Path, suffix: str, size: int) -> Iterator[Chunk]:
 def check_path(path: Path) -> str:
     """Return the suffix without that of the compression; raise ValueError for an unusable file."""
     if not path.exists():
-        raise ValueError(f"no such data file: {path}")
+        pattern = any(character in str(path) for character in "*?[")
+        hint = ": it is a pattern, which only a shell expands, after '--data ' and not after '='"
+        raise ValueError(f"no such data file: {path}{hint if pattern else ''}")
     if path.is_dir():
-        raise ValueError(f"{path} is a directory: name its data files one by one")
+        raise ValueError(f"{path} is a directory: name its data files, as --data {path}/*.jsonl")
     if not path.is_file():
         raise ValueError(f"{path} is a pipe or a device, and data are read twice: write a file")
     suffix = path.suffix.lower()

@@ -59,7 +59,7 @@ def arrow_files(directory: Path) -> list[Path]:
     if not (directory / _LIST).exists():
         raise ValueError(
             f"{directory} is a directory, and not one that the datasets library saved: name its"
-            " data files one by one"
+            f" data files, as --data {directory}/*.jsonl"
         )
     try:
         listed = json.loads((directory / _LIST).read_text(encoding="utf-8"))

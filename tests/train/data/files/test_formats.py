@@ -128,7 +128,13 @@ def answered(**more) -> dict:
         ),
         ({"messages": [{"role": "user", "content": "Q"}]}, "no answer after another message"),
         ({"messages": [{"role": "wizard", "content": "Q"}]}, "message 1: unknown role 'wizard'"),
-        ({"messages": [{"content": "Q"}]}, "message 1: 'role' must be a string"),
+        ({"messages": [{"content": "Q"}]}, "message 1: 'role' is missing"),
+        ({"messages": [{"role": None, "content": "Q"}]}, "message 1: 'role' must be a string"),
+        (
+            {"messages": [{"from": "human", "value": "Q"}]},
+            "message 1: 'role' is missing: messages with 'from' are read from the key "
+            "'conversations'",
+        ),
         ({"messages": [{"role": "user", "content": 7}]}, "'content' must be a string"),
         (answered(content=None), "message 2: 'content' is empty"),
         (answered(weight=0.5), "message 2: 'weight' must be true or false, or 1 or 0, this is 0.5"),
@@ -207,7 +213,11 @@ def said(*speakers: str) -> dict:
         (said("gpt"), "no answer after another message: nothing to train"),
         (said("human"), "no answer after another message: nothing to train"),
         (said("human", "bard"), "message 2: unknown speaker 'bard'"),
-        ({"conversations": [{"value": "x"}]}, "message 1: 'from' must be a string"),
+        ({"conversations": [{"value": "x"}]}, "message 1: 'from' is missing"),
+        (
+            {"conversations": [{"role": "user", "content": "Q"}]},
+            "message 1: 'from' is missing: messages with 'role' are read from the key 'messages'",
+        ),
         (said("human", "gpt") | {"tools": [{"name": "\ud83d"}]}, "'tools' is not UTF-8: U+D83D"),
         ({"tokens": 7}, "'tokens' must be a list, this is a number"),
         ({"tokens": [1, True]}, "'tokens' 2 must be an id, this is True"),

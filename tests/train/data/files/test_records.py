@@ -149,7 +149,9 @@ def test_what_is_no_file_is_a_clear_error(tmp_path):
         list(read_records(tmp_path / "pipe.json"))
     with pytest.raises(ValueError, match=r"no such data file: .*nowhere.txt"):
         list(read_records(tmp_path / "nowhere.txt"))
-    with pytest.raises(ValueError, match="is a directory"):
+    with pytest.raises(ValueError, match=r"no such data file: .*\*.txt: it is a pattern, which"):
+        list(read_records(tmp_path / "*.txt"))
+    with pytest.raises(ValueError, match=r"is a directory: name its data files, as --data .*jsonl"):
         list(read_records(tmp_path))
 
 
