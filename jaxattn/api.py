@@ -19,7 +19,6 @@ from jaxattn import cudnn, eager, sharded, xla
 from jaxattn import device as hardware
 from jaxattn.device import DeviceSpec
 from jaxattn.mask import Mask, Shaped
-from jaxattn.pallas import op as pallas
 
 Implementation = Literal["pallas", "pallas_mma", "cudnn", "xla", "eager"]
 """Names of the implementations."""
@@ -27,10 +26,23 @@ Implementation = Literal["pallas", "pallas_mma", "cudnn", "xla", "eager"]
 Impl = Literal["auto", "pallas", "pallas_mma", "cudnn", "xla", "eager", "flash_attention_2", "sdpa"]
 """Values of `impl`: an implementation, an alias, or "auto"."""
 
+
+def _pallas():
+    """Import the kernels at their first use: a program without them starts 0.5 s earlier."""
+    from jaxattn.pallas import op
+
+    return op
+
+
+def _kernel_attention(*inputs, **options):
+    """Compute attention with the kernels."""
+    return _pallas().attention(*inputs, **options)
+
+
 IMPLEMENTATIONS: Mapping[Implementation, Callable[..., Any]] = types.MappingProxyType(
     {
-        "pallas": pallas.attention,
-        "pallas_mma": pallas.attention,
+        "pallas": _kernel_attention,
+        "pallas_mma": _kernel_attention,
         "cudnn": cudnn.attention,
         "xla": xla.attention,
         "eager": eager.attention,
@@ -179,7 +191,7 @@ def prepare(mask: Mask, q: Shaped, k: Shaped, *, impl: str = "auto") -> Mask:
     q_local, k_local = sharded.local(q, k)
 
     def plan(mask):
-        return pallas.prepare(mask, q_local, k_local, **_kernels(name)).plan
+        return _pallas().prepare(mask, q_local, k_local, **_kernels(name)).plan
 
     return sharded.plan_rows(plan, q, mask)
 
@@ -288,7 +300,7 @@ def describe(impl: str, q: Shaped, k: Shaped, mask: Mask) -> Dispatch:
     s, skipped = k.shape[1], 0.0
     if name in FAMILIES:  # the heads of one device, but all rows, as in the mask
         q_rows, k_rows = (x.update(shape=(q.shape[0], *x.shape[1:])) for x in parts)
-        tiles, skipped = pallas.describe(mask, q_rows, k_rows, **_kernels(name))
+        tiles, skipped = _pallas().describe(mask, q_rows, k_rows, **_kernels(name))
     elif name == "xla":
         size, count = xla.slices(batch, t, num_heads, s)
         tiles = f"{count} slice{'s' if count > 1 else ''} of {size} queries x {s} keys"
@@ -341,28 +353,28 @@ def _choose(
     if device.platform != "gpu":
         return "xla", f"auto: a {device.platform} device, where the kernels cannot run"
     name = _pallas_on(device)
-    why_not = pallas.why_not(device, q, scale, family=_family_on(name, device))
+    why_not = _pallas().why_not(device, q, scale, family=_family_on(name, device))
     if why_not:
         return "xla", f"auto: pallas cannot: {why_not}"
-    return name, f"auto: {pallas.architecture(device)}"
+    return name, f"auto: {_pallas().architecture(device)}"
 
 
 def _pallas_on(device: jax.Device | DeviceSpec) -> Implementation:
     """Return the implementation that `impl="pallas"` selects on a device."""
-    capability = pallas.capability_of(device)
-    only_mma = pallas.runs_on("mma", capability) and not pallas.runs_on("wgmma", capability)
+    capability = _pallas().capability_of(device)
+    only_mma = _pallas().runs_on("mma", capability) and not _pallas().runs_on("wgmma", capability)
     return "pallas_mma" if only_mma else "pallas"
 
 
 def _family_on(name: str, device: jax.Device | DeviceSpec) -> str:
     """Return the kernels of an implementation; on a GPU without any, those of the most GPUs."""
-    capability = pallas.capability_of(device)
-    return "wgmma" if name == "pallas" and pallas.runs_on("wgmma", capability) else "mma"
+    capability = _pallas().capability_of(device)
+    return "wgmma" if name == "pallas" and _pallas().runs_on("wgmma", capability) else "mma"
 
 
 def _kernels(name: str) -> dict[str, str]:
     """Return the options of `pallas` functions for an implementation on the default device."""
-    capability = pallas.capability_of(hardware.default_device())
+    capability = _pallas().capability_of(hardware.default_device())
     return {"family": FAMILIES[name], "capability": capability}
 
 
@@ -375,7 +387,7 @@ def _why_not(
 ) -> str | None:
     """Return the reason why an implementation cannot run, or None."""
     if name in FAMILIES:
-        why = pallas.why_not(device, q, scale, family=_family_on(name, device))
+        why = _pallas().why_not(device, q, scale, family=_family_on(name, device))
         return why and f"{why}; use impl='xla', which runs everywhere"
     if name == "xla" and device.platform == "cpu" and q.dtype == jnp.float16:
         return "jax.nn takes no float16 on a CPU; use bfloat16 or float32, or impl='eager'"

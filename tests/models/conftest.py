@@ -36,6 +36,17 @@ def make_mesh():
     return make
 
 
+@pytest.fixture(scope="module")
+def one_torch_thread():
+    """Models this small are slower on more threads, which also take the cores of other tests."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def exact():
     """Highest matmul precision: what the fp32 tolerances of the goldens presume."""

@@ -6,6 +6,7 @@ proven by the same runs. fp32, exact products; tolerances as in tests/models/tes
 
 import dataclasses
 import functools
+import importlib.util
 import json
 
 import jax
@@ -24,16 +25,14 @@ from models.weights.load import load_hf
 from models.weights.save import save_hf
 from models.weights.table import find_param, hf_tensors
 
-try:
-    import torch
-    from transformers import LlamaForCausalLM, PretrainedConfig, PreTrainedModel
-except ImportError:
-    torch = None
-
 pytestmark = [
     pytest.mark.torch,
-    pytest.mark.skipif(torch is None, reason="needs PyTorch: pip install -e '.[torch]'"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("torch") is None,
+        reason="needs PyTorch: pip install -e '.[torch]'",
+    ),
     pytest.mark.filterwarnings("default"),  # those of another project
+    pytest.mark.usefixtures("one_torch_thread"),
 ]
 
 LOGITS, LOSS, GRAD = 1e-4, 1e-5, {"atol": 2e-6, "rtol": 1e-5}
@@ -66,12 +65,11 @@ VARIANTS = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small are slower on more threads, which also take the cores of other tests."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def imported():
+    """Import PyTorch here: every process that collects this file would need seconds for it."""
+    global torch, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
+    import torch
+    from transformers import LlamaForCausalLM, PretrainedConfig, PreTrainedModel
 
 
 @pytest.fixture(scope="module")
@@ -245,10 +243,10 @@ def compare(model, theirs):
     labels = torch.tensor(tokens).long()
     out = theirs(labels, labels=labels)
     out.loss.backward()
-    np.testing.assert_allclose(
-        jax.jit(lambda m, t: m(t))(model, tokens), out.logits.detach(), rtol=0, atol=LOGITS
+    (loss, logits), grads = jax.jit(jax.value_and_grad(loss_and_logits, has_aux=True))(
+        model, tokens
     )
-    loss, grads = jax.jit(jax.value_and_grad(loss_of))(model, tokens)
+    np.testing.assert_allclose(logits, out.logits.detach(), rtol=0, atol=LOGITS)
     np.testing.assert_allclose(float(loss), float(out.loss.detach()), rtol=0, atol=LOSS)
     named = dict(theirs.named_parameters())
     compared = set()
@@ -269,10 +267,15 @@ def batch(seed, config):
 
 
 def loss_of(model, tokens):
+    return loss_and_logits(model, tokens)[0]
+
+
+def loss_and_logits(model, tokens):
     """Mean over all targets, as LlamaForCausalLM's."""
-    logits = model(tokens)[:, :-1]
-    hit = jax.nn.one_hot(tokens[:, 1:], logits.shape[-1], dtype=logits.dtype)
-    return (jax.nn.logsumexp(logits, axis=-1) - (logits * hit).sum(axis=-1)).mean()
+    logits = model(tokens)
+    scores = logits[:, :-1]
+    hit = jax.nn.one_hot(tokens[:, 1:], scores.shape[-1], dtype=scores.dtype)
+    return (jax.nn.logsumexp(scores, axis=-1) - (scores * hit).sum(axis=-1)).mean(), logits
 
 
 def hf_tensor(tree, weight, layer):

@@ -4,8 +4,9 @@ Needs the torch extra. In Llama's layout q, k and v have an adapter each. They s
 their A is one tensor in PyTorch, too, wherever they are trained.
 """
 
+import importlib.util
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -19,17 +20,14 @@ from models.weights.adapter_files import load_adapter, save_adapter
 from models.weights.save import save_hf
 from tests.models.test_lora import with_values
 
-try:
-    import peft
-    import torch
-    from transformers import LlamaForCausalLM
-except ImportError:
-    torch = None
-
 pytestmark = [
     pytest.mark.torch,
-    pytest.mark.skipif(torch is None, reason="needs PyTorch: pip install -e '.[torch]'"),
+    pytest.mark.skipif(
+        not all(map(importlib.util.find_spec, ("torch", "peft"))),
+        reason="needs PyTorch: pip install -e '.[torch]'",
+    ),
     pytest.mark.filterwarnings("default"),  # those of other projects
+    pytest.mark.usefixtures("one_torch_thread"),
 ]
 
 CONFIG = ModelConfig(
@@ -43,6 +41,15 @@ CONFIG = ModelConfig(
     initializer_range=0.1,
 )
 ADAPTERS = LoRA(rank=4, alpha=8.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported():
+    """Import PyTorch here: every process that collects this file would need seconds for it."""
+    global peft, torch, LlamaForCausalLM
+    import peft
+    import torch
+    from transformers import LlamaForCausalLM
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +85,12 @@ def batch(seed):
     return rng.integers(3, CONFIG.vocab_size, (2, 32), dtype=np.int32)
 
 
+@jax.jit
+def logits(model, tokens):
+    """Compute the logits in one program."""
+    return model(tokens)
+
+
 def loss_of(graphdef, trained, frozen, tokens):
     """Mean over all targets, as LlamaForCausalLM's."""
     logits = nnx.merge(graphdef, trained, frozen)(tokens)[:, :-1]
@@ -92,9 +105,10 @@ def test_logits_loss_and_gradients(pair):
     labels = torch.tensor(tokens).long()
     out = theirs(labels, labels=labels)
     out.loss.backward()
-    np.testing.assert_allclose(np.asarray(model(tokens)), out.logits.detach(), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(logits(model, tokens), out.logits.detach(), rtol=0, atol=1e-4)
     graphdef, trained, frozen = nnx.split(model, LoRAParam, ...)
-    loss, grads = jax.value_and_grad(loss_of, argnums=1)(graphdef, trained, frozen, tokens)
+    gradients = jax.jit(jax.value_and_grad(loss_of, argnums=1), static_argnums=0)
+    loss, grads = gradients(graphdef, trained, frozen, tokens)
     np.testing.assert_allclose(float(loss), float(out.loss.detach()), rtol=1e-5)
     grads = adapter_params(nnx.merge(graphdef, grads, frozen))
     layer = theirs.base_model.model.model.layers[1]
@@ -162,4 +176,4 @@ def test_peft_merges_to_what_the_adapter_computes(pair):
     tokens = batch(1)
     merged = theirs.merge_and_unload()
     got = merged(torch.tensor(tokens).long()).logits.detach()
-    np.testing.assert_allclose(np.asarray(jnp.asarray(model(tokens))), got, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(logits(model, tokens), got, rtol=0, atol=1e-4)

@@ -13,8 +13,9 @@ from jaxattn.bench import cell as bench_cell
 ORIGIN = {"device": "cpu", "versions": "jax", "date": "today"}
 
 
-def test_table_of_what_a_cpu_can_run(tmp_path, capsys):
+def test_table_of_what_a_cpu_can_run(tmp_path, capsys, monkeypatch):
     """A cell that runs has times, rates, memory and errors, one that cannot says why, in both."""
+    monkeypatch.setattr(bench, "machine", lambda: ORIGIN)
     out, picture = tmp_path / "bench.json", tmp_path / "bench.png"
     arguments = ["--shapes", "smoke", "--impls", "xla", "eager", "pallas", "--check"]
     assert bench.main([*arguments, "--out", str(out), "--plot", str(picture)]) == 0

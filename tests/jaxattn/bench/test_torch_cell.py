@@ -1,5 +1,6 @@
 """The bench's PyTorch cells: same attention, same mask, an oracle that agrees with ours."""
 
+import importlib.util
 import sys
 import types
 
@@ -11,15 +12,27 @@ import pytest
 from jaxattn import eager
 from jaxattn.bench.shapes import Shape
 
-torch = pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[torch]'")
-torch_cell = pytest.importorskip("jaxattn.bench.torch_cell")
-
-pytestmark = pytest.mark.torch
+pytestmark = [
+    pytest.mark.torch,
+    pytest.mark.skipif(
+        importlib.util.find_spec("torch") is None,
+        reason="needs PyTorch: pip install -e '.[torch]'",
+    ),
+]
 SHAPES = {
     "causal": Shape(batch=2, length=70, heads=4, kv_heads=2, head_dim=16),
     "window": Shape(batch=1, length=70, heads=2, kv_heads=2, head_dim=16, window=9),
     "packed": Shape(batch=2, length=70, heads=6, kv_heads=1, head_dim=16, documents=(20.0, 1.0)),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported():
+    """Import PyTorch here: every process that collects this file would need seconds for it."""
+    global torch, torch_cell
+    import torch
+
+    from jaxattn.bench import torch_cell
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -38,9 +51,13 @@ def test_oracle_is_attention(shape, monkeypatch):
     def attend(q, k, v):
         return eager.attention(q, k, v, shape.mask(), scale=shape.head_dim**-0.5)
 
-    q, k, v, do = map(jnp.asarray, arrays)
-    out, pullback = jax.vjp(attend, q, k, v)
-    for got, want in zip(found, (out, *pullback(do)), strict=True):
+    @jax.jit
+    def both(q, k, v, do):
+        out, pullback = jax.vjp(attend, q, k, v)
+        return out, *pullback(do)
+
+    wanted = both(*map(jnp.asarray, arrays))
+    for got, want in zip(found, wanted, strict=True):
         np.testing.assert_allclose(got.transpose(1, 2).numpy(), want, atol=2e-5)
 
 

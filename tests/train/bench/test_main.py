@@ -1,22 +1,49 @@
 """The bench measures the cells that can run, and records them with the reasons of the others."""
 
+import contextlib
+import io
 import json
 import os
+import sys
 import tempfile
 
+import jax
 import numpy as np
 import pytest
 
 from train.bench import __main__ as bench
+from train.bench import cell as bench_cell
 from train.bench import run as bench_run
 from train.bench.table import line
 
 
+@pytest.fixture(scope="module")
+def this_machine() -> dict[str, str]:
+    """Ask a child process for the device, once for all calls of the bench."""
+    return bench.harness.machine()
+
+
 @pytest.fixture
-def children(monkeypatch):
+def children(monkeypatch, this_machine):
     """Give the child processes one device, and compile them quickly."""
+    monkeypatch.setattr(bench.harness, "machine", lambda: this_machine)
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+
+@pytest.fixture
+def in_process(monkeypatch, this_machine):
+    """Measure the cells in this process, on its 8 devices: a child would import jax first."""
+
+    def run_child(module, fields, *flags, **_):
+        assert module == bench_cell.__name__
+        monkeypatch.setattr(sys, "argv", [module, json.dumps(fields), *flags])
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            bench_cell.main()
+        return json.loads(output.getvalue().splitlines()[-1])
+
+    monkeypatch.setattr(bench.harness, "machine", lambda: this_machine)
+    monkeypatch.setattr(bench.harness, "run_child", run_child)
 
 
 @pytest.fixture
@@ -179,10 +206,9 @@ def test_an_out_without_permission_is_refused_before_measuring(capsys, no_cells)
         assert "Permission denied" in error and name in error and error.count("\n") == 1
 
 
-def test_meshes_on_simulated_devices(tmp_path, capsys, monkeypatch, without_torch):
+def test_meshes_on_simulated_devices(tmp_path, capsys, in_process, without_torch):
     """Each mesh takes the devices that it needs; the losses of equal rows are equal."""
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    assert len(jax.devices()) == 8
     flags = ["--seq_lens", "32", "--tokens", "64", "--repeats", "1", f"--out={tmp_path}"]
     meshes = ["fsdp=1", "tensor=2", "fsdp=4,tensor=2", "fsdp=16"]
     flags += ["--attn", "xla", "--rows", "packed", "--no_cached", "--mesh", *meshes]

@@ -1,21 +1,32 @@
 """PyTorch's cells compute the same step: targets, documents, parts of a batch."""
 
 import dataclasses
+import importlib.util
 
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[torch]'")
-torch_cell = pytest.importorskip("train.bench.torch_cell")
-
-from tests.train.cells import CELL  # noqa: E402
-from train.bench.shapes import random_rows  # noqa: E402
+from tests.train.cells import CELL
+from train.bench.shapes import random_rows
 
 pytestmark = [
     pytest.mark.torch,
+    pytest.mark.skipif(
+        importlib.util.find_spec("torch") is None,
+        reason="needs PyTorch: pip install -e '.[torch]'",
+    ),
     pytest.mark.filterwarnings("default"),  # those of another project
 ]
 SDPA = dataclasses.replace(CELL, attn="torch_sdpa", remat=None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported():
+    """Import PyTorch here: every process that collects this file would need seconds for it."""
+    global torch, torch_cell
+    import torch
+
+    from train.bench import torch_cell
 
 
 @pytest.mark.parametrize("attn", ["torch_sdpa", "torch_eager"])
@@ -80,6 +91,7 @@ def test_a_batch_in_parts_is_the_same_step():
     ],
     ids=str,
 )
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_what_it_cannot_do_is_said(fields, why):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
     assert why in torch_cell.measure(dataclasses.replace(SDPA, **fields))["why"]

