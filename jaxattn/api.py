@@ -361,15 +361,17 @@ def _choose(
 
 def _pallas_on(device: jax.Device | DeviceSpec) -> Implementation:
     """Return the implementation that `impl="pallas"` selects on a device."""
-    capability = _pallas().capability_of(device)
-    only_mma = _pallas().runs_on("mma", capability) and not _pallas().runs_on("wgmma", capability)
+    op = _pallas()
+    capability = op.capability_of(device)
+    only_mma = op.runs_on("mma", capability) and not op.runs_on("wgmma", capability)
     return "pallas_mma" if only_mma else "pallas"
 
 
 def _family_on(name: str, device: jax.Device | DeviceSpec) -> str:
     """Return the kernels of an implementation; on a GPU without any, those of the most GPUs."""
-    capability = _pallas().capability_of(device)
-    return "wgmma" if name == "pallas" and _pallas().runs_on("wgmma", capability) else "mma"
+    op = _pallas()
+    on_wgmma = op.runs_on("wgmma", op.capability_of(device))
+    return "wgmma" if name == "pallas" and on_wgmma else "mma"
 
 
 def _kernels(name: str) -> dict[str, str]:

@@ -227,7 +227,7 @@ class LoRAConfig:
 
     def __post_init__(self):
         """Check the ranges."""
-        check_not_empty("--lora.adapter", self.adapter)
+        check_bounds(self, "--lora.")
         try:
             _ = self.lora
         except ValueError as error:

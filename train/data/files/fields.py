@@ -74,7 +74,7 @@ def string(row: dict[str, Any], key: str, where: str = "") -> str:
     """Return a string that can be written as UTF-8."""
     if key not in row:
         raise RowError(f"{where}'{key}' is missing")
-    return _checked(row.get(key), key, where)
+    return _checked(row[key], key, where)
 
 
 def optional(row: dict[str, Any], key: str, where: str = "") -> str:

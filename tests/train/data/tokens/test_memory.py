@@ -41,7 +41,7 @@ FORMS = {
     "array on one line": ("[", ", ", "]"),
     "text": ("", "\n", "\n"),
 }
-"""What stands before, between and behind the rows of a file."""
+"""Text before, between and after the rows of a file, by form."""
 
 
 def peaks(cache: Path, *paths: Path) -> list[list[int]]:
