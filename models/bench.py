@@ -43,6 +43,7 @@ CASES = {
 }
 GB = 1e9
 SHARD_BYTES = 2_000_000_000
+CHILD = "--child"  # argument of the child processes
 _WARM = dataclasses.replace(PRESETS["nano"], num_layers=1)
 
 
@@ -183,7 +184,7 @@ def _in_process(step: str, config: ModelConfig, directory: Path) -> dict:
     memory leaves none to another.
     """
     fields = {"step": step, "directory": str(directory), "shard_bytes": SHARD_BYTES}
-    cell = harness.run_child("models.bench", fields | run_layout.model_identity(config))
+    cell = harness.run_child("models.bench", fields | run_layout.model_identity(config), CHILD)
     if "why" in cell:
         raise RuntimeError(f"could not {step} the weights: {cell['why']}")
     return cell
@@ -257,5 +258,4 @@ def _load_line(case: str, load: dict) -> str:
 
 
 if __name__ == "__main__":
-    is_child = sys.argv[1:] and sys.argv[1].startswith("{")
-    sys.exit(_child(harness.child_fields()) if is_child else main())
+    sys.exit(_child(harness.child_fields()) if sys.argv[1:] == [CHILD] else main())

@@ -6,6 +6,7 @@ in a child process (`jaxattn.bench.cell`). A cell that cannot run is a line with
 """
 
 import argparse
+import importlib.util
 import itertools
 import math
 import sys
@@ -44,15 +45,19 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(", ".join(origin.values()), HEADER, sep="\n", flush=True)
-    any_ran, left, begun = False, 0, time.monotonic()
-    for impl, name in itertools.product(args.impls, args.shapes):
-        if args.resume and is_done(cells, (name, impl), _key, origin):
-            any_ran = True
-            continue
+    wanted = [
+        (impl, name)
+        for impl, name in itertools.product(args.impls, args.shapes)
+        if not (args.resume and is_done(cells, (name, impl), _key, origin))
+    ]
+    any_ran = len(wanted) < len(args.impls) * len(args.shapes)
+    left, begun = 0, time.monotonic()
+    for number, (impl, name) in enumerate(wanted):
         if time.monotonic() - begun > 60 * args.minutes:
-            left += 1
-            continue
-        cell = run_cell(name, impl, check=args.check) | origin
+            left = len(wanted) - number
+            break
+        another = impl in (later for later, _ in wanted[number + 1 :])
+        cell = run_cell(name, impl, check=args.check, another=another) | origin
         any_ran |= "both_ms" in cell
         cells = merge(cells, cell, _key)
         print(line(cell), flush=True)
@@ -71,12 +76,20 @@ def _key(cell: Cell) -> list[tuple[str, str]]:
     return [(cell["shape"], cell["impl"])]
 
 
-def run_cell(name: str, impl: str, *, check: bool) -> Cell:
-    """Measure a shape with an implementation in a child process, and compute the useful rates."""
-    # PyTorch uses the GPU: jax, which makes the mask, must not allocate its memory.
-    environment = {"JAX_PLATFORMS": "cpu"} if impl in TORCH else {}
+def run_cell(name: str, impl: str, *, check: bool, another: bool = False) -> Cell:
+    """Measure a shape with an implementation in a child process, and compute the useful rates.
+
+    `another` says that a cell of the same implementation follows; see `run_child`.
+    """
     fields: dict[str, Any] = {"shape": name, "impl": impl, "check": check}
-    cell = run_child("jaxattn.bench.cell", fields, **environment)
+    if impl not in TORCH:
+        cell = run_child("jaxattn.bench.cell", fields, another=another)
+    elif importlib.util.find_spec("torch") is None:
+        cell = {"shape": name, "impl": impl, "why": "PyTorch is not installed (pip install torch)"}
+    else:
+        # PyTorch uses the GPU: jax must not allocate its memory.
+        module, platforms = "jaxattn.bench.torch_cell", "cpu"
+        cell = run_child(module, fields, another=another, JAX_PLATFORMS=platforms)
     if "both_ms" in cell:
         flops = (SHAPES | SMOKE)[name].flops()
         cell["forward_tflops"] = flops / cell["forward_ms"] / 1e9

@@ -1,6 +1,7 @@
 """Child process of the bench that measures one cell; see `jaxattn.bench.harness`."""
 
 import functools
+from collections.abc import Callable
 from typing import cast
 
 import jax
@@ -10,28 +11,21 @@ from jaxattn import api, xla
 from jaxattn import device as hardware
 from jaxattn.bench import fa3
 from jaxattn.bench.harness import Cell, child_fields, milliseconds, report
-from jaxattn.bench.shapes import FA3, SHAPES, SMOKE, TORCH, Shape
+from jaxattn.bench.shapes import FA3, SHAPES, SMOKE, Shape
 from jaxattn.mask import Mask
 
 # Most useful FLOPs of a forward pass on a CPU: some seconds of work.
 CPU_FLOPS = 1e10
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Measure the cell whose fields are the first argument, and print it as JSON."""
-    fields = child_fields(argv)
+def main(measure: Callable[..., Cell]) -> None:
+    """Measure the cell whose fields are on standard input, and print it as JSON.
+
+    `measure` is that of this module or of `torch_cell`.
+    """
+    fields = child_fields()
     shape, impl, check = (SHAPES | SMOKE)[fields["shape"]], fields["impl"], fields.pop("check")
-
-    def run() -> Cell:
-        if impl not in TORCH:
-            return measure(shape, impl, check=check)
-        try:
-            from jaxattn.bench import torch_cell
-        except ImportError:
-            return {"why": "PyTorch is not installed (pip install torch)"}
-        return torch_cell.measure(shape, impl, check=check)
-
-    report(run, fields)
+    report(lambda: measure(shape, impl, check=check), fields)
 
 
 def measure(shape: Shape, impl: str, *, check: bool) -> Cell:
@@ -116,4 +110,4 @@ def errors(results, mask: Mask, q, k, v, do) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    main(measure)

@@ -7,7 +7,8 @@ the reason why it could not run. The harness is used in three places:
    Each cell runs in a new process: it has the whole memory of the GPU, its own peak, and may die
    without taking the table with it.
 2. The module of the child reads `child_fields()` and calls `report(measure, fields)`, which prints
-   the cell as one line of JSON. `milliseconds` times a function.
+   the cell as one line of JSON. `milliseconds` times a function. With `another`, the process of the
+   next cell imports its modules while this cell is measured; it waits in `child_fields`.
 3. The command merges each cell into the results of earlier calls: `read_cells`, `merge` after each
    cell, `write_cells` after each cell (an interrupted bench keeps its results). `text_table` and
    `markdown_table` format rows.
@@ -16,6 +17,7 @@ the reason why it could not run. The harness is used in three places:
 """
 
 import argparse
+import atexit
 import datetime
 import json
 import os
@@ -36,29 +38,73 @@ UNFINISHED = 3  # exit status of a bench that has cells left for another call
 ENDED = "process ended"  # beginning of the reason of a cell whose process gave none
 
 
-def run_child(module: str, fields: Cell, *flags: str, **environment: str) -> Cell:
-    """Run `python -m module FIELDS flags` and return the cell that it prints last.
+def run_child(
+    module: str, fields: Cell, *flags: str, another: bool = False, **environment: str
+) -> Cell:
+    """Run `python -m module flags` and return the cell that it prints last.
 
-    The module calls `report`. FIELDS are the fields of the cell, as JSON. `environment` adds
-    variables to that of the process.
+    The module reads `child_fields` from its standard input and calls `report`. `environment` adds
+    variables to that of the process. `another` says that a call with the same module, flags and
+    environment follows: its process starts now, imports its modules, and waits for its fields.
 
     Returns:
       The cell; `fields` with `why` if the process ended without one.
     """
-    command = [sys.executable, "-m", module, json.dumps(fields), *flags]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=dict(os.environ) | environment
-    )
+    global _next
+    start = (module, flags, tuple(environment.items()))
+    process = None
+    if _next is not None and _next[0] == start:
+        process, _next = _next[1], None
+    process = process or _start(*start)
+    if another:
+        _stop_next()
+        _next = start, _start(*start)
     try:
-        return json.loads(done.stdout.splitlines()[-1])
+        stdout, stderr = process.communicate(json.dumps(fields) + "\n")
+    except BaseException:  # Ctrl-C
+        process.kill()
+        raise
+    try:
+        return json.loads(stdout.splitlines()[-1])
     except (IndexError, json.JSONDecodeError):
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
-        return fields | {"why": f"{ENDED} with {done.returncode}: {lines[-1][:300]}"}
+        lines = [line for line in stderr.splitlines() if line.strip()] or ["no message"]
+        return fields | {"why": f"{ENDED} with {process.returncode}: {lines[-1][:300]}"}
 
 
-def child_fields(argv: Sequence[str] | None = None) -> Cell:
-    """Return the fields that `run_child` passed to this process (argv None: its arguments)."""
-    return json.loads((sys.argv[1:] if argv is None else argv)[0])
+def child_fields() -> Cell:
+    """Return the fields, JSON on standard input, that `run_child` passed to this process."""
+    line = sys.stdin.readline()
+    if not line:  # the bench has ended and needs no other process
+        sys.exit()
+    return json.loads(line)
+
+
+Start = tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]]
+_next: tuple[Start, subprocess.Popen[str]] | None = None  # the process of the next cell
+
+
+def _start(
+    module: str, flags: tuple[str, ...], environment: tuple[tuple[str, str], ...]
+) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *flags],
+        stdin=pipe,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        env=os.environ | dict(environment),
+    )
+
+
+@atexit.register
+def _stop_next() -> None:
+    """End the process of a next cell that did not come."""
+    global _next
+    if _next is not None:
+        _next[1].kill()
+        _next[1].communicate()
+        _next = None
 
 
 def report(

@@ -1,7 +1,7 @@
 """Cells of PyTorch's attention: fused SDPA kernels, FlexAttention, FlashAttention-4.
 
 B batch, T tokens (queries and keys), N query heads, K kv heads, H head dim; torch's order is
-[B, N, T, H]. PyTorch is no dependency: only the cells of PyTorch import this file.
+[B, N, T, H]. PyTorch is no dependency: only child processes of PyTorch's cells import this file.
 """
 
 import functools
@@ -20,6 +20,7 @@ from torch.nn.functional import (  # pyright: ignore[reportMissingImports]
     scaled_dot_product_attention,
 )
 
+from jaxattn.bench import cell as bench_cell
 from jaxattn.bench.harness import Cell, milliseconds
 from jaxattn.bench.shapes import Shape, document_lengths
 
@@ -209,3 +210,7 @@ def _inputs(shape: Shape) -> list[Tensor]:
         ).transpose(1, 2)
         for n in (shape.heads, shape.kv_heads, shape.kv_heads, shape.heads)
     ]
+
+
+if __name__ == "__main__":
+    bench_cell.main(measure)

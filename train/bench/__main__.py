@@ -22,7 +22,7 @@ from jaxattn.bench import harness
 from models.cli import fail, parse
 from models.config import PRESETS
 from models.remat import parse_remat
-from train.bench.run import compile_first, has_torch, run_cell
+from train.bench.run import compile_first, run_cell, why_not_installed
 from train.bench.shapes import TORCH, Cell, RowKind, parse_mesh
 from train.bench.table import HEADER, key, line, read, write
 from train.config.sections import chosen
@@ -34,7 +34,7 @@ ON_GPU = {
 }
 ON_CPU = {"model": ("nano",), "tokens": 1_024, "seq_lens": (128, 256, 512)}
 OURS = ("pallas", "cudnn", "xla", "eager")
-Attn = Literal["pallas", "cudnn", "xla", "eager", "torch_sdpa", "torch_eager"]
+Attn = Literal["pallas", "cudnn", "xla", "eager", "torch_sdpa", "torch_eager", "torch_liger"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,8 +56,9 @@ class BenchConfig:
     """Presets. By default internlm2-1.8b on a GPU, else nano."""
 
     attn: Annotated[tuple[Attn, ...], tyro.conf.arg(help_behavior_hint="")] = ()
-    """Implementations: the columns of the table. torch_sdpa and torch_eager are transformers' Llama
-    of the same shape. By default all that are installed."""
+    """Implementations: the columns of the table. torch_sdpa, torch_eager and torch_liger (Liger's
+    kernels and FlashAttention-4) are transformers' Llama of the same shape. By default all that are
+    installed."""
 
     rows: tuple[RowKind, ...] = ("dense", "packed")
     """Content of a row. dense: one document of random tokens; packed: documents of random tokens
@@ -176,8 +177,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:  # no device
         return fail(error, 1)
     print(", ".join(machine.values()), flush=True)
-    if not config.attn and not has_torch():
-        print("without PyTorch's columns: it is not installed (pip install -e '.[torch]')")
+    if not config.attn:
+        for attn in TORCH:
+            if why := why_not_installed(attn):
+                print(f"without {attn}: {why}")
     cells = list(cells_of(config, on_gpu=machine["device"] != "cpu"))
     begun, count = time.monotonic(), len(cells)
     if config.resume:
@@ -197,7 +200,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if time.monotonic() - begun > 60 * config.minutes:
                 left = len(cells) - number
                 break
-            new = run_cell(cell, cached=config.cached, compiled=compiled) | machine
+            another = (cell.attn in TORCH) in ((c.attn in TORCH) for c in cells[number + 1 :])
+            new = run_cell(cell, cached=config.cached, compiled=compiled, another=another) | machine
             any_ran |= "ms" in new
             found = harness.merge(found, new, key)
             write(found, config.out)  # after every cell: an interrupted bench keeps its results
@@ -217,7 +221,7 @@ def _is_done(found: list[harness.Cell], cell: Cell, machine: dict[str, str]) -> 
 def cells_of(config: BenchConfig, *, on_gpu: bool) -> Iterator[Cell]:
     """Yield the cells of the flags, implementation by implementation."""
     defaults: dict[str, Any] = ON_GPU if on_gpu else ON_CPU
-    attns = config.attn or ((*OURS, *TORCH) if has_torch() else OURS)
+    attns = config.attn or (*OURS, *(attn for attn in TORCH if not why_not_installed(attn)))
     for model, rows, attn, seq_len, remat, mesh in itertools.product(
         config.model or defaults["model"],
         config.rows,

@@ -1,8 +1,9 @@
-"""Measure one cell of the bench in a child process: `python -m train.bench.cell '<json>'`.
+"""Measure one cell of the bench in a child process: `python -m train.bench.cell`.
 
-The last line of output is the cell as JSON. With --compile_only the step is compiled but not run:
-into an empty compilation cache for a later process, or from the cache of an earlier one, which
-takes the time that a run waits when it starts again.
+The fields are JSON on standard input. The last line of output is the cell as JSON. With
+--compile_only the step is compiled but not run: into an empty compilation cache for a later
+process, or from the cache of an earlier one, which takes the time that a run waits when it starts
+again.
 """
 
 import dataclasses
@@ -183,7 +184,7 @@ def _count(event: str) -> list[str]:
 
 
 def main() -> None:
-    """Measure the cell of the command line and print it, or the reason why it cannot run."""
+    """Measure the cell of standard input and print it, or the reason why it cannot run."""
     cell = cell_of(harness.child_fields())
     program: Program | None = None
 

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import tyro
 
@@ -26,8 +26,8 @@ from models.cli import fail, parse
 from models.files import read_json
 from train.bench import __main__ as step_bench
 
-Part = Literal["kernels", "seed", "steps", "generate", "mesh", "mesh_long"]
-PARTS: tuple[Part, ...] = ("kernels", "seed", "steps", "generate", "mesh", "mesh_long")
+Part = Literal["kernels", "seed", "steps", "steps_liger", "generate", "mesh", "mesh_long"]
+PARTS: tuple[Part, ...] = get_args(Part)
 ON_TWO: tuple[Part, ...] = ("mesh", "mesh_long")
 """Parts for two GPUs; the others are for one."""
 
@@ -38,20 +38,26 @@ FILES: dict[Part, str] = {
     "kernels": "kernels.json",
     "seed": "seed/bench.json",
     "steps": "steps/bench.json",
+    "steps_liger": "steps/bench.json",
     "generate": "generate.json",
     "mesh": "mesh/bench.json",
     "mesh_long": "mesh_long/bench.json",
 }
 """File of each part in --out."""
 
-_STEP = ["--no_cached", "--repeats=3", "--model=internlm2-1.8b"]
+_STEP = ["--no_cached", "--repeats=3", "--model=internlm2-1.8b", "--jobs=8"]
+_ROWS = ["--rows", "dense", "packed", "--seq_lens", "512", "4096", "32768"]
 FLAGS: dict[Part, list[str]] = {
     "kernels": [],
     # The comparison that the project began with: one document a row.
     "seed": [*_STEP, "--rows=dense", "--attn", "pallas", "cudnn", "xla", "eager"],
     "steps": [
-        *(*_STEP, "--rows", "dense", "packed", "--seq_lens", "512", "4096", "32768"),
-        *("--attn", "pallas", "torch_sdpa", "torch_eager"),
+        *(*_STEP, *_ROWS, "--attn", "pallas", "torch_sdpa", "torch_eager"),
+    ],
+    # PyTorch at its fastest has no weights and moments in fp32.
+    "steps_liger": [
+        *(*_STEP, *_ROWS, "--attn=torch_liger"),
+        *("--param_dtype=bf16", "--optim.moment_dtype=bf16"),
     ],
     "generate": ["--model=internlm2-1.8b"],
     "mesh": [
@@ -70,6 +76,7 @@ TINY: dict[Part, list[str]] = {
     "kernels": ["--shapes", "smoke"],
     "seed": [*_TINY_STEP, "64", "--rows=dense", "--attn", "pallas", "cudnn", "xla", "eager"],
     "steps": [*_TINY_STEP, "--rows", "dense", "packed", "--attn", "xla", "torch_sdpa"],
+    "steps_liger": [*_TINY_STEP, "--rows=packed", "--attn", "xla", "torch_liger"],
     "generate": ["--model=nano", "--load", "nano", "--prompt=64", "--new=4"],
     "mesh": [*_TINY_STEP, "--rows=packed", "--attn=xla", "--remat=dots", "--mesh", *MESHES],
     "mesh_long": [*_TINY_STEP, "64", "--rows=packed", "--attn=xla", "--mesh", "fsdp=1", "seq=2"],
@@ -84,7 +91,8 @@ class EvidenceConfig:
     parts: Annotated[tuple[Part, ...], tyro.conf.arg(help_behavior_hint="")] = ()
     """Parts; by default those for one GPU, or on two GPUs those for two. kernels: attention alone,
     all shapes and implementations. seed: time per step against row length for pallas, cudnn, xla
-    and eager. steps: whole steps beside PyTorch. generate: loading and generation. mesh,
+    and eager. steps: whole steps beside PyTorch; steps_liger: PyTorch with Liger
+    and FlashAttention-4, bf16 weights and moments. generate: loading and generation. mesh,
     mesh_long: fsdp, tensor and seq on two GPUs."""
 
     minutes: float = math.inf

@@ -61,13 +61,16 @@ def compile_first(cells: Sequence[Cell], jobs: int) -> Iterator[CompiledCells]:
         yield CompiledCells(cache=cache, failed=failed)
 
 
-def run_cell(cell: Cell, *, cached: bool, compiled: CompiledCells | None = None) -> harness.Cell:
+def run_cell(
+    cell: Cell, *, cached: bool, compiled: CompiledCells | None = None, another: bool = False
+) -> harness.Cell:
     """Measure a cell in a child process, and compile it again in a second one.
 
     Args:
         cell: the cell.
         cached: True to start the second process.
         compiled: cells of `compile_first`; no second process is needed.
+        another: a cell of the same kind, PyTorch or not, follows; see `harness.run_child`.
 
     Returns:
         The results of `cell.Program.measure` or `torch_cell.measure`, with cached_compile_seconds
@@ -77,12 +80,14 @@ def run_cell(cell: Cell, *, cached: bool, compiled: CompiledCells | None = None)
     """
     fields = dataclasses.asdict(cell)
     if cell.attn in TORCH:
-        if not has_torch():
-            return fields | {"why": "PyTorch is not installed (pip install -e '.[torch]')"}
+        if why := why_not_installed(cell.attn):
+            return fields | {"why": why}
         # PyTorch uses the GPU: jax, which reads the rows, must not allocate its memory.
-        return harness.run_child("train.bench.torch_cell", fields, JAX_PLATFORMS="cpu")
+        module, platforms = "train.bench.torch_cell", "cpu"
+        return harness.run_child(module, fields, another=another, JAX_PLATFORMS=platforms)
     if compiled is not None:
-        found = harness.run_child("train.bench.cell", fields, **_caching(compiled.cache))
+        variables = _caching(compiled.cache)
+        found = harness.run_child("train.bench.cell", fields, another=another, **variables)
         compiling = {name: found.pop(name) for name in COMPILING if name in found}
         if compiling and not compiling["cache_hits"]:
             compiling = {"why": compiled.failed.get(cell, "the compiled step was not in the cache")}
@@ -96,9 +101,19 @@ def run_cell(cell: Cell, *, cached: bool, compiled: CompiledCells | None = None)
     return found
 
 
-def has_torch() -> bool:
-    """Return True if PyTorch is installed."""
-    return importlib.util.find_spec("torch") is not None
+def why_not_installed(attn: str) -> str | None:
+    """Return which package an implementation of PyTorch lacks; None if it is installed."""
+    if importlib.util.find_spec("torch") is None:
+        return "PyTorch is not installed (pip install -e '.[torch]')"
+    if attn != "torch_liger":
+        return None
+    missing = [
+        package
+        for module, package in (("liger_kernel", "liger-kernel"), ("flash_attn", "flash-attn-4"))
+        if importlib.util.find_spec(module) is None
+    ]
+    names = " ".join(missing)
+    return f"{' and '.join(missing)} not installed (pip install {names})" if missing else None
 
 
 def _new_cache() -> tempfile.TemporaryDirectory:

@@ -23,8 +23,9 @@ from train.metrics.flops import causal_pairs, training_flops
 
 RowKind = Literal["dense", "packed", "data"]
 
-TORCH = {"torch_sdpa": "sdpa", "torch_eager": "eager"}
-"""Name of PyTorch's attention in the bench -> name in transformers."""
+TORCH = {"torch_sdpa": "sdpa", "torch_eager": "eager", "torch_liger": "flash_attention_4"}
+"""Implementation of PyTorch in the bench -> its attention in transformers. torch_liger also has
+Liger's kernels for the rest of the model."""
 
 STEPS = 3
 """Steps between two waits for the device, queued as in training."""
@@ -44,7 +45,7 @@ class Cell:
     """Preset."""
 
     attn: str
-    """Implementation: jaxattn's, or torch_sdpa, torch_eager."""
+    """Implementation: jaxattn's, or one of TORCH."""
 
     seq_len: int
     """Tokens of a row."""

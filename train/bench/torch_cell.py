@@ -1,15 +1,19 @@
-"""Measure a cell with PyTorch in a child process: `python -m train.bench.torch_cell '<json>'`.
+"""Measure a cell with PyTorch in a child process: `python -m train.bench.torch_cell`.
 
-The step is that of a user of transformers: LlamaForCausalLM of the same shape (InternLM2 is Llama
-under other names), random weights, the model's loss, gradients clipped at 1, fused AdamW. With
-param_dtype fp32, weights and moments are fp32 and matrix products run under autocast; with bf16
-both are bf16. Documents are a dense mask [B, 1, T, T], the only one that SDPA and eager support.
+The fields are JSON on standard input. The step is that of a user of transformers: LlamaForCausalLM
+of the same shape (InternLM2 is Llama under other names), random weights, the model's loss,
+gradients clipped at 1, fused AdamW. With param_dtype fp32, weights and moments are fp32 and matrix
+products run under autocast; with bf16 both are bf16. Documents are a dense mask [B, 1, T, T], the
+only one that SDPA and eager support.
+torch_liger replaces norm, rotary embedding, SwiGLU and loss by Liger's kernels and computes
+attention with FlashAttention-4, which takes the ends of the documents.
 
 PyTorch is not a dependency: only the bench runs this module.
 """
 
 import dataclasses
 import gc
+import importlib.metadata
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +31,7 @@ from train.data.pack.packing import Batch
 from train.metrics.metrics import resident_peak
 
 RATE = 1e-4
+LIGER = "torch_liger"
 
 
 def measure(cell: Cell) -> dict[str, Any]:
@@ -82,6 +87,12 @@ def ways(cell: Cell) -> Iterator[tuple[str, int]]:
 
 def make_model(cell: Cell, device: str) -> Any:
     """Return the model with random weights, in training mode."""
+    if cell.attn == LIGER:
+        from liger_kernel.transformers import (  # pyright: ignore[reportMissingImports]
+            apply_liger_kernel_to_llama,
+        )
+
+        apply_liger_kernel_to_llama()  # before the model is made: it replaces its classes
     stored = torch.bfloat16 if cell.param_dtype == "bf16" else torch.float32
     config = LlamaConfig.from_dict(llama.hf_config(PRESETS[cell.model], dtype="float32"))
     config.use_cache = False
@@ -95,8 +106,16 @@ def make_model(cell: Cell, device: str) -> Any:
     return model.train()
 
 
-def inputs(batch: Batch, device: str, dtype: Any) -> dict[str, Any]:
-    """Return the model's arguments for rows [B, T]; positions without a target have no loss."""
+def inputs(batch: Batch, device: str, dtype: Any, attn: str = "torch_sdpa") -> dict[str, Any]:
+    """Return the model's arguments for rows [B, T]; positions without a target have no loss.
+
+    Args:
+        batch: the rows.
+        device: PyTorch's name of the device.
+        dtype: of the dense mask.
+        attn: implementation; for torch_liger packed rows are one row [1, B * T], with the ends of
+            all documents.
+    """
     tokens, targets, learned = (
         torch.as_tensor(np.ascontiguousarray(x), device=device)
         for x in (batch.tokens, batch.targets, batch.loss_mask)
@@ -107,12 +126,29 @@ def inputs(batch: Batch, device: str, dtype: Any) -> dict[str, Any]:
         "shift_labels": targets.long().masked_fill(learned == 0, -100),
         "position_ids": torch.as_tensor(batch.positions, device=device).long(),
     }
-    if batch.segment_ids is not None:
+    if batch.segment_ids is not None and attn == LIGER:
+        ends = document_ends(batch.segment_ids)
+        longest = int(np.diff(ends).max())
+        arguments = {name: rows.reshape(1, -1) for name, rows in arguments.items()}
+        for side in "qk":
+            arguments[f"cu_seq_lens_{side}"] = torch.as_tensor(ends, device=device)
+            arguments[f"max_length_{side}"] = longest
+    elif batch.segment_ids is not None:
         ids = torch.as_tensor(batch.segment_ids, device=device)
         seen = (ids[:, :, None] == ids[:, None, :]).tril_()
         mask = torch.zeros(seen.shape, dtype=dtype, device=device)
         arguments["attention_mask"] = mask.masked_fill_(seen.logical_not_(), -torch.inf)[:, None]
     return arguments
+
+
+def document_ends(segment_ids: np.ndarray) -> np.ndarray:
+    """Return 0 and the ends of all documents of rows [B, T] that are joined, int32.
+
+    The padding of a row counts as a document.
+    """
+    first = np.ones(segment_ids.shape, bool)
+    first[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return np.append(np.flatnonzero(first), segment_ids.size).astype(np.int32)
 
 
 def _measure(cell: Cell, work: list[Batch], grad_accum: int, device: str) -> dict[str, Any]:
@@ -124,7 +160,10 @@ def _measure(cell: Cell, work: list[Batch], grad_accum: int, device: str) -> dic
         model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.01, fused=True
     )
     autocast = torch.autocast(device, dtype=compute, enabled=compute != model.dtype)
-    on_device = [[inputs(p, device, compute) for p in _parts(b, grad_accum)] for b in work]
+    on_device = [
+        [inputs(part, device, compute, cell.attn) for part in _parts(rows, grad_accum)]
+        for rows in work
+    ]
 
     def step(i: int) -> Any:
         for part in on_device[i % len(work)]:
@@ -145,13 +184,24 @@ def _measure(cell: Cell, work: list[Batch], grad_accum: int, device: str) -> dic
     first, seconds = time_steps(step, wait, cell.repeats)
     on_gpu = device == "cuda"
     name = torch.cuda.get_device_name() if on_gpu else device
-    return outcome(cell, work, seconds=seconds, device=name, devices=1) | {
-        "grad_accum": grad_accum,
-        "first_step_seconds": first,
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else resident_peak(),
-        "loss": loss,
-        "torch": torch.__version__,
-    }
+    return (
+        outcome(cell, work, seconds=seconds, device=name, devices=1)
+        | {
+            "grad_accum": grad_accum,
+            "first_step_seconds": first,
+            "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else resident_peak(),
+            "loss": loss,
+            "torch": torch.__version__,
+        }
+        | _packages(cell)
+    )
+
+
+def _packages(cell: Cell) -> dict[str, str]:
+    if cell.attn != LIGER:
+        return {}
+    names = ("liger-kernel", "flash-attn-4")
+    return {"packages": ", ".join(f"{n} {importlib.metadata.version(n)}" for n in names)}
 
 
 def _parts(batch: Batch, grad_accum: int) -> Iterator[Batch]:

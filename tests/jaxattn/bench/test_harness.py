@@ -1,5 +1,6 @@
 """Bench harness: child processes, results file, tables, and paths that are refused early."""
 
+import io
 import json
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 
 from jaxattn import tune
 from jaxattn.bench import __main__ as bench
+from jaxattn.bench import harness
 from jaxattn.bench.harness import (
     child_fields,
     machine,
@@ -23,27 +25,40 @@ from jaxattn.bench.harness import (
 )
 
 CHILD = """
-import sys
+import json, os, sys
+from jaxattn.bench.harness import child_fields
 print("a library's greeting")
-if sys.argv[1] == "{}":
+fields = child_fields()
+if not fields:
     print("first\\nlast words", file=sys.stderr)
     sys.exit(3)
-print(sys.argv[1])
+print(json.dumps(fields | ({"pid": os.getpid()} if sys.argv[1:] else {})))
 """
 
 
 def test_a_child_returns_the_cell_that_it_prints_last(tmp_path, monkeypatch):
-    """And the last line of its errors where it dies without one."""
+    """Or the last line of its errors; the process of the next cell starts before its turn."""
     (tmp_path / "child_of_bench.py").write_text(CHILD)
-    environment = {"PYTHONPATH": str(tmp_path)}
+    environment = {"PYTHONPATH": f"{tmp_path}:."}
     assert run_child("child_of_bench", {"a": 1}, **environment) == {"a": 1}
     died = run_child("child_of_bench", {}, **environment)
     assert died == {"why": "process ended with 3: last words"}
+    flag = ("child_of_bench", {"a": 1}, "--pid")
+    first = run_child(*flag, another=True, **environment)
+    [(_, started)] = [harness._next]
+    second = run_child(*flag, **environment)
+    assert second["pid"] == started.pid != first["pid"] and harness._next is None
+    run_child(*flag, another=True, **environment)
+    [(_, unused)] = [harness._next]
+    run_child("child_of_bench", {"a": 1}, another=True, **environment)
+    assert unused.returncode is not None  # it was of other flags
+    harness._stop_next()
+    assert harness._next is None
     monkeypatch.setattr(sys, "executable", "/bin/false")
     assert run_child("any", {"a": 1}) == {"a": 1, "why": "process ended with 1: no message"}
 
 
-def test_report_prints_results_or_the_reason(capsys):
+def test_report_prints_results_or_the_reason(capsys, monkeypatch):
     """Memory and refusals are reasons, another error of jax is raised."""
 
     def fails(error):
@@ -53,7 +68,8 @@ def test_report_prints_results_or_the_reason(capsys):
         return measure
 
     jax_error = jax.errors.JaxRuntimeError
-    fields = child_fields(['{"a": 1}'])
+    monkeypatch.setattr(sys, "stdin", io.StringIO('{"a": 1}\n'))
+    fields = child_fields()
     report(lambda: {"ms": 2.0}, fields)
     report(fails(NotImplementedError("no GPU\nmore")), fields)
     report(fails(jax_error("RESOURCE_EXHAUSTED: 1 byte")), fields)

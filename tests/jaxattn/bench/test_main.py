@@ -1,12 +1,10 @@
 """The attention bench: a cell per implementation, what cannot run says why, results are kept."""
 
+import importlib.util
 import json
-import sys
-from unittest import mock
 
 import pytest
 
-import jaxattn.bench
 from jaxattn.bench import __main__ as bench
 from jaxattn.bench import cell as bench_cell
 
@@ -31,12 +29,10 @@ def test_table_of_what_a_cpu_can_run(tmp_path, capsys, monkeypatch):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_torch_a_cell_has_the_reason(capsys, monkeypatch):
+def test_without_torch_a_cell_has_the_reason(monkeypatch):
     """No PyTorch is a reason and not a traceback."""
-    monkeypatch.delattr(jaxattn.bench, "torch_cell", raising=False)  # where it was imported before
-    with mock.patch.dict(sys.modules, {"torch": None, "jaxattn.bench.torch_cell": None}):
-        bench_cell.main(['{"shape": "smoke", "impl": "torch-flex", "check": false}'])
-    cell = json.loads(capsys.readouterr().out)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    cell = bench.run_cell("smoke", "torch-flex", check=False)
     assert cell["impl"] == "torch-flex" and "not installed" in cell["why"]
 
 
@@ -85,7 +81,8 @@ def test_results_are_written_after_every_cell(monkeypatch, tmp_path):
 @pytest.mark.parametrize(("impl", "platforms"), [("torch-flex", "cpu"), ("pallas", None)])
 def test_jax_leaves_the_gpu_to_torch(impl, platforms, monkeypatch):
     """Its memory, too: the child of a PyTorch cell sees no GPU for jax."""
-    monkeypatch.setattr(bench, "run_child", lambda *_, **environment: environment)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: True)
+    monkeypatch.setattr(bench, "run_child", lambda *_, another, **environment: environment)
     found = bench.run_cell("smoke", impl, check=False)
     assert found == ({} if platforms is None else {"JAX_PLATFORMS": platforms})
 

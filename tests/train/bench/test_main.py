@@ -37,7 +37,8 @@ def in_process(monkeypatch, this_machine):
 
     def run_child(module, fields, *flags, **_):
         assert module == bench_cell.__name__
-        monkeypatch.setattr(sys, "argv", [module, json.dumps(fields), *flags])
+        monkeypatch.setattr(sys, "argv", [module, *flags])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(fields)))
         with contextlib.redirect_stdout(io.StringIO()) as output:
             bench_cell.main()
         return json.loads(output.getvalue().splitlines()[-1])
@@ -48,8 +49,8 @@ def in_process(monkeypatch, this_machine):
 
 @pytest.fixture
 def without_torch(monkeypatch):
-    monkeypatch.setattr(bench, "has_torch", lambda: False)
-    monkeypatch.setattr(bench_run, "has_torch", lambda: False)
+    monkeypatch.setattr(bench, "why_not_installed", lambda _: "PyTorch is not installed")
+    monkeypatch.setattr(bench_run, "why_not_installed", lambda _: "PyTorch is not installed")
 
 
 def test_two_calls_make_one_table(tmp_path, capsys, children, without_torch):
@@ -128,7 +129,7 @@ def test_default_cells(without_torch):
 
 
 def test_torch_joins_where_it_is_installed(monkeypatch):
-    monkeypatch.setattr(bench, "has_torch", lambda: True)
+    monkeypatch.setattr(bench, "why_not_installed", {"torch_liger": "no liger"}.get)
     cells = bench.cells_of(bench.BenchConfig(), on_gpu=True)
     assert {c.attn for c in cells} == {*bench.OURS, "torch_sdpa", "torch_eager"}
 

@@ -49,6 +49,23 @@ def test_documents_are_alone(attn, remat):
     torch.testing.assert_close(packed, total / 18, rtol=1e-4, atol=1e-4)
 
 
+def test_liger_takes_the_ends_of_documents():
+    """Rows [B, T] are one row; padding is a document; rows of one document stay as they are."""
+    batch = random_rows(2, 24, 300, packed=True)
+    ids = np.repeat([[1, 2, 0], [1, 1, 2]], [10, 8, 6], axis=1).astype(np.int32)
+    of_batch = batch._replace(segment_ids=ids)
+    found = torch_cell.inputs(of_batch, "cpu", torch.float32, torch_cell.LIGER)
+    for side in "qk":
+        assert found[f"cu_seq_lens_{side}"].tolist() == [0, 10, 18, 24, 42, 48]
+        assert found[f"max_length_{side}"] == 18
+    assert found["input_ids"].tolist() == [batch.tokens.reshape(-1).tolist()]
+    assert "attention_mask" not in found
+    one = torch_cell.inputs(
+        batch._replace(segment_ids=None), "cpu", torch.float32, torch_cell.LIGER
+    )
+    assert one["input_ids"].shape == (2, 24) and "cu_seq_lens_q" not in one
+
+
 def test_measures(monkeypatch):
     found = torch_cell.measure(dataclasses.replace(SDPA, rows="packed"))
     assert found["ms"] > 0 and found["remat"] == "none" and found["grad_accum"] == 1
