@@ -85,11 +85,11 @@ def run_cell(name: str, impl: str, *, check: bool, another: bool = False) -> Cel
     if impl not in TORCH:
         cell = run_child("jaxattn.bench.cell", fields, another=another)
     elif importlib.util.find_spec("torch") is None:
-        cell = {"shape": name, "impl": impl, "why": "PyTorch is not installed (pip install torch)"}
+        return {"shape": name, "impl": impl, "why": "PyTorch is not installed (pip install torch)"}
     else:
         # PyTorch uses the GPU: jax must not allocate its memory.
-        module, platforms = "jaxattn.bench.torch_cell", "cpu"
-        cell = run_child(module, fields, another=another, JAX_PLATFORMS=platforms)
+        module, variables = "jaxattn.bench.torch_cell", {"JAX_PLATFORMS": "cpu"}
+        cell = run_child(module, fields, environment=variables, another=another)
     if "both_ms" in cell:
         flops = (SHAPES | SMOKE)[name].flops()
         cell["forward_tflops"] = flops / cell["forward_ms"] / 1e9

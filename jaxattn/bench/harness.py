@@ -26,7 +26,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from jaxattn.commit import VARIABLE, commit
@@ -39,7 +40,11 @@ ENDED = "process ended"  # beginning of the reason of a cell whose process gave 
 
 
 def run_child(
-    module: str, fields: Cell, *flags: str, another: bool = False, **environment: str
+    module: str,
+    fields: Cell,
+    *flags: str,
+    environment: Mapping[str, str] = MappingProxyType({}),
+    another: bool = False,
 ) -> Cell:
     """Run `python -m module flags` and return the cell that it prints last.
 

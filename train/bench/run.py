@@ -49,7 +49,10 @@ def compile_first(cells: Sequence[Cell], jobs: int) -> Iterator[CompiledCells]:
         def compiles(cell: Cell) -> bool:
             variables = _caching(cache) | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
             found = harness.run_child(
-                "train.bench.cell", dataclasses.asdict(cell), "--compile_only", **variables
+                "train.bench.cell",
+                dataclasses.asdict(cell),
+                "--compile_only",
+                environment=variables,
             )
             if "why" in found:
                 failed[cell] = found["why"]
@@ -83,20 +86,25 @@ def run_cell(
         if why := why_not_installed(cell.attn):
             return fields | {"why": why}
         # PyTorch uses the GPU: jax, which reads the rows, must not allocate its memory.
-        module, platforms = "train.bench.torch_cell", "cpu"
-        return harness.run_child(module, fields, another=another, JAX_PLATFORMS=platforms)
+        module, variables = "train.bench.torch_cell", {"JAX_PLATFORMS": "cpu"}
+        return harness.run_child(module, fields, environment=variables, another=another)
     if compiled is not None:
         variables = _caching(compiled.cache)
-        found = harness.run_child("train.bench.cell", fields, another=another, **variables)
+        found = harness.run_child(
+            "train.bench.cell", fields, environment=variables, another=another
+        )
         compiling = {name: found.pop(name) for name in COMPILING if name in found}
         if compiling and not compiling["cache_hits"]:
             compiling = {"why": compiled.failed.get(cell, "the compiled step was not in the cache")}
         return found | {f"cached_{name}": value for name, value in compiling.items()}
     with _new_cache() as cache:
-        found = harness.run_child("train.bench.cell", fields, **_caching(cache))
+        variables = _caching(cache)
+        found = harness.run_child("train.bench.cell", fields, environment=variables)
         if cached and "ms" in found:
             same = fields | {"remat": found["remat"]}
-            again = harness.run_child("train.bench.cell", same, "--compile_only", **_caching(cache))
+            again = harness.run_child(
+                "train.bench.cell", same, "--compile_only", environment=variables
+            )
             found |= {f"cached_{n}": again[n] for n in (*COMPILING, "why") if n in again}
     return found
 

@@ -120,14 +120,14 @@ def inputs(batch: Batch, device: str, dtype: Any, attn: str = "torch_sdpa") -> d
         torch.as_tensor(np.ascontiguousarray(x), device=device)
         for x in (batch.tokens, batch.targets, batch.loss_mask)
     )
-    arguments = {
+    arguments: dict[str, Any] = {
         "input_ids": tokens.long(),
         "labels": tokens.long(),  # not used beside shift_labels, but without it there is no loss
         "shift_labels": targets.long().masked_fill(learned == 0, -100),
         "position_ids": torch.as_tensor(batch.positions, device=device).long(),
     }
     if batch.segment_ids is not None and attn == LIGER:
-        ends = document_ends(batch.segment_ids)
+        ends = document_ends(np.asarray(batch.segment_ids))
         longest = int(np.diff(ends).max())
         arguments = {name: rows.reshape(1, -1) for name, rows in arguments.items()}
         for side in "qk":

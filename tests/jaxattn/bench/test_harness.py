@@ -40,17 +40,17 @@ def test_a_child_returns_the_cell_that_it_prints_last(tmp_path, monkeypatch):
     """Or the last line of its errors; the process of the next cell starts before its turn."""
     (tmp_path / "child_of_bench.py").write_text(CHILD)
     environment = {"PYTHONPATH": f"{tmp_path}:."}
-    assert run_child("child_of_bench", {"a": 1}, **environment) == {"a": 1}
-    died = run_child("child_of_bench", {}, **environment)
+    assert run_child("child_of_bench", {"a": 1}, environment=environment) == {"a": 1}
+    died = run_child("child_of_bench", {}, environment=environment)
     assert died == {"why": "process ended with 3: last words"}
     flag = ("child_of_bench", {"a": 1}, "--pid")
-    first = run_child(*flag, another=True, **environment)
+    first = run_child(*flag, another=True, environment=environment)
     [(_, started)] = [harness._next]
-    second = run_child(*flag, **environment)
+    second = run_child(*flag, environment=environment)
     assert second["pid"] == started.pid != first["pid"] and harness._next is None
-    run_child(*flag, another=True, **environment)
+    run_child(*flag, another=True, environment=environment)
     [(_, unused)] = [harness._next]
-    run_child("child_of_bench", {"a": 1}, another=True, **environment)
+    run_child("child_of_bench", {"a": 1}, another=True, environment=environment)
     assert unused.returncode is not None  # it was of other flags
     harness._stop_next()
     assert harness._next is None

@@ -82,7 +82,7 @@ def test_results_are_written_after_every_cell(monkeypatch, tmp_path):
 def test_jax_leaves_the_gpu_to_torch(impl, platforms, monkeypatch):
     """Its memory, too: the child of a PyTorch cell sees no GPU for jax."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: True)
-    monkeypatch.setattr(bench, "run_child", lambda *_, another, **environment: environment)
+    monkeypatch.setattr(bench, "run_child", lambda *_, another, environment=(): dict(environment))
     found = bench.run_cell("smoke", impl, check=False)
     assert found == ({} if platforms is None else {"JAX_PLATFORMS": platforms})
 

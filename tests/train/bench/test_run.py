@@ -36,11 +36,11 @@ class Children:
         self._refused, self._barrier = refused, threading.Barrier(group, timeout=30)
         self._running, self._compiled, self._lock = 0, False, threading.Lock()
 
-    def __call__(self, module, fields, *flags, **variables):
+    def __call__(self, module, fields, *flags, environment=None, another=False):
         """Replace `harness.run_child`."""
         length, in_group = fields["seq_len"], self._compiled
         with self._lock:
-            self.calls.append((length, flags, variables))
+            self.calls.append((length, flags, environment))
             self._running += 1
         if in_group:
             self._barrier.wait()  # all have begun
