@@ -106,31 +106,36 @@ def fill(
         ValueError: the token cache holds ids that the tokenizer does not have.
     """
     shape = (len(chosen), seq_len)
-    batch = Batch(
-        tokens=np.full(shape, pad_id, np.int32),
-        targets=np.full(shape, pad_id, np.int32),
-        loss_mask=np.zeros(shape, np.float32),
-        segment_ids=np.zeros(shape, np.int32),
-        positions=np.zeros(shape, np.int32),
-        sources=None if sources is None else np.zeros(shape, sources.dtype),
-    )
-    count = np.arange(seq_len, dtype=np.int32)
+    # `~id`, as in the dataset, for an id that is not trained on: so is the padding.
+    tokens = np.full(shape, ~pad_id, np.int32)
+    targets = np.full(shape, ~pad_id, np.int32)
+    segment_ids = np.zeros(shape, np.int32)
+    positions = np.zeros(shape, np.int32)
+    source_ids = None if sources is None else np.zeros(shape, sources.dtype)
     for b, row in enumerate(chosen):
-        at = 0
         segments = rows.spans[rows.offsets[row] : rows.offsets[row + 1]]
-        for number, span in enumerate(segments, start=1):
-            start, n = int(spans.start[span]), int(spans.length[span])
-            targets = n if spans.continues[span] else n - 1
-            signed = dataset.tokens[start : start + targets + 1]
-            tokens = np.where(signed < 0, ~signed, signed)
-            batch.tokens[b, at : at + n] = tokens[:n]
-            batch.targets[b, at : at + targets] = tokens[1:]
-            batch.loss_mask[b, at : at + targets] = signed[1:] >= 0
-            batch.segment_ids[b, at : at + n] = number
-            batch.positions[b, at : at + n] = count[:n]
-            if sources is not None and batch.sources is not None:
-                batch.sources[b, at : at + n] = sources[spans.document[span]]
+        lengths = spans.length[segments]
+        ends = np.cumsum(lengths)
+        at = 0
+        columns = (spans.start[segments], lengths, spans.continues[segments])
+        for start, n, continues in zip(*(column.tolist() for column in columns), strict=True):
+            count = n if continues else n - 1
+            signed = dataset.tokens[start : start + count + 1]
+            tokens[b, at : at + n] = signed[:n]
+            targets[b, at : at + count] = signed[1:]
             at += n
+        segment_ids[b, :at] = np.repeat(np.arange(1, len(segments) + 1), lengths)
+        positions[b, :at] = np.arange(at) - np.repeat(ends - lengths, lengths)
+        if sources is not None and source_ids is not None:
+            source_ids[b, :at] = np.repeat(sources[spans.document[segments]], lengths)
+    batch = Batch(
+        tokens=np.where(tokens < 0, ~tokens, tokens),
+        targets=np.where(targets < 0, ~targets, targets),
+        loss_mask=(targets >= 0).astype(np.float32),
+        segment_ids=segment_ids,
+        positions=positions,
+        sources=source_ids,
+    )
     largest = max(batch.tokens.max(), batch.targets.max())
     if largest >= dataset.vocab_size:
         raise ValueError(

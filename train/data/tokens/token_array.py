@@ -43,7 +43,11 @@ class TokenArray:
         return self._starts[-1]
 
     def __getitem__(self, span: slice) -> Int32[np.ndarray, " n"]:
-        """Copy the tokens start..stop; raise ValueError if a file changed after its check."""
+        """Return the tokens start..stop, to be read only.
+
+        Raises:
+            ValueError: a file changed after its check.
+        """
         start, stop, _ = span.indices(len(self))
         pieces = []
         number = bisect.bisect_right(self._starts, start) - 1
@@ -56,6 +60,8 @@ class TokenArray:
                 pieces.append(array[start - first : end - first])
             start = end
             number += 1
+        if len(pieces) == 1:  # nearly always: a span lies in one chunk
+            return pieces[0]
         return np.concatenate([np.zeros(0, np.int32), *pieces])
 
 
