@@ -9,6 +9,7 @@ FLAGS = ("weight", "train", "trainable", "training", "loss", "loss_mask", "outpu
 
 _TRUE, _FALSE = (True, "true", "1", "1.0"), (False, "false", "0", "0.0")  # 1 == True, 0 == False
 _NOTHING = ("", "null", "none")
+_LONGEST_NOTHING = max(map(len, _NOTHING))
 
 
 class RowError(ValueError):
@@ -30,7 +31,7 @@ def absent(value: object) -> bool:
                 return absent(json.loads(text))
             except ValueError:
                 return False
-        return text.lower() in _NOTHING
+        return len(text) <= _LONGEST_NOTHING and text.lower() in _NOTHING
     if isinstance(value, dict):
         return all(map(absent, value.values()))
     return isinstance(value, list) and all(map(absent, value))

@@ -96,6 +96,7 @@ _OF_MESSAGE = frozenset(("role", "content", "name", *FLAGS))
 _OF_RESULT = _OF_MESSAGE | {"tool_call_id"}
 _OF_ASSISTANT = _OF_MESSAGE | {"tool_calls", "function_call", *_THOUGHTS}
 _OF_CALL = frozenset(("id", "type", "index", "function"))
+_NO_OPTIONS = _OF_ROW.isdisjoint
 _NO_FLAGS = frozenset(FLAGS).isdisjoint
 _NO_THOUGHTS = frozenset(_THOUGHTS).isdisjoint
 
@@ -151,6 +152,12 @@ def _read(row: dict[str, Any], reasoning: Reasoning) -> Reading:
 @functools.lru_cache(256)  # the rows of a file have the same few sets of keys
 def _format_of(found: tuple[str, ...]) -> str | None:
     return next((name for name, (keys, _) in FORMATS.items() if {*keys} <= {*found}), None)
+
+
+@functools.lru_cache(256)
+def _is_plain(found: tuple[str, ...], known: frozenset[str]) -> bool:
+    """Return true if all keys of a row are known, and none is an option of every format."""
+    return known.issuperset(found) and _NO_OPTIONS(found)
 
 
 class _Reader:
@@ -275,6 +282,8 @@ class _Reader:
 
     def _begin(self, known: frozenset[str]) -> None:
         """Begin a chat with the row's system text and tools, and count the keys not in `known`."""
+        if _is_plain(tuple(self.row), known):
+            return
         self._skip(self.row, known)
         self._say("system", optional(self.row, "system"))
         for key in ("tools", "functions"):
@@ -320,8 +329,9 @@ class _Reader:
     ) -> None:
         if not _NO_THOUGHTS(turn) or "think>" in text:
             text = self._with_reasoning(turn, text, where, alone=not calls)
-        text += "".join(calls or ())
-        loss = (_NO_FLAGS(turn) or turn is self.row or trained(turn, where)) and self.trained
+        if calls:
+            text += "".join(calls)
+        loss = (turn is self.row or _NO_FLAGS(turn) or trained(turn, where)) and self.trained
         self.messages.append(Message(role, text, loss))
 
     def _with_reasoning(self, turn: dict[str, Any], text: str, where: str, *, alone: bool) -> str:
@@ -347,7 +357,10 @@ class _Reader:
 
     def _pretrain(self) -> Text | None:
         """Return the raw text of a row that has answers and nothing else."""
-        if any(message.trained is None for message in self.messages) or not self.messages:
+        for message in self.messages:
+            if message.trained is None:
+                return None
+        if not self.messages:
             return None
         if not all(message.trained for message in self.messages):
             raise RowError("raw text (no turn has a prompt) with a flag that excludes it from loss")

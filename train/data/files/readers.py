@@ -251,6 +251,8 @@ def _array_chunks(path: Path, reader: _Reader, size: int) -> Iterator[Chunk]:
         return Chunk("array", line, data, end - begin)
 
     for element in walk_arrays(text):
+        if len(text) - begin < min(size, LONGEST_ROW):
+            break  # the rest is one chunk, whose rows records.py parses
         long = element.end - element.start > LONGEST_ROW
         end = element.start if long else element.end
         if (long and end > begin) or (element.error is None and end - begin >= size):

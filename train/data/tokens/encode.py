@@ -3,6 +3,8 @@
 The result does not depend on the sequence length: packing.py handles that.
 """
 
+import contextlib
+import gc
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -22,6 +24,23 @@ from train.data.tokens.documents import DOCUMENT, Documents
 _BATCH = 1 << 20  # bytes of rows tokenised at once: enough for every core, little memory
 
 
+@contextlib.contextmanager
+def _no_search_for_cycles() -> Iterator[None]:
+    """Turn the garbage collector off.
+
+    Rows and tokens hold no cycles, and looking for some among millions of lists takes a tenth of
+    the time.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_no_search_for_cycles()
 def encode_chunk(chunk: Chunk, tokenizer: Tokenizer, *, reasoning: Reasoning = "keep") -> Documents:
     """Tokenise a chunk; raise `MissingTokens` as `template.encode`."""
     tokens: list[np.ndarray] = [np.zeros(0, np.int32)]

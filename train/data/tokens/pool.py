@@ -1,12 +1,10 @@
 """Worker processes that tokenise chunks, in order."""
 
-import gc
 import itertools
 import multiprocessing
-import os
+import pickle
 import signal
 import sys
-import threading
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from train.data.files.readers import Chunk
+from train.data.tokens import worker
 from train.data.tokens.documents import Documents
 
 Encode = Callable[[Chunk], Documents]
@@ -45,7 +44,7 @@ def write_documents(jobs: Iterable[Job], encode: Encode, *, workers: int) -> Ite
         yield from (_done(*job, encode) for job in waiting)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (encode,)) as pool:
+    with ProcessPoolExecutor(workers, context, worker.start, (pickle.dumps(encode),)) as pool:
         running: deque[tuple[Chunk, Future[None]]] = deque()
         try:
             for chunk, path in itertools.chain(waiting, jobs):
@@ -86,32 +85,7 @@ def _submit(pool: ProcessPoolExecutor, chunk: Chunk, path: Path | None) -> Futur
     main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
-        return pool.submit(_write, chunk, path)
+        return pool.submit(worker.write, chunk, path)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         sys.modules["__main__"] = main
-
-
-_encode: list[Encode] = []  # of a worker
-
-
-def _start_worker(encode: Encode) -> None:
-    """Set up a worker process."""
-    # Rows and tokens hold no cycles, and looking for some among millions of lists takes a tenth of
-    # the time.
-    gc.disable()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core for each worker
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _encode.append(encode)
-
-
-def _end_with_parent() -> None:
-    """End this process when its parent ends, whatever ends it, SIGKILL included."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _write(chunk: Chunk, path: Path) -> None:
-    _encode[0](chunk).write(path)
