@@ -117,10 +117,11 @@ def seed_cells(file: Path) -> list[Cell]:
 
 
 def steps() -> str:
-    """Return the table of whole steps: implementations, remat, ms, tokens/s, MFU, peak memory."""
+    """Return the table of whole steps: implementations, weights, remat, ms, tokens/s, MFU, memory."""
     file = newest("steps/bench.json", "train/h200/bench.json")
     cells = cells_of(file)
-    rows = [["rows", "implementation", "remat", "ms", "tokens/s", "MFU", "peak GiB"]]
+    head = ["rows", "implementation", "weights, moments", "remat", "ms", "tokens/s", "MFU", "peak GiB"]
+    rows = [head]
     kinds = {
         "dense": "one document each",
         "packed": "packed documents (median 1,500)",
@@ -130,7 +131,9 @@ def steps() -> str:
         if "ms" in c:
             of = f"{c['seq_len']:,} x {c['batch_size']}, {kinds[c['rows']]}"
             numbers = (f"{c['ms']:,.0f}", f"{c['tokens_per_second']:,.0f}", f"{c['mfu']:.1%}")
-            rows.append([of, c["attn"], f"`{c['remat']}`", *numbers, gib(c["peak_memory_bytes"])])
+            stored = f"{c['param_dtype']}, {c['state']}"
+            how = (of, c["attn"], stored, f"`{c['remat']}`")
+            rows.append([*how, *numbers, gib(c["peak_memory_bytes"])])
     return f"{sources([file])}\n\n{markdown(rows)}{reasons(cells, 'attn')}"
 
 
@@ -157,8 +160,9 @@ def readme() -> str | None:
     if not ran:
         return None
     tried = {(c["attn"], c["rows"], c["seq_len"]) for c in cells}
-    names = [n for n in ("torch_eager", "torch_sdpa", "pallas") if any(c["attn"] == n for c in ran)]
-    rows = [["rows", *(f"{name}, tokens/s (MFU)" for name in names)]]
+    heads = {"torch_sdpa": "PyTorch SDPA", "torch_liger": "PyTorch + Liger + FA4", "pallas": "here"}
+    names = [name for name in heads if any(c["attn"] == name for c in ran)]
+    rows = [["rows", *(f"{heads[name]}, tokens/s (MFU)" for name in names)]]
     for kind, length in sorted({(c["rows"], c["seq_len"]) for c in ran}):
         row = {c["attn"]: c for c in ran if (c["rows"], c["seq_len"]) == (kind, length)}
         count = next(iter(row.values()))["batch_size"]
@@ -172,9 +176,10 @@ def readme() -> str | None:
         rows.append([f"{length:,} x {count}, {what}", *texts])
     origin = dict.fromkeys(f"{c['device']}, {c['date']}, commit {c['commit']}" for c in ran)
     return (
-        "InternLM2-1.8B, fp32 weights and Adam moments, 32,768 tokens a step, "
+        "InternLM2-1.8B, 32,768 tokens a step, fp32 weights and Adam moments (PyTorch with Liger and\n"
+        "FlashAttention-4: bf16 both), "
         f"{' / '.join(origin)}.\n"
-        "torch is transformers' Llama of the same shape. "
+        "PyTorch is transformers' Llama of the same shape. "
         "[All figures](docs/memory_and_speed.md) with files and dates.\n\n"
         + markdown(rows).rstrip("\n")
         + "\n"
