@@ -44,10 +44,9 @@ def main() -> None:
 
 def step_time() -> None:
     """Plot the time of a training step against the sequence length, one line per implementation."""
-    file = tables.newest("seed/bench.json", "train/bench_h200_1.8b.json")
-    result = json.loads(file.read_text())
-    cells = [cell for cell in tables.seed_cells(file) if "ms" in cell]
-    origin = {**result, **cells[0]}
+    cells = tables.cells_of(tables.EVIDENCE / "seed" / "bench.json")
+    cells = [cell for cell in cells if "ms" in cell]
+    origin = cells[0]
     lengths = sorted({cell["seq_len"] for cell in cells})
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for name in ("eager", "xla", "cudnn", "pallas"):
@@ -70,7 +69,7 @@ def step_time() -> None:
     axes.set_xlim(-0.15, len(lengths) - 0.6)
     axes.set_title(
         f"InternLM2-1.8B, full training step, bf16, one document per row\n"
-        f"{origin['device']}, {origin['versions']}, {origin['date']}",
+        f"{origin['device']}, {origin['versions']}, {origin['date']}, commit {origin['commit']}",
         fontsize=10,
     )
     _finish(figure, axes, "step_time")
@@ -78,7 +77,7 @@ def step_time() -> None:
 
 def attention_rate() -> None:
     """Plot the useful rate of attention alone, forward + backward, a group of bars per shape."""
-    cells = tables.cells_of(tables.newest("kernels.json", "attention/bench_h200.json"))
+    cells = tables.cells_of(tables.EVIDENCE / "kernels.json")
     cells = [cell for cell in cells if "both_tflops" in cell]
     shapes = list(dict.fromkeys(cell["shape"] for cell in cells))
     rate = {(cell["shape"], cell["impl"]): cell["both_tflops"] for cell in cells}
@@ -94,13 +93,14 @@ def attention_rate() -> None:
         axes.bar(0, 0, color=COLORS[name], label=LABELS.get(name, name))
     axes.set_xticks(range(len(shapes)), [s.replace("_", "\n") for s in shapes], fontsize=8)
     axes.set_ylabel("useful TFLOP/s, forward + backward")
+    axes.set_ylim(0, 1.3 * max(rate[shape, name] for shape, name in rate if name in names))
     versions = {v for cell in cells for v in cell["versions"].split(", ")}
     axes.set_title(
         f"Attention alone, bf16, head dim 128. {cells[0]['device']}, "
-        f"{', '.join(sorted(versions))}, {cells[0]['date']}",
+        f"{', '.join(sorted(versions))}, {cells[0]['date']}, commit {cells[0]['commit']}",
         fontsize=9,
     )
-    _finish(figure, axes, "attention_rate")
+    _finish(figure, axes, "attention_rate", columns=len(names))
 
 
 def loss_curves() -> None:
@@ -140,10 +140,10 @@ def _curves(name: str, runs: dict[str, str], *, title: str, date: str) -> None:
     _finish(figure, axes, name)
 
 
-def _finish(figure, axes, name: str) -> None:
+def _finish(figure, axes, name: str, *, columns: int = 1) -> None:
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, ncols=columns)
     figure.savefig(FIGURES / f"{name}.png", dpi=120, metadata={"Software": None})
     plt.close(figure)
 

@@ -1,8 +1,8 @@
 """Write the tables of measurements into the documentation (`make figures`).
 
 A page has a table between the lines `<!-- table NAME -->` and `<!-- end of table -->`. Each table
-is made of the files of `make evidence` where they exist, else of the older ones, and begins with
-the file, its date, device and versions.
+is made of the files of `make evidence`, and begins with the file, its date, device, versions and
+commit.
 """
 
 import json
@@ -44,28 +44,15 @@ def with_tables(text: str) -> str:
     """
 
     def content(found: re.Match[str]) -> str:
-        new = TABLES[found[2]]()
-        return found[0] if new is None else f"{found[1]}{new}{found[3]}"
+        return f"{found[1]}{TABLES[found[2]]()}{found[3]}"
 
     return REGION.sub(content, text)
 
 
-def newest(name: str, older: str) -> Path:
-    """Return a file of the evidence, or the older file where it has not been measured."""
-    file = EVIDENCE / name
-    return file if file.exists() else RESULTS / older
-
-
 def kernels() -> str:
     """Return the table of attention alone: ms forward / forward and backward (TFLOP/s)."""
-    files = [EVIDENCE / "kernels.json"]
-    if not files[0].exists():
-        folder = RESULTS / "attention"
-        files = [folder / f"bench_h200{part}.json" for part in ("", "_flex", "_xla")]
-    cells: dict[tuple[str, str], Cell] = {}
-    for file in files:
-        for cell in cells_of(file):
-            cells.setdefault((cell["shape"], cell["impl"]), cell)
+    file = EVIDENCE / "kernels.json"
+    cells = {(cell["shape"], cell["impl"]): cell for cell in cells_of(file)}
     shapes = dict.fromkeys(shape for shape, _ in cells)
     impls = dict.fromkeys(impl for _, impl in cells)
     rows = [["shape", *impls]]
@@ -73,7 +60,7 @@ def kernels() -> str:
         ran = [c for i in impls if "both_ms" in (c := cells.get((shape, i), {}))]
         best = {n: min((c[n] for c in ran), default=None) for n in ("forward_ms", "both_ms")}
         rows.append([shape, *(_kernel(cells.get((shape, impl)), best) for impl in impls)])
-    return f"{sources(files)}\n\n{markdown(rows)}{reasons(cells.values(), 'impl')}"
+    return f"{sources([file])}\n\n{markdown(rows)}{reasons(cells.values(), 'impl')}"
 
 
 def _kernel(cell: Cell | None, best: dict[str, float | None]) -> str:
@@ -90,8 +77,8 @@ def _kernel(cell: Cell | None, best: dict[str, float | None]) -> str:
 
 def seed() -> str:
     """Return the table of time per step against row length: ms (tokens/s)."""
-    file = newest("seed/bench.json", "train/bench_h200_1.8b.json")
-    cells = seed_cells(file)
+    file = EVIDENCE / "seed" / "bench.json"
+    cells = cells_of(file)
     lengths = sorted({cell["seq_len"] for cell in cells})
     rows = [["attention", *(f"{n:,} x {32_768 // n}" for n in lengths)]]
     found = {(cell["attn"], cell["seq_len"]): cell for cell in cells}
@@ -111,22 +98,13 @@ def seed() -> str:
     return f"{sources([file])}\n\n{markdown(rows)}{reasons(cells, 'attn')}"
 
 
-def seed_cells(file: Path) -> list[Cell]:
-    """Return the cells of one document a row."""
-    return [c for c in cells_of(file) if not c.get("packed") and c.get("rows") != "packed"]
-
-
 def steps() -> str:
-    """Return the table of whole steps: implementations, weights, remat, ms, tokens/s, MFU, memory."""
-    file = newest("steps/bench.json", "train/h200/bench.json")
+    """Return the table of whole steps: time, tokens/s, MFU and memory by implementation."""
+    file = EVIDENCE / "steps" / "bench.json"
     cells = cells_of(file)
-    head = ["rows", "implementation", "weights, moments", "remat", "ms", "tokens/s", "MFU", "peak GiB"]
-    rows = [head]
-    kinds = {
-        "dense": "one document each",
-        "packed": "packed documents (median 1,500)",
-        "data": "Alpaca (en, zh), real tokenizer",
-    }
+    settings = ("rows", "implementation", "weights, moments", "remat")
+    rows = [[*settings, "ms", "tokens/s", "MFU", "peak GiB"]]
+    kinds = {"dense": "one document each", "packed": "packed documents (median 1,500)"}
     for c in sorted(cells, key=lambda c: ([*kinds].index(c["rows"]), c["seq_len"])):
         if "ms" in c:
             of = f"{c['seq_len']:,} x {c['batch_size']}, {kinds[c['rows']]}"
@@ -139,11 +117,11 @@ def steps() -> str:
 
 def generation() -> str:
     """Return the table of generation."""
-    file = newest("generate.json", "train/generate_h200_1.8b.json")
+    file = EVIDENCE / "generate.json"
     found = json.loads(file.read_text())
     rows = [["batch", "prompt", "time to the first token", "tokens/s", "limit by memory bandwidth"]]
     for row in found["generate"]:
-        limit = row.get("bound_tokens_per_second", row.get("floor_tokens_per_second"))
+        limit = row["bound_tokens_per_second"]
         first = (
             f"{row['first']:.3f} s ({row['batch'] * row['prompt'] / row['first']:,.0f} tokens/s)"
         )
@@ -152,18 +130,17 @@ def generation() -> str:
     return f"{sources([file])}\n\n{markdown(rows)}"
 
 
-def readme() -> str | None:
-    """Return the README's table of whole steps; None, which keeps the page's, without evidence."""
-    file = EVIDENCE / "steps" / "bench.json"
-    cells = cells_of(file) if file.exists() else []
+def readme() -> str:
+    """Return the README's table of whole steps."""
+    cells = cells_of(EVIDENCE / "steps" / "bench.json")
     ran = [cell for cell in cells if "ms" in cell]
-    if not ran:
-        return None
     tried = {(c["attn"], c["rows"], c["seq_len"]) for c in cells}
     heads = {"torch_sdpa": "PyTorch SDPA", "torch_liger": "PyTorch + Liger + FA4", "pallas": "here"}
     names = [name for name in heads if any(c["attn"] == name for c in ran)]
     rows = [["rows", *(f"{heads[name]}, tokens/s (MFU)" for name in names)]]
-    for kind, length in sorted({(c["rows"], c["seq_len"]) for c in ran}):
+    longest = max(c["seq_len"] for c in ran)  # the only packed rows of the short table
+    shown = (c for c in ran if c["rows"] == "dense" or c["seq_len"] == longest)
+    for kind, length in sorted({(c["rows"], c["seq_len"]) for c in shown}):
         row = {c["attn"]: c for c in ran if (c["rows"], c["seq_len"]) == (kind, length)}
         count = next(iter(row.values()))["batch_size"]
         what = "one document each" if kind == "dense" else "packed documents"
@@ -176,8 +153,8 @@ def readme() -> str | None:
         rows.append([f"{length:,} x {count}, {what}", *texts])
     origin = dict.fromkeys(f"{c['device']}, {c['date']}, commit {c['commit']}" for c in ran)
     return (
-        "InternLM2-1.8B, 32,768 tokens a step, fp32 weights and Adam moments (PyTorch with Liger and\n"
-        "FlashAttention-4: bf16 both), "
+        "InternLM2-1.8B, 32,768 tokens a step, fp32 weights and Adam moments "
+        "(PyTorch with Liger and\nFlashAttention-4: bf16 both), "
         f"{' / '.join(origin)}.\n"
         "PyTorch is transformers' Llama of the same shape. "
         "[All figures](docs/memory_and_speed.md) with files and dates.\n\n"
@@ -214,10 +191,7 @@ def meshes() -> str:
         rate = statistics.median(line["all_tokens_per_second"] for line in lines[1:])
         rows.append([label, f"{rate:,.0f}"])
     origin = "`results/train/h200/1.8b_32k_*.jsonl`: 2026-11-22 and 23, NVIDIA H200, jax 0.11.2; "
-    return f"{origin}{OLDER}.\n\n{markdown(rows)}"
-
-
-OLDER = "older code, whose commit was not recorded"
+    return f"{origin}older code, whose commit was not recorded.\n\n{markdown(rows)}"
 
 
 def sources(files: Sequence[Path]) -> str:
@@ -225,11 +199,8 @@ def sources(files: Sequence[Path]) -> str:
     origins = []
     for file in files:
         found = json.loads(file.read_text())
-        for cell in found.get("cells", [found]):
-            origin = {**found, **cell}
-            versions = origin.get("versions") or f"jax {origin['jax']}"
-            commit = f"commit {origin['commit']}" if origin.get("commit") else OLDER
-            origins.append(f"{origin['date']}, {origin['device']}, {versions}; {commit}")
+        for c in found.get("cells", [found]):
+            origins.append(f"{c['date']}, {c['device']}, {c['versions']}; commit {c['commit']}")
     names = ", ".join(f"`{file.relative_to(ROOT)}`" for file in files)
     return f"{names}: {' / '.join(dict.fromkeys(origins))}."
 
@@ -268,7 +239,7 @@ def gib(count: int) -> str:
     return f"{count / 2**30:.1f}"
 
 
-TABLES: dict[str, Callable[[], str | None]] = {
+TABLES: dict[str, Callable[[], str]] = {
     "kernels": kernels,
     "seed": seed,
     "steps": steps,

@@ -44,13 +44,14 @@ def test_every_page_has_the_tables_of_the_files(tables):
     assert {*tables.TABLES} == {name for _, name, _ in tables.REGION.findall(text)}
 
 
-def test_evidence_replaces_the_older_files(tables, tmp_path, monkeypatch):
+def test_tables_of_new_files(tables, tmp_path, monkeypatch):
     """Each table has the commit of the new files, and what could not run with its reason."""
     monkeypatch.setattr(tables, "EVIDENCE", tmp_path)
     monkeypatch.setattr(tables, "ROOT", tmp_path.parent)
     kernel = {"forward_ms": 1.0, "both_ms": 3.0, "forward_tflops": 5.0, "both_tflops": 7.0}
     step = {"batch_size": 8, "ms": 500.0, "tokens_per_second": 65536.0, "mfu": 0.5}
     step |= {"peak_memory_bytes": 2**30, "remat": "dots", "seq_len": 4096}
+    step |= {"param_dtype": "fp32", "state": "int8"}
     failed = {"seq_len": 4096, "why": "out of memory with remat full; the plan is 200.0 GiB"}
     files = {
         "kernels.json": [
@@ -97,6 +98,7 @@ def test_evidence_replaces_the_older_files(tables, tmp_path, monkeypatch):
     assert "| 1 | 512 | 0.500 s (1,024 tokens/s) | 9 | 10 |" in made["generation"]
     assert "| `seq=2` | 98,304 | 75.0% |" in made["meshes"]
     assert "packed documents | 1,234 (50.0%) | 65,536 (50.0%) |" in made["readme"]
+    assert "| torch_sdpa | fp32, int8 | `dots` | 500 | 1,234 | 50.0% | 1.0 |" in made["steps"]
 
 
 def test_lora_and_fp8_have_the_numbers_of_their_file():
