@@ -89,7 +89,7 @@ class Mask:
         """Check the mask against a call of `batch` rows with t queries and s keys each.
 
         Raises:
-          ValueError: a shape, a dtype or the window does not fit.
+          ValueError: a shape, a dtype or the window does not fit, or a value is no array.
         """
         window = self.window
         if window is not None:
@@ -99,6 +99,11 @@ class Mask:
                 raise ValueError(f"window={window} must be at least 1 (1: a token sees itself)")
         if not isinstance(self.causal, bool):
             raise ValueError(f"causal={self.causal!r} must be True or False")
+        for name in ("segment_ids", "kv_segment_ids", "blocks"):
+            value = getattr(self, name)
+            if value is not None and not hasattr(value, "dtype"):
+                kind = type(value).__name__
+                raise ValueError(f"{name} is a {kind}, must be an array: jnp.asarray({name})")
         self._validate_blocks(batch, t, s)
         query_ids, key_ids = self.segment_ids, self.key_ids
         if query_ids is None or key_ids is None:

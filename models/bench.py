@@ -22,6 +22,7 @@ import numpy as np
 import psutil
 import tyro
 
+from jaxattn import Impl
 from jaxattn.bench import harness
 from jaxattn.device import default_device, memory_bandwidth
 from models.cli import fail, parse
@@ -63,7 +64,7 @@ class BenchConfig:
     new: int = 128
     """Tokens to decode."""
 
-    attn: str = "auto"
+    attn: Impl = "auto"
     """Attention implementation of the prefill."""
 
     dir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None

@@ -9,13 +9,12 @@ layers a step would read, write and read again the part of every layer.
 
 import dataclasses
 import functools
-from typing import cast
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxattn import Impl, attention
+from jaxattn import attention
 from jaxattn.cached import BLOCK, attend_cached
 from models import sharding
 from models.internlm2 import InternLM2, logits
@@ -82,7 +81,7 @@ def prefill(
         mask = model.prepare_mask(tokens_BT.shape, filled_BT)
 
         def attend(q_BTNH, k_BTKH, v_BTKH, _):
-            o_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, mask, impl=cast(Impl, model.execution.attn))
+            o_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, mask, impl=model.execution.attn)
             # Decoding reads whole rows: the cache is not split over seq.
             return o_BTNH, tuple(
                 sharding.constrain(x, "batch", None, "heads", None) for x in (k_BTKH, v_BTKH)

@@ -1,10 +1,11 @@
 """Execution options of a model: attention implementation, dtypes, rematerialization, scan."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 
+from jaxattn import Impl
 from models.lora import LoRA
 from models.remat import IN_TILES, parse_remat
 
@@ -40,12 +41,12 @@ class Execution:
       deterministic: make the gradients of attention bitwise reproducible, see `jaxattn.attention`.
 
     Raises:
-      ValueError: `remat` is not a key of `REMAT`, saves dequantised weights, or saves what is
-        computed inside a tile; or `matmul` is unknown.
+      ValueError: `attn` or `matmul` is unknown; or `remat` is not a key of `REMAT`, saves
+        dequantised weights, or saves what is computed inside a tile.
       TypeError: a dtype is unknown.
     """
 
-    attn: str = "auto"
+    attn: Impl = "auto"
     dtype: Any = "bfloat16"
     param_dtype: Any = "float32"
     remat: str = "full"
@@ -57,6 +58,8 @@ class Execution:
     quantize: Literal["nf4", "int8"] | None = None
 
     def __post_init__(self):
+        if self.attn not in get_args(Impl):
+            raise ValueError(f"attn={self.attn!r} must be one of {', '.join(get_args(Impl))}")
         names = parse_remat(self.remat)
         if self.tile_size is not None and self.tile_size < 1:
             raise ValueError(f"tile_size={self.tile_size} must be at least 1")

@@ -19,6 +19,7 @@ import tyro
 from jax.experimental import multihost_utils
 from jaxtyping import Array
 
+from jaxattn import Impl
 from jaxattn.errors import first_line, is_out_of_memory
 from models import sharding
 from models.cache import SLOTS, capacity_for, decode, prefill
@@ -164,7 +165,7 @@ class GenerateConfig:
     seed: int = 0
     """Seed of the sampling."""
 
-    attn: str = "auto"
+    attn: Impl = "auto"
     """Attention implementation of the prefill."""
 
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"

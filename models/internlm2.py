@@ -12,7 +12,7 @@ References:
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
-from jaxattn import Impl, Mask, attention, prepare
+from jaxattn import Mask, attention, prepare
 from models import sharding
 from models.block import Attend, Block, Rope, quantize_block
 from models.config import ModelConfig
@@ -127,7 +127,7 @@ class InternLM2(nnx.Module):
                     k_BTKH,
                     v_BTKH,
                     mask,
-                    impl=cast(Impl, options.attn),
+                    impl=options.attn,
                     deterministic=options.deterministic,
                 )
                 return out_BTNH, None

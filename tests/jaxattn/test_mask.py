@@ -118,10 +118,11 @@ def test_is_a_pytree_with_static_structure():
         (Mask(window=0), "window=0 must be at least 1"),
         (Mask(segment_ids=jnp.ones((1, 5), jnp.int32)), r"segment_ids has shape \(1, 5\)"),
         (Mask(segment_ids=jnp.ones((2, 4), jnp.int32)), r"must be \(1, 4\)"),
+        (Mask(segment_ids=[[1, 1, 2, 2]]), "segment_ids is a list, must be an array: jnp.asarray"),
         (Mask(kv_segment_ids=IDS), "kv_segment_ids without segment_ids"),
         (Mask(segment_ids=IDS, kv_segment_ids=IDS[:, :3]), r"kv_segment_ids has shape \(1, 3\)"),
     ],
-    ids=["window", "length", "batch", "only kv", "kv length"],
+    ids=["window", "length", "batch", "list", "only kv", "kv length"],
 )
 def test_refuses(mask, message):
     """One line with the value and the bound, before anything is compiled."""

@@ -28,6 +28,8 @@ def test_an_unknown_policy_or_dtype_is_refused():
         Execution(remat="dots", tile_size=64)
     with pytest.raises(ValueError, match="tile_size=0 must be at least 1"):
         Execution(tile_size=0)
+    with pytest.raises(ValueError, match="attn='flash3' must be one of auto, pallas, "):
+        Execution(attn="flash3")
     with pytest.raises(TypeError, match="bfloat17"):
         Execution(dtype="bfloat17")
 

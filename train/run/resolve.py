@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 import jaxattn
+from jaxattn import Implementation
 from jaxattn.device import DeviceSpec, GiB, device_memory, host_memory
 from jaxattn.sharded import kv_copies
 from models.config import PRESETS, ModelConfig
@@ -361,7 +362,7 @@ def _attention(
     device: jax.Device | DeviceSpec,
     rows: int,
     dtype: np.dtype,
-) -> tuple[str, str]:
+) -> tuple[Implementation, str]:
     """Return the attention implementation and the reason for it."""
     batch = rows // config.grad_accum // row_shards(mesh)
     kv_heads = model.num_kv_heads * kv_copies(
