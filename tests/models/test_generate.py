@@ -161,14 +161,14 @@ def test_command_prints_what_generate_returns(directory, capsys):
 
 def test_command_errors_are_one_line(directory, capsys):
     wide = ["--tokenizer", str(directory)]
-    for argv, message in [
-        ([str(directory / "nowhere"), "--prompt=a"], "nowhere does not exist: give a HF directory"),
-        ([str(directory), "--prompt=a", "--attn=fast"], "'fast'"),
-        ([str(directory), "--prompt=a", *wide], "cannot be read"),
+    for argv, status, message in [
+        ([str(directory / "nowhere"), "--prompt=a"], 1, "nowhere does not exist: give a HF direct"),
+        ([str(directory), "--prompt=a", "--attn=fast"], 2, "--attn=fast must be one of auto, cud"),
+        ([str(directory), "--prompt=a", *wide], 1, "cannot be read"),
     ]:
         if message == "cannot be read":
             (directory / "tokenizer.json").write_text("{}")
-        assert command.main(argv) == 1
+        assert command.main(argv) == status
         err = capsys.readouterr().err
         assert err.startswith("error: ") and err.count("\n") == 1 and message in err
 
