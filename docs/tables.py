@@ -190,8 +190,8 @@ def meshes() -> str:
         lines = [json.loads(line) for line in text.splitlines()]
         rate = statistics.median(line["all_tokens_per_second"] for line in lines[1:])
         rows.append([label, f"{rate:,.0f}"])
-    origin = "`results/train/h200/1.8b_32k_*.jsonl`: 2026-11-22 and 23, NVIDIA H200, jax 0.11.2; "
-    return f"{origin}older code, whose commit was not recorded.\n\n{markdown(rows)}"
+    origin = "`results/train/h200/1.8b_32k_*.jsonl`: 2026-11-22 and 23, NVIDIA H200, jax 0.11.2;"
+    return f"{origin}\nolder code, whose commit was not recorded.\n\n{markdown(rows)}"
 
 
 def sources(files: Sequence[Path]) -> str:
@@ -200,7 +200,7 @@ def sources(files: Sequence[Path]) -> str:
     for file in files:
         found = json.loads(file.read_text())
         for c in found.get("cells", [found]):
-            origins.append(f"{c['date']}, {c['device']}, {c['versions']}; commit {c['commit']}")
+            origins.append(f"{c['date']}, {c['device']}, {c['versions']};\ncommit {c['commit']}")
     names = ", ".join(f"`{file.relative_to(ROOT)}`" for file in files)
     return f"{names}: {' / '.join(dict.fromkeys(origins))}."
 
