@@ -34,7 +34,9 @@ ON_GPU = {
 }
 ON_CPU = {"model": ("nano",), "tokens": 1_024, "seq_lens": (128, 256, 512)}
 OURS = ("pallas", "cudnn", "xla", "eager")
-Attn = Literal["pallas", "cudnn", "xla", "eager", "torch_sdpa", "torch_eager", "torch_liger"]
+Attn = Literal[
+    "pallas", "pallas_mma", "cudnn", "xla", "eager", "torch_sdpa", "torch_eager", "torch_liger"
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,7 @@ class BenchConfig:
     attn: Annotated[tuple[Attn, ...], tyro.conf.arg(help_behavior_hint="")] = ()
     """Implementations: the columns of the table. torch_sdpa, torch_eager and torch_liger (Liger's
     kernels and FlashAttention-4) are transformers' Llama of the same shape. By default all that are
-    installed."""
+    installed, but pallas_mma."""
 
     rows: tuple[RowKind, ...] = ("dense", "packed")
     """Content of a row. dense: one document of random tokens; packed: documents of random tokens
