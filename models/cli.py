@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 import docstring_parser
 import tyro
 
+from models.terminal import discard_output, set_up_streams
+
 
 def parse[C](
     config: type[C],
@@ -80,12 +82,25 @@ def fail(error: object, status: int) -> int:
 
 
 def interruptible(main: Callable[..., int]) -> Callable[..., int]:
-    """Wrap the main function of a command: Ctrl-C is one line and exit status 130."""
+    """Wrap the main function of a command: Ctrl-C is one line and exit status 130.
+
+    A closed standard output loses the output, one that is full is one line and status 1, and one
+    whose reader has ended, such as `head`, is no error.
+    """
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
+        set_up_streams()
         try:
-            return main(argv)
+            status = main(argv)
+            sys.stdout.flush()
+            return status
+        except BrokenPipeError:
+            discard_output()
+            return 0
+        except OSError as error:  # of a print; main itself reports all others
+            discard_output()
+            return fail(f"standard output cannot be written: {error.strerror or error}", 1)
         except KeyboardInterrupt:
             return fail("stopped by Ctrl-C", 130)
 

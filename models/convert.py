@@ -19,10 +19,9 @@ import jax
 import tyro
 
 from models.byte_tokenizer import ByteTokenizer
-from models.cli import fail, parse
+from models.cli import fail, interruptible, parse
 from models.config import ModelConfig
 from models.files import read_json, write_json
-from models.terminal import set_up_streams
 from models.weights import sidecar_files
 from models.weights.adapter_files import is_adapter, load_adapter, merge_parameters, save_adapter
 from models.weights.llama import layout_of
@@ -238,10 +237,10 @@ class ConvertConfig:
             raise ValueError(f"--max_shard_gb={self.max_shard_gb} must be above 0 and finite")
 
 
+@interruptible
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status: 0; 1 for an error; 2 for wrong flags."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    set_up_streams()
     try:
         config = parse(ConvertConfig, sys.argv[1:] if argv is None else argv, "models.convert")
     except ValueError as error:

@@ -29,7 +29,7 @@ from models.config import NO_ID
 from models.execution import Execution
 from models.internlm2 import InternLM2
 from models.sampling import Sampling, sample
-from models.terminal import discard_output, escape_control, set_up_streams
+from models.terminal import discard_output, escape_control
 from models.tokenizer import Tokenizer, load_given_or
 from models.unstack import unstack_layers
 from models.weights.hf_files import eos_ids
@@ -199,7 +199,6 @@ class GenerateConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status: 0; 1 for an error; 2 for wrong flags."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    set_up_streams()
     try:
         config = parse(GenerateConfig, sys.argv[1:] if argv is None else argv, "models.generate")
     except ValueError as error:

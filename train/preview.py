@@ -6,7 +6,6 @@ Needs no accelerator.
 """
 
 import dataclasses
-import io
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Annotated
@@ -76,8 +75,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_complete(parse_flags([f"--config={config.config}"]))
     except (ValueError, OSError) as error:
         return fail(error, 2)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # for characters outside the encoding
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         tokenizer = load_tokenizer(config.tokenizer)
         with open_packed(

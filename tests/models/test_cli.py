@@ -1,5 +1,8 @@
 """A wrong flag of a command of models is one line, without a frame; --help has every flag."""
 
+import subprocess
+import sys
+
 import pytest
 
 from models import bench, convert, generate
@@ -21,6 +24,10 @@ from models.cli import flags
         (convert, ["a"], "python -m models.convert needs DST; see --help"),
         (convert, ["a", "b", "--max_shard_gb=0"], "--max_shard_gb=0.0 must be above 0 and finite"),
         (convert, ["a", "b", "--layout=gpt"], "--layout=gpt must be "),
+        (
+            convert,
+            "unknown argument --output_dir: name the directory as ",
+        ),
         (bench, ["--new=x"], "--new=x must be INT"),
     ],
 )
@@ -46,3 +53,25 @@ def test_help_shows_every_flag(command, config, capsys):
     text, positional = capsys.readouterr().out, ("--dir", "--src", "--dst")
     missing = [flag for flag in flags(config) if flag not in text]
     assert set(missing) <= set(positional)
+
+
+@pytest.mark.parametrize(
+    ("output", "status", "said"),
+    [
+        ("> /dev/full", 1, "error: standard output cannot be written: No space left on device\n"),
+        (">&-", 3, ""),
+        ("| true", 0, ""),
+    ],
+)
+@pytest.mark.parametrize("count", [1, 100_000])  # in the buffer at the end, or in a print
+def test_a_console_that_cannot_be_written_is_no_traceback(output, status, said, count):
+    code = (
+        "import sys, time; from models.cli import interruptible;"
+        f"main = interruptible(lambda argv: time.sleep(0.5) or print('x' * {count}) or 3);"
+        "sys.exit(main())"
+    )
+    script = f'"$0" -c "$1" {output}; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(
+        ["bash", "-c", script, sys.executable, code], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (status, said)
