@@ -33,6 +33,18 @@ from models.weights.run_layout import find_checkpoint
 from models.weights.save import MAX_SHARD_BYTES, write_hf
 from models.weights.train_checkpoint import find_run, read_checkpoint
 
+_SYNONYMS = {  # of an older version, and of Hugging Face and its tools
+    name: hint
+    for hint, names in {
+        "take --assets_from": "beside tokenizer tokenizer_path",
+        "take --merge": "base base_model base_model_name_or_path",
+        "take --dtype": "torch_dtype",
+        "take --max_shard_gb": "max_shard_size shard_size",
+        "name the directory as DST": "out output output_dir save_dir",
+    }.items()
+    for name in names.split()
+}
+
 
 def convert(
     source: str | Path,
@@ -242,7 +254,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status: 0; 1 for an error; 2 for wrong flags."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     try:
-        config = parse(ConvertConfig, sys.argv[1:] if argv is None else argv, "models.convert")
+        config = parse(
+            ConvertConfig,
+            sys.argv[1:] if argv is None else argv,
+            "models.convert",
+            synonyms=_SYNONYMS,
+        )
     except ValueError as error:
         return fail(error, 2)
     try:

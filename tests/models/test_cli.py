@@ -24,8 +24,10 @@ from models.cli import flags
         (convert, ["a"], "python -m models.convert needs DST; see --help"),
         (convert, ["a", "b", "--max_shard_gb=0"], "--max_shard_gb=0.0 must be above 0 and finite"),
         (convert, ["a", "b", "--layout=gpt"], "--layout=gpt must be "),
+        (convert, ["a", "b", "--beside=c"], "unknown argument --beside: take --assets_from"),
         (
             convert,
+            ["a", "b", "--output_dir=c"],
             "unknown argument --output_dir: name the directory as ",
         ),
         (bench, ["--new=x"], "--new=x must be INT"),

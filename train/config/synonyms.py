@@ -19,7 +19,7 @@ SYNONYMS = {f: f"take --{name}" for f, name in RENAMED.items()} | {
         "take --optim.warmup_ratio": "warmup_ratio warmup lr_warmup_ratio",
         "take --optim.warmup_ratio, a share of the steps": "warmup_steps lr_scheduler.warmup_steps",
         "take --optim.clip": "grad_clip max_norm max_grad_norm clip_grad training.max_norm",
-        "take --optim.weight_decay": "weight_decay",
+        "take --optim.weight_decay": "weight_decay wd",
         "take --optim.betas": "betas adam_beta1 adam_beta2 beta1 beta2",
         "take --optim.name": "optim optim_type optimizer optimizer.name",
         "take --optim.schedule": "lr_scheduler lr_scheduler_type scheduler",
@@ -47,10 +47,10 @@ SYNONYMS = {f: f"take --{name}" for f, name in RENAMED.items()} | {
         "take --dtype; float16 is not supported": "fp16",
         "take --param_dtype=bf16": "pure_bf16 bf16_params",
         "take --attn": "attn_implementation flash_attn use_flash_attention flash_attention "
-        "attention attn_impl",
+        "attention attn_impl impl",
         "take --config": "config_file cfg cfg_file yaml job.config_file",
         "take --data": "data.files dataset dataset_name_or_path train_file dataset_path data_path "
-        "training.dataset",
+        "training.dataset dataset_dir",
         "take data.files, --data on the command line": "data.path data.paths data.file data.name "
         "data.train data.train_file data.train_files data.train_path data.data_path data.dataset "
         "dataset.path dataset.name",
@@ -70,7 +70,7 @@ SYNONYMS = {f: f"take --{name}" for f, name in RENAMED.items()} | {
         "take --mesh.tensor": "tp tp_size tensor_parallel parallelism.tensor_parallel_degree",
         "take --mesh.data": "dp dp_size parallelism.data_parallel_replicate_degree",
         "take --dist.processes with --dist.coordinator and --dist.id": "nnodes world_size "
-        "num_machines",
+        "num_machines launcher nproc_per_node local_rank",
         "resuming is the default, by the same --out": "resume_from_checkpoint resume_from "
         "load_from overwrite_output_dir",
         "chats are recognised by their content, there is no template to choose": "template "

@@ -131,6 +131,10 @@ def test_choices_are_those_of_the_code():
         ("--training.seq_len", "--seq_len"),
         ("--deepspeed", "--mesh.fsdp"),
         ("--context_parallel_size", "--mesh.seq"),
+        ("--dataset_dir", "--data"),
+        ("--nproc_per_node", "--dist.processes"),
+        ("--wd", "--optim.weight_decay"),
+        ("--impl", "--attn"),
     ],
 )
 def test_flags_of_other_trainers_name_ours(theirs, ours):
