@@ -16,6 +16,7 @@ from models.lora import with_adapter_params
 from models.tokenizer import Tokenizer
 from models.weights.train_checkpoint import read_adapter
 from train.cache_dirs import token_cache
+from train.checkpoint.checksum import all_finite
 from train.config.sections import DataConfig
 from train.data.loader import Loader, Shard
 from train.data.open import open_data
@@ -126,7 +127,11 @@ def abstract_training(
 
 
 def initial_params(run: Run, like: TrainState) -> Params:
-    """Load the weights, or draw random ones, in the shards of `like`."""
+    """Load the weights, or draw random ones, in the shards of `like`.
+
+    Raises:
+        ValueError: Loaded weights are not finite.
+    """
     execution, seed, mesh = run.execution, run.config.seed, run.real_mesh
     if run.weights is None:
         model = init(run.model, seed=seed, mesh=mesh, execution=execution)
@@ -134,10 +139,15 @@ def initial_params(run: Run, like: TrainState) -> Params:
         model = load(run.weights, execution=execution, mesh=mesh, seed=seed)
         log.info(f"loaded the weights of {run.weights}")
     if adapter := run.config.lora.adapter:
-        _, params = read_adapter(Path(adapter), run.model)
-        model = with_adapter_params(model, params)
+        _, trained = read_adapter(Path(adapter), run.model)
+        model = with_adapter_params(model, trained)
         log.info(f"loaded the adapter {adapter}")
-    return params_of(model, like)
+    params = params_of(model, like)
+    loaded = " and ".join(str(path) for path in (run.weights, adapter) if path)
+    with jax.set_mesh(like.mesh):
+        if loaded and not all_finite(params):
+            raise ValueError(f"{loaded} holds NaN or infinite weights: get the files again")
+    return params
 
 
 def compile_training(

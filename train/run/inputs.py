@@ -9,6 +9,7 @@ from models.config import PRESETS, ModelConfig, RopeScaling
 from models.files import read_json
 from models.lora import LoRA
 from models.tokenizer import Tokenizer, load_given_or
+from models.weights.load import check_loadable
 from models.weights.train_checkpoint import find_run, read_adapter
 from train.config.sections import DataConfig, LoRAConfig
 from train.data.files.readers import check_path
@@ -23,8 +24,8 @@ def read_model(name: str) -> tuple[ModelConfig, Path | None]:
             or one of its checkpoints. The weights of a run are those of its latest checkpoint.
 
     Raises:
-        ValueError: There is no such preset or path, or it has no readable architecture; or the run
-            has adapters, whose base model must be named.
+        ValueError: There is no such preset or path, or it has no readable architecture; it is a
+            LoRA adapter; or the run has adapters, whose base model must be named.
     """
     if name in PRESETS:
         return PRESETS[name], None
@@ -40,6 +41,7 @@ def read_model(name: str) -> tuple[ModelConfig, Path | None]:
                 f"models.convert {name} DIR --merge {run.base}"
             )
         return run.config, run.path
+    check_loadable(path)
     if not (path / "config.json").exists():
         raise ValueError(f"--model={name} is no preset ({', '.join(PRESETS)}) and {_missing(path)}")
     return ModelConfig.from_hf(read_json(path / "config.json")), path

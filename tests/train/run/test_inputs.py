@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from models import generate as command
+from models import load
 from models.config import PRESETS
 from tests.train.runs import params
 from train.config.config import Config
+from train.run import build
 from train.run.build import abstract_training, initial_params
 from train.run.inputs import read_model
 from train.run.resolve import resolve
@@ -82,3 +84,21 @@ def test_what_is_no_model(name, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
         read_model(name)
+
+
+def test_an_adapter_is_no_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="contains a LoRA adapter .* --lora.adapter="):
+        read_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused(value, finished, monkeypatch):
+    """Before the first step: a smaller learning rate would not help."""
+    run = resolve(Config(model=str(finished), seq_len=64))
+    _, _, like = abstract_training(run)
+    loaded = load(run.weights, execution=run.execution, mesh=run.real_mesh)
+    loaded.norm_D[...] *= value
+    monkeypatch.setattr(build, "load", lambda *_, **__: loaded)
+    with pytest.raises(ValueError, match="checkpoints/8 holds NaN or infinite weights"):
+        initial_params(run, like)
