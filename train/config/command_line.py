@@ -7,6 +7,7 @@ from pathlib import Path
 
 from models.cli import parse
 from models.config import PRESETS
+from models.files import check_file
 from train.config.bounds import check_bounds
 from train.config.config import Config
 from train.config.file import SUFFIXES, Values, read_values
@@ -107,6 +108,7 @@ def check_complete(config: Config) -> None:
 
 
 def _read(path: Path) -> Values:
+    check_file(path)
     try:
         values = read_xtuner(path).flags if path.suffix == ".py" else read_values(path)
         _check_rivals({name: value for name, value in values.items() if value is not None})

@@ -6,6 +6,7 @@ from pathlib import Path
 from flax import nnx
 
 from models.chat import encode_chat
+from models.files import check_file
 from models.generate import generate
 from models.tokenizer import Tokenizer
 from train.metrics.records import Records
@@ -21,13 +22,18 @@ def read_prompts(prompts: tuple[str, ...]) -> tuple[str, ...]:
 
     Raises:
         OSError: a file cannot be read.
-        ValueError: a file is empty or not UTF-8.
+        ValueError: a file is empty, not UTF-8, not regular, or a pointer of Git LFS.
     """
     texts = []
     for prompt in prompts:
         if not prompt.endswith(".txt"):
             texts.append(prompt)
             continue
+        if Path(prompt).exists():  # reading reports a missing file
+            try:
+                check_file(Path(prompt))
+            except ValueError as error:
+                raise ValueError(f"--prompts {error}") from error
         try:
             content = Path(prompt).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from models.files import LFS_HEADER
 from models.remat import REMAT
 from train.config.command_line import parse_flags
 from train.config.config import Config
@@ -114,6 +115,8 @@ def test_mistakes_are_one_line_with_the_name_of_the_file(text, tmp_path, capsys)
         ("a.json", "{", "a.json: not JSON: "),
         ("a.txt", "", "a.txt must end with .yaml, .yml, .json or .py"),
         ("a.yaml", b"\xff", "a.yaml: not UTF-8"),
+        ("a.yaml", LFS_HEADER, "a.yaml is a Git LFS pointer"),
+        ("a.py", LFS_HEADER, "a.py is a Git LFS pointer"),
         (None, "", "there is no file nowhere.yaml"),
     ],
 )

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from models.files import LFS_HEADER
 from train.config.config import Config
 from train.config.sections import DataConfig
 from train.metrics.samples import read_prompts
@@ -95,6 +96,9 @@ def test_prompts_from_a_file(tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(ValueError, match="has no line of text"):
         read_prompts((str(tmp_path / "empty.txt"),))
+    (tmp_path / "lfs.txt").write_bytes(LFS_HEADER)
+    with pytest.raises(ValueError, match="^--prompts .*lfs.txt is a Git LFS pointer"):
+        read_prompts((str(tmp_path / "lfs.txt"),))
 
 
 def test_sampling_needs_prompts():
