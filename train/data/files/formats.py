@@ -7,7 +7,7 @@ r"""Rows to training examples: a row's format is recognised by its keys, never b
 | messages     | messages            | OpenAI: role, content, name, tool_calls, tool_call_id       |
 | alpaca       | instruction, output | user = instruction + "\n" + input, also without an input    |
 | qa           | question, answer    | one turn                                                    |
-| sharegpt     | conversations       | from and value; speakers below                              |
+| sharegpt     | conversations       | from, value, name; speakers below                           |
 | tokens       | tokens              | InternEvo: ids; -id is a token that is not trained on. Rows |
 |              |                     | with such tokens are chats, other rows raw text             |
 | text         | text                | raw text for pre-training                                   |
@@ -90,7 +90,7 @@ _OF_SHAREGPT = _OF_ROW | {"conversations"}
 _OF_QA = _OF_ROW | {"question", "answer", "context", *_THOUGHTS}
 _OF_ALPACA = _OF_ROW | {"instruction", "input", "output", "history", "context", *_THOUGHTS}
 _OF_TURN = frozenset(("system", "input", "output", *FLAGS, *_THOUGHTS))
-_OF_SPEAKER = frozenset(("from", "value", *FLAGS))
+_OF_SPEAKER = frozenset(("from", "value", "name", *FLAGS))
 _OF_GPT = _OF_SPEAKER | {*_THOUGHTS}
 _OF_MESSAGE = frozenset(("role", "content", "name", *FLAGS))
 _OF_RESULT = _OF_MESSAGE | {"tool_call_id"}
@@ -202,8 +202,7 @@ class _Reader:
                 results.append((place, content(message, "content", where)))
                 continue
             flush()
-            if name := optional(message, "name", where):
-                header += f" name={name}"
+            header = _named(header, message, where)
             if role == "assistant":
                 self._skip(message, _OF_ASSISTANT, "messages[].")
                 ids, actions = self._calls(message, where)
@@ -251,14 +250,15 @@ class _Reader:
                 self._skip(message, _OF_SPEAKER, "conversations[].", asks=True)
                 said = content(message, "value", where)
                 said = "" if speaker == "system" and absent(said) else said
-                self._say(SPEAKERS[speaker], said)
+                self._say(_named(SPEAKERS[speaker], message, where), said)
             elif speaker in ANSWERS:
                 self._skip(message, _OF_GPT, "conversations[].")
                 text = answer(message, "value", where)
                 call = [f"{ACTION}{PLUGIN}\n{text}{ACTION_END}"]
                 text, actions = ("", call) if speaker == "function_call" else (text, [])
                 if self._heard():
-                    self._answer("assistant", message, text, where, actions)
+                    header = _named("assistant", message, where)
+                    self._answer(header, message, text, where, actions)
             else:
                 known = ", ".join((*SPEAKERS, *ANSWERS))
                 raise RowError(f"{where}unknown speaker {speaker!r} (known: {known})")
@@ -425,6 +425,12 @@ def _speaker(message: dict[str, Any], key: str, where: str) -> str:
                 f"{where}'{key}' is missing: messages with '{other}' are read from the key '{name}'"
             )
     return string(message, key, where)
+
+
+def _named(header: str, message: dict[str, Any], where: str) -> str:
+    """Return the header of a message with its name, if it has one; results have the plugin's."""
+    name = "" if header == _RESULT else optional(message, "name", where)
+    return f"{header} name={name}" if name else header
 
 
 def _place(message: dict[str, Any], calls: dict[str, int], default: int, where: str) -> int:

@@ -33,7 +33,7 @@ from train.data.tokens.documents import Damaged, Documents, read_documents
 from train.data.tokens.encode import encode_chunk
 from train.data.tokens.pool import Encode, Job, write_documents
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Version of everything between the bytes of a file and its tokens: the reading of rows, the
 formats, the chat template, the division into chunks, the layout of a chunk. Raise it when one of
 them changes the content of a cache; tests/train/data/tokens/test_format_version.py fails until

@@ -407,6 +407,17 @@ def test_two_system_messages_are_kept_with_their_names():
     )
 
 
+def test_names_are_the_same_in_sharegpt_rows():
+    """Results of tools have the plugin's name, whatever theirs is."""
+    spoken = [("system", "S"), ("human", "Q"), ("gpt", "A"), ("tool", "R"), ("gpt", "B")]
+    row = {"conversations": [{"from": f, "value": v, "name": f"n{v}"} for f, v in spoken]}
+    assert example(row) == chat(
+        *(("system name=nS", "S"), ("user name=nQ", "Q"), ("assistant name=nA", "A")),
+        *((PLUGIN_RESULT, "R"), ("assistant name=nB", "B")),
+    )
+    assert not recognise(row).unread
+
+
 @pytest.mark.parametrize(
     ("row", "text"),
     [

@@ -20,6 +20,13 @@ DECISIONS = [  # each depends on a rule of its own in formats.py
             {"from": "gpt", "value": "A", "weight": 0},
         ]
     },
+    {
+        "conversations": [
+            {"from": "system", "value": "S", "name": "<|plugin|>"},
+            {"from": "human", "value": "Q"},
+            {"from": "gpt", "value": "A"},
+        ]
+    },
     {"conversation": [{"input": "", "output": "Raw."}]},
     {"conversation": [{"input": "Q", "output": "A"}, {"input": "", "output": "B"}]},
     {"question": "Q", "context": "C", "system": "S", "answer": "A", "tools": " ", "id": 7},
@@ -41,7 +48,7 @@ BROKEN = [{"question": "Q", "answer": " "}, {"prompt": "Q"}, {"text": "caf\udce9
 
 # FORMAT_VERSION, and the SHA-256 of the cache files that it stands for. If the hash changes, users'
 # caches no longer hold what this program makes: raise FORMAT_VERSION, and then write both here.
-GOLDEN = (2, "30e95ab01ccffffd03964c31c493fd925cf018866231d7f4a9de7811436d0283")
+GOLDEN = (3, "dace25c97c34eb9b4c31982495eb0369c074e72a77cdbb2ee87bc1601cd9b76e")
 
 
 def test_content_of_the_cache_changes_only_with_its_version(tmp_path):
