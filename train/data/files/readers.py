@@ -36,6 +36,7 @@ PACKED_SUFFIXES = (".gz", ".zst")
 PARQUET, ARROW = TABLE_SUFFIXES = (".parquet", ".arrow")
 ZSTD_BLOCK = 1 << 10  # bytes unpacked at once: at most 32 MiB come out
 LONG_LINE = 500  # bytes; prose wrapped by hand has lines of 60-100, an article has thousands
+_PACKED_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
 _LFS = b"version https://git-lfs.github.com/spec/"
 
 Kind = Literal["array", "lines", "texts", "text", "long"]
@@ -60,8 +61,9 @@ def text_chunks(path: Path, suffix: str, size: int) -> Iterator[Chunk]:
     a line, whether its `suffix` (without that of the compression) is .json or .jsonl.
 
     Raises:
-        ValueError: the file is unreadable, empty, damaged, not UTF-8 but UTF-16 or UTF-32, or an
-            array above `LARGEST_ARRAY` bytes; or it needs a library that is not installed.
+        ValueError: the file is unreadable, empty, damaged, compressed without the suffix, not
+            UTF-8 but UTF-16 or UTF-32, or an array above `LARGEST_ARRAY` bytes; or it needs a
+            library that is not installed.
     """
     packed, before = path.suffix.lower() in PACKED_SUFFIXES, 0
     try:
@@ -172,6 +174,13 @@ def _chunks(path: Path, reader: _Reader, suffix: str, size: int) -> Iterator[Chu
     begin = head.removeprefix(BOM).lstrip()
     if not begin and len(head) < PEEK:
         raise ValueError(f"{path} is empty")
+    for magic, packing in _PACKED_MAGIC.items():
+        if head.startswith(magic):
+            known = ", ".join(PACKED_SUFFIXES)
+            raise ValueError(
+                f"{path} is compressed with {packing}: unpack it, or give it the suffix of its"
+                f" compression (known: {known})"
+            )
     if encoding := _wide_encoding(head):
         raise ValueError(
             f"{path} is {encoding}, not UTF-8: convert it with"

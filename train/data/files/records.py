@@ -97,7 +97,7 @@ def _line_records(chunk: Chunk) -> Iterator[Record | BrokenRecord]:
         try:
             value, end = decode(text)
             if end < len(text):
-                raise json.JSONDecodeError("Extra data", text, end)
+                raise json.JSONDecodeError("text after the end of the row", text, end)
         except (ValueError, RecursionError) as error:
             yield BrokenRecord(number, size, _json_reason(error, 0))
         else:

@@ -75,6 +75,13 @@ def test_a_broken_line_is_named_and_the_others_are_read(write):
     assert broken(path) == [(2, "not JSON: Expecting value (column 9)")]
 
 
+def test_a_second_row_on_a_line_is_named(write):
+    path = write("a.jsonl", '{"text": "a"}{"text": "b"}\n{"text": "c"},\n{"text": "d"}\n')
+    assert values(path) == [{"text": "d"}]
+    reason = "not JSON: text after the end of the row (column 14)"
+    assert broken(path) == [(1, reason), (2, reason)]
+
+
 def test_an_indented_array_goes_on_after_a_broken_row(write):
     path = write("a.json", ROWS)
     damaged = path.read_text().replace('"text": "b"', '"text: "b"')
@@ -203,3 +210,13 @@ def test_a_pointer_of_git_lfs_is_named(write, name):
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 14\n"
     with pytest.raises(ValueError, match="a pointer of Git LFS, not the data: run git lfs pull"):
         list(read_records(write(name, pointer)))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json"])
+@pytest.mark.parametrize(
+    ("magic", "packing"),
+    [(b"\x1f\x8b\x08", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"PK\x03\x04", "zip")],
+)
+def test_a_compressed_file_without_the_suffix_is_named(write, name, magic, packing):
+    with pytest.raises(ValueError, match=f"{name} is compressed with {packing}: unpack it"):
+        list(read_records(write(name, magic + bytes(50))))
