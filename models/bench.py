@@ -8,6 +8,7 @@ decoding at two batch sizes. Decoding is compared with the memory bandwidth of t
 import dataclasses
 import datetime
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -91,7 +92,7 @@ def measure(config: BenchConfig) -> None:
     """Time loading and generation with random weights; print, and write JSON.
 
     Raises:
-      ValueError: a name of weights is unknown, or `out` is in no directory.
+      ValueError: a name of weights is unknown, or `out` cannot be written.
       RuntimeError: a process that loads failed.
     """
     model, load, prompt, out = config.model, config.load, config.prompt, config.out
@@ -99,6 +100,8 @@ def measure(config: BenchConfig) -> None:
         raise ValueError(f"weights {unknown[0]!r} must be one of {', '.join(CASES)}")
     if out and not out.parent.is_dir():  # before minutes of measuring
         raise ValueError(f"--out={out}: {out.parent} is not a directory")
+    if out and (out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK)):
+        raise ValueError(f"--out={out} is a directory or cannot be written: name another file")
     loads = {}
     with tempfile.TemporaryDirectory(dir=config.dir) as directory:
         # Before this process allocates the device's memory.

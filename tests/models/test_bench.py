@@ -91,3 +91,5 @@ def test_bad_flags_are_refused_before_measuring(tmp_path, capsys):
     assert "weights 'gpt' must be one of nano, " in capsys.readouterr().err
     assert bench.main(["--model=nano", f"--out={tmp_path}/no/where.json"]) == 1
     assert "where.json: " in capsys.readouterr().err
+    assert bench.main(["--model=nano", f"--out={tmp_path}"]) == 1
+    assert "is a directory or cannot be written" in capsys.readouterr().err
