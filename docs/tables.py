@@ -156,10 +156,10 @@ def readme() -> str:
         "InternLM2-1.8B, 32,768 tokens a step, fp32 weights and Adam moments "
         "(PyTorch with Liger and\nFlashAttention-4: bf16 both), "
         f"{' / '.join(origin)}.\n"
-        "PyTorch is transformers' Llama of the same shape. "
-        "[All figures](docs/memory_and_speed.md) with files and dates.\n\n"
-        + markdown(rows).rstrip("\n")
-        + "\n"
+        "PyTorch is transformers' Llama; its SDPA takes documents as a dense mask. "
+        "[All figures](docs/memory_and_speed.md), and\n"
+        "[what XTuner, torchtitan and others publish](docs/long_rows.md#measured); "
+        "they were not run.\n\n" + markdown(rows).rstrip("\n") + "\n"
     )
 
 
