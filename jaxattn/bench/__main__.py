@@ -27,7 +27,7 @@ from jaxattn.bench.harness import (
     run_child,
     write_cells,
 )
-from jaxattn.bench.shapes import FA3, SHAPES, SMOKE, TORCH
+from jaxattn.bench.shapes import FA3, SHAPES, SMOKE, TORCH, shape_of
 from jaxattn.bench.table import HEADER, line, plot, table
 
 IMPLEMENTATIONS = (*api.IMPLEMENTATIONS, FA3, *TORCH)
@@ -91,7 +91,7 @@ def run_cell(name: str, impl: str, *, check: bool, another: bool = False) -> Cel
         module, variables = "jaxattn.bench.torch_cell", {"JAX_PLATFORMS": "cpu"}
         cell = run_child(module, fields, environment=variables, another=another)
     if "both_ms" in cell:
-        flops = (SHAPES | SMOKE)[name].flops()
+        flops = shape_of(name).flops()
         cell["forward_tflops"] = flops / cell["forward_ms"] / 1e9
         cell["both_tflops"] = 3.5 * flops / cell["both_ms"] / 1e9
     return cell

@@ -1,7 +1,6 @@
 """Child process of the bench that measures one cell; see `jaxattn.bench.harness`."""
 
 import functools
-from collections.abc import Callable
 from typing import cast
 
 import jax
@@ -11,21 +10,11 @@ from jaxattn import api, xla
 from jaxattn import device as hardware
 from jaxattn.bench import fa3
 from jaxattn.bench.harness import Cell, child_fields, milliseconds, report
-from jaxattn.bench.shapes import FA3, SHAPES, SMOKE, Shape
+from jaxattn.bench.shapes import FA3, Shape, shape_of
 from jaxattn.mask import Mask
 
 # Most useful FLOPs of a forward pass on a CPU: some seconds of work.
 CPU_FLOPS = 1e10
-
-
-def main(measure: Callable[..., Cell]) -> None:
-    """Measure the cell whose fields are on standard input, and print it as JSON.
-
-    `measure` is that of this module or of `torch_cell`.
-    """
-    fields = child_fields()
-    shape, impl, check = (SHAPES | SMOKE)[fields["shape"]], fields["impl"], fields.pop("check")
-    report(lambda: measure(shape, impl, check=check), fields)
 
 
 def measure(shape: Shape, impl: str, *, check: bool) -> Cell:
@@ -110,4 +99,6 @@ def errors(results, mask: Mask, q, k, v, do) -> dict:
 
 
 if __name__ == "__main__":
-    main(measure)
+    given = child_fields()
+    checked = given.pop("check")
+    report(lambda: measure(shape_of(given["shape"]), given["impl"], check=checked), given)

@@ -83,6 +83,11 @@ SMOKE = {
 }
 
 
+def shape_of(name: str) -> Shape:
+    """Return the shape of a name."""
+    return (SHAPES | SMOKE)[name]
+
+
 def document_lengths(total: int, median: float, sigma: float) -> list[int]:
     """Draw log-normal lengths in [16, 16384], whose sum is `total`; the last document is cut."""
     rng = np.random.default_rng(0)

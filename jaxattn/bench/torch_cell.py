@@ -20,9 +20,8 @@ from torch.nn.functional import (  # pyright: ignore[reportMissingImports]
     scaled_dot_product_attention,
 )
 
-from jaxattn.bench import cell as bench_cell
-from jaxattn.bench.harness import Cell, milliseconds
-from jaxattn.bench.shapes import Shape, document_lengths
+from jaxattn.bench.harness import Cell, child_fields, milliseconds, report
+from jaxattn.bench.shapes import Shape, document_lengths, shape_of
 
 # Queries per slice in the fp32 oracle: its scores take ORACLE_ROWS * T * 4 bytes per head.
 ORACLE_ROWS = 4096
@@ -213,4 +212,6 @@ def _inputs(shape: Shape) -> list[Tensor]:
 
 
 if __name__ == "__main__":
-    bench_cell.main(measure)
+    given = child_fields()
+    checked = given.pop("check")
+    report(lambda: measure(shape_of(given["shape"]), given["impl"], check=checked), given)
