@@ -50,9 +50,11 @@ def read(out: Path, device: str) -> list[Cell]:
         device: device of the new cells.
 
     Raises:
-        ValueError: the file has another content, or cells of another device.
+        ValueError: the file has another content, or cells of another device; or `out` is a file.
         OSError: the directory cannot be written.
     """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out={out} is a file, must be a directory")
     out.mkdir(parents=True, exist_ok=True)
     for name in (RESULTS, TABLE):
         if (out / name).is_dir():
