@@ -29,7 +29,7 @@ from models.config import NO_ID
 from models.execution import Execution
 from models.internlm2 import InternLM2
 from models.sampling import Sampling, sample
-from models.terminal import discard_output, escape_control
+from models.terminal import escape_control
 from models.tokenizer import Tokenizer, load_given_or
 from models.unstack import unstack_layers
 from models.weights.hf_files import eos_ids
@@ -207,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _generate(config)
         sys.stdout.flush()
     except BrokenPipeError:
-        discard_output()
+        raise  # `interruptible` handles it
     except (ValueError, NotImplementedError, OSError, FloatingPointError) as error:
         return fail(error, 1)
     except jax.errors.JaxRuntimeError as error:

@@ -14,7 +14,7 @@ import numpy as np
 import tyro
 
 from models.cli import fail, interruptible, parse
-from models.terminal import discard_output, escape_control
+from models.terminal import escape_control
 from models.tokenizer import Tokenizer, load_tokenizer
 from train.config.bounds import at_least, check_bounds
 from train.config.command_line import check_complete, parse_flags
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(line)
         sys.stdout.flush()
     except BrokenPipeError:
-        discard_output()
+        raise  # `interruptible` handles it
     except (ValueError, OSError) as error:
         return fail(error, 1)
     return 0
