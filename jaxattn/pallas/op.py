@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxattn import block_map
 from jaxattn.block_map import BlockMap, WorkField
@@ -24,6 +24,7 @@ from jaxattn.pallas.mma import forward as mma_forward
 from jaxattn.pallas.mma import tiles as mma_tiles
 from jaxattn.pallas.operands import BackwardOperands, Operands
 from jaxattn.pallas.softmax import LOG2E
+from jaxattn.pallas.tile_scheduler import backward_order
 from jaxattn.pallas.tiles import CHIPS, Tiles
 from jaxattn.pallas.wgmma import tiles as wgmma_tiles
 from jaxattn.pallas.wgmma.backward import dq_kernel
@@ -43,7 +44,8 @@ class Family:
     """Kernels of one matrix instruction.
 
     All kernels take (operands, work, *, scale, tiles): `Operands` or `BackwardOperands`, the block
-    map for these tiles, the factor on the scores, above 0, and their part of `Tiles`.
+    map for these tiles, the factor on the scores, above 0, and their part of `Tiles`. The backward
+    kernel also takes `Plan.order`.
 
     Attributes:
       capabilities: compute capabilities that they run on.
@@ -98,6 +100,7 @@ class Plan:
     Attributes:
       queries: block map of the forward kernel.
       keys: block map of the backward kernel.
+      order: work tile of each program of the backward kernel, see `backward_order`.
       dq: block map of the dq kernel of the deterministic backward; None: the same as `queries`.
       tiles: the tile sizes of the block maps.
       problem: the shapes and the kind of mask of the block maps, see `_problem`.
@@ -105,6 +108,7 @@ class Plan:
 
     queries: BlockMap
     keys: BlockMap
+    order: Int[Array, " programs"]
     dq: BlockMap | None
     tiles: Tiles = dataclasses.field(metadata={"static": True})
     problem: str = dataclasses.field(metadata={"static": True})
@@ -170,7 +174,7 @@ def planned(mask: Mask, q: Shaped, k: Shaped, tiles: Tiles) -> Mask:
     """Do `prepare` for given tile sizes."""
     sizes = q.shape[0], q.shape[1], k.shape[1]
     problem = _problem(mask, q, k, tiles.family)
-    return dataclasses.replace(mask, plan=_plan(mask, sizes, tiles, problem))
+    return dataclasses.replace(mask, plan=_plan(mask, sizes, k.shape[2], tiles, problem))
 
 
 def describe(
@@ -236,12 +240,18 @@ def _problem(mask: Mask, q: Shaped, k: Shaped, family: str) -> str:
     return f"{sizes}, a mask that is {mask.kind}, {family} kernels"
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))  # one compilation, not 50, outside a jit too
-def _plan(mask: Mask, sizes: tuple[int, int, int], tiles: Tiles, problem: str) -> Plan:
+@functools.partial(
+    jax.jit, static_argnums=(1, 2, 3, 4)
+)  # one compilation, not 50, outside a jit too
+def _plan(
+    mask: Mask, sizes: tuple[int, int, int], kv_heads: int, tiles: Tiles, problem: str
+) -> Plan:
     fwd, bwd, dq = (part.tiling for part in (tiles.forward, tiles.backward, tiles.dq))
+    keys = block_map.key_map(mask, *sizes, bwd)
     return Plan(
         queries=block_map.query_map(mask, *sizes, fwd),
-        keys=block_map.key_map(mask, *sizes, bwd),
+        keys=keys,
+        order=backward_order(keys, kv_heads),
         dq=None if dq == fwd else block_map.query_map(mask, *sizes, dq),
         tiles=tiles,
         problem=problem,
@@ -291,9 +301,8 @@ def _flash_backward(scale: float, deterministic: bool, residuals, gradients):
     )
     tiles = plan.tiles
     family = FAMILIES[tiles.family]
-    dq_RNH, dk_CKH, dv_CKH = family.backward(
-        operands, plan.keys, scale=scale, tiles=tiles.backward, with_dq=not deterministic
-    )
+    options = {"scale": scale, "tiles": tiles.backward, "with_dq": not deterministic}
+    dq_RNH, dk_CKH, dv_CKH = family.backward(operands, plan.keys, plan.order, **options)
     if deterministic:
         work = plan.queries if plan.dq is None else plan.dq
         dq_RNH = family.query_gradient(operands, work, scale=scale, tiles=tiles.dq)

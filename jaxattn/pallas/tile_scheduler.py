@@ -1,10 +1,24 @@
-"""Static tile scheduler: assigns work tiles to the programs of a persistent grid, in order.
+"""Tile schedulers: which work tile a program computes, and in which order they run.
 
-A work tile is a row tile of the work list and a head. The schedule is computed while tracing, from
-counts alone: the work list is sorted by falling work, so a tile's index in it is enough.
+A work tile is a row tile of the work list and a head.
+
+`persistent_schedule` gives each program of a persistent grid its work tiles (forward kernel). It is
+computed while tracing, from counts alone: the work list is sorted by falling work, so a tile's
+index in it is enough.
+
+`backward_order` orders the programs of a grid in which each has one work tile (backward kernel). It
+depends on the documents, so it is part of the metadata of a mask.
 """
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int
+
+from jaxattn.block_map import BlockMap, WorkField
+
+# Part of the row tiles of the last head that the first programs take.
+EARLY = 8
 
 
 def persistent_schedule(row_tiles: int, heads: int, programs: int) -> np.ndarray:
@@ -43,3 +57,40 @@ def persistent_schedule(row_tiles: int, heads: int, programs: int) -> np.ndarray
     last = schedule[np.arange(programs), count]
     beyond = np.arange(schedule.shape[1]) > count[:, None]
     return np.where(beyond, last[:, None], schedule).astype(np.int32)
+
+
+def backward_order(work: BlockMap, heads: int) -> Int[Array, " programs"]:
+    """Return the work tile of each program of the backward kernel.
+
+    A GPU starts programs in their order, each when a multiprocessor is free. Two things count:
+
+    * Programs that run at once should read the same queries and add to the same dQ, while these
+      are in the L2 cache. So the heads come one after another, and in a head the key tiles of one
+      document, which the same last query sees, follow each other, longest document first.
+    * No long tile may begin near the end, when other multiprocessors have nothing left. So the
+      first programs take the longest tiles of the last head, and its other tiles come last, by
+      falling work.
+
+    In a model of the schedule and of the cache (132 programs at once, 40 MB, least recently used),
+    7b_32k_packed of the bench ends 1.5% after the mean program and reads and writes 1.7 GiB of
+    queries, gradients and dQ; with all heads sorted by falling work it is 10% and 3.4 GiB.
+
+    Args:
+      work: a `key_map` of `row_tiles` row tiles.
+      heads: kv heads.
+
+    Returns:
+      int32 [row_tiles * heads], each as kv head * row_tiles + index in the work list.
+    """
+    first = work.work[:, 0]
+    row_tiles = first.shape[0]
+    by_work = jnp.arange(row_tiles, dtype=jnp.int32)
+    by_token = jnp.argsort(first[:, WorkField.ROW_TILE])
+    last_query = work.row_bounds[:, :, 1].max(axis=(1, 2))[by_token]
+    document = jnp.cumsum(jnp.diff(last_query, prepend=last_query[:1]) != 0)
+    count = first[by_token, WorkField.COUNT]
+    longest = jax.ops.segment_max(count, document, num_segments=row_tiles)[document]
+    by_document = by_token[jnp.argsort(-longest, stable=True)].astype(jnp.int32)
+    early, last = row_tiles // EARLY, (heads - 1) * row_tiles
+    before = [by_document + head * row_tiles for head in range(heads - 1)]
+    return jnp.concatenate([by_work[:early] + last, *before, by_work[early:] + last])

@@ -23,7 +23,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxattn.block_map import BlockMap
 from jaxattn.pallas.launch import launch
@@ -62,11 +62,18 @@ def scratch(head_dim: int, dtype: jnp.dtype, tiles: BackwardTiles) -> dict:
         "lse": numbers,
         "delta": numbers,
         "row_bounds": plgpu.SMEM((tiles.warpgroups, 2, WARPGROUP_ROWS), jnp.int32),
+        "head_and_key": plgpu.SMEM((2,), jnp.int32),
     }
 
 
 def backward(
-    x: BackwardOperands, work: BlockMap, *, scale: float, tiles: BackwardTiles, with_dq: bool
+    x: BackwardOperands,
+    work: BlockMap,
+    order: Int[Array, " programs"],
+    *,
+    scale: float,
+    tiles: BackwardTiles,
+    with_dq: bool,
 ) -> tuple[Float[Array, "R N H"] | None, Float[Array, "C K H"], Float[Array, "C K H"]]:
     """Run the backward kernel, see `jaxattn.pallas.op.Family`."""
     R, N, H = x.q_RNH.shape
@@ -84,8 +91,8 @@ def backward(
     def kernel(gmem, smem):
         wg = lax.axis_index("wg") if warpgroups > 1 else jnp.int32(0)
         program = lax.axis_index("program")
-        # Longest key tile first within a kv head, and one kv head after another.
-        entry, kv_head = lax.rem(program, key_tiles), lax.div(program, key_tiles)
+        index = gmem.order[program]
+        entry, kv_head = lax.rem(index, key_tiles), lax.div(index, key_tiles)
         row_bounds = smem.row_bounds.at[wg]
         tile = WorkTile(gmem, entry, wg, row_bounds=row_bounds, block_cols=tiles.block_q)
         key = tile.row_tile * tiles.block_kv
@@ -96,10 +103,10 @@ def backward(
 
         # A position in the loop is (tiles of the chunks before, head of the group, tile in the
         # chunk): all tiles of a chunk for one head, then for the next head, then the next chunk.
-        def tile_and_head(position):
+        def tile_and_head(position, first_head):
             """Return the Q tile, from the last to the first, and the query head of a position."""
             offset, g, j = position
-            return tile.count - 1 - offset - j, kv_head * group + g
+            return tile.count - 1 - offset - j, first_head + g
 
         def advance(position):
             """Return the next position."""
@@ -112,11 +119,11 @@ def backward(
                 jnp.where(last, 0, j + 1),
             )
 
-        def start_copy(position, i):
+        def start_copy(position, i, first_head):
             @pl.when(position[0] < tile.count)
             def _():
                 slot = ring_slot(i, stages)
-                t, head = tile_and_head(position)
+                t, head = tile_and_head(position, first_head)
                 token = tile.column(t)
                 copy_rows(gmem.q, smem.q.at[slot], token, head)
                 copy_rows(gmem.do, smem.do.at[slot], token, head)
@@ -129,18 +136,21 @@ def backward(
         copy_rows(gmem.k, smem.k, key, kv_head)
         copy_rows(gmem.v, smem.v, key, kv_head)
         first = (jnp.int32(0),) * 3
-        start_copy(first, jnp.int32(0))
+        start_copy(first, jnp.int32(0), kv_head * group)
+        # Read again where they are needed: on sm_80 no register is left to keep them.
+        smem.head_and_key[0], smem.head_and_key[1] = kv_head, key
 
         def step(i, carry):
             dk_acc, dv_acc, *position = carry
-            t, head = tile_and_head(position)
             slot = ring_slot(i, stages)
             q_tile, do_tile = smem.q.at[slot], smem.do.at[slot]
             ahead = advance(position)
             cp_async.wait(0)
             barrier()
+            first_head = smem.head_and_key[0] * group
+            t, head = tile_and_head(position, first_head)
             if stages > 1:
-                start_copy(ahead, i + 1)
+                start_copy(ahead, i + 1, first_head)
 
             def each_row(ref):
                 numbers = plgpu.load(ref.at[slot], layout=layout.reduce(0))
@@ -178,7 +188,7 @@ def backward(
                 dk_acc, dv_acc = lax.cond(live, key_gradients, lambda *x: x, dk_acc, dv_acc)
             if stages == 1:
                 barrier()
-                start_copy(ahead, i + 1)
+                start_copy(ahead, i + 1, first_head)
             if with_dq:
                 for part in range(dq_parts):
                     columns = pl.ds(part * dq_columns, warpgroups * dq_columns)
@@ -208,6 +218,7 @@ def backward(
         fragments.store_product(own_v, dv_acc.astype(dtype), M_WARPS)
         fragments.store_product(own_k, (dk_acc * scale).astype(dtype), M_WARPS)
         barrier()
+        kv_head, key = smem.head_and_key[0], smem.head_and_key[1]
         cp_async.store_rows(smem.v, gmem.dv, key, kv_head, warpgroups=warpgroups)
         cp_async.store_rows(smem.k, gmem.dk, key, kv_head, warpgroups=warpgroups)
 
@@ -229,7 +240,7 @@ def backward(
         name="flash_backward_mma" if with_dq else "flash_backward_dkv_mma",
         programs=key_tiles * K,
         warpgroups=warpgroups,
-        inputs=arrays | stats | {"dq": dq_sum} | work.inputs,
+        inputs=arrays | stats | {"dq": dq_sum, "order": order} | work.inputs,
         out=dict.fromkeys(("dk", "dv"), jax.ShapeDtypeStruct((C, K, H), dtype)),
         scratch=scratch(H, dtype, tiles),
         semantics=plgpu.LoweringSemantics.Lane,

@@ -34,7 +34,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxattn.block_map import BlockMap, WorkField
 from jaxattn.pallas.launch import launch
@@ -85,7 +85,13 @@ def dq_part(head_dim: int, tiles: BackwardTiles) -> tuple[int, int]:
 
 
 def backward(
-    x: BackwardOperands, work: BlockMap, *, scale: float, tiles: BackwardTiles, with_dq: bool
+    x: BackwardOperands,
+    work: BlockMap,
+    order: Int[Array, " programs"],
+    *,
+    scale: float,
+    tiles: BackwardTiles,
+    with_dq: bool,
 ) -> tuple[Float[Array, "R N H"] | None, Float[Array, "C K H"], Float[Array, "C K H"]]:
     """Run the backward kernel, see `jaxattn.pallas.op.Family`."""
     R, N, H = x.q_RNH.shape
@@ -95,9 +101,8 @@ def backward(
 
     def kernel(gmem, smem):
         wg, program = lax.axis_index("wg"), lax.axis_index("program")
-        # Longest key tile first within a kv head, and one kv head after another: programs that run
-        # at once loop over the queries of the same group.
-        row, kv_head = lax.rem(program, col_tiles), lax.div(program, col_tiles)
+        index = gmem.order[program]
+        row, kv_head = lax.rem(index, col_tiles), lax.div(index, col_tiles)
         key_tile, start, count = (
             gmem.work[row, 0, field]
             for field in (WorkField.ROW_TILE, WorkField.START, WorkField.COUNT)
@@ -138,7 +143,7 @@ def backward(
         name="flash_backward" if with_dq else "flash_backward_dkv",
         programs=col_tiles * K,
         warpgroups=CONSUMERS + 1,
-        inputs=arrays | stats | {"dq": dq_sum} | work.inputs,
+        inputs=arrays | stats | {"dq": dq_sum, "order": order} | work.inputs,
         out=dict.fromkeys(("dk", "dv"), jax.ShapeDtypeStruct((C, K * H), dtype)),
         scratch=scratch(H, dtype, tiles, with_dq=with_dq),
         semantics=plgpu.LoweringSemantics.Warpgroup,
