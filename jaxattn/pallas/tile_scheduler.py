@@ -72,7 +72,7 @@ def backward_order(work: BlockMap, heads: int) -> Int[Array, " programs"]:
     * No long tile may begin near the end, when other multiprocessors have nothing left. So the
       first programs take the longest tiles of the last head, whose other tiles come last.
 
-    Measured on an H200 (`results/attention/h200/backward_order.json`), forward + backward: 2 to 6%
+    Measured on an H200 (`results/attention/h200/backward_order.json`), forward + backward: up to 6%
     less time on packed rows. Without documents it gains nothing.
 
     Args:
