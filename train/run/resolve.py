@@ -240,6 +240,8 @@ def resolve(config: Config, devices: Sequence[jax.Device] | DeviceSpec | None = 
     notes += _seq_notes(mesh, model, config.seq_len)
     if config.prompts and not config.sample_every:
         notes.append("no samples of --prompts during training: --sample_every is 0")
+    if config.chat and not config.prompts:
+        notes.append("no samples during training: --chat is for --prompts, and there are none")
     attn, reason = _attention(config, model, mesh, device, rows, dtype)
 
     lora = read_lora(config.lora, model)

@@ -54,6 +54,9 @@ def test_prompts_without_samples_are_said(tiny):
     note = "no samples of --prompts during training: --sample_every is 0"
     assert note in resolve(Config(model="tiny", prompts=("a",))).notes
     assert note not in resolve(Config(model="tiny", prompts=("a",), sample_every=2)).notes
+    note = "no samples during training: --chat is for --prompts, and there are none"
+    assert note in resolve(Config(model="tiny", chat=True)).notes
+    assert note not in resolve(Config(model="tiny", chat=True, prompts=("a",))).notes
 
 
 def test_remat_is_chosen_and_said(tiny):

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from models.files import check_file
 from train.data.files.json_array import walk_arrays
 
 CHUNK = 2 << 20  # bytes of rows: a second or two of work, so that all processes end together
@@ -37,7 +38,6 @@ PARQUET, ARROW = TABLE_SUFFIXES = (".parquet", ".arrow")
 ZSTD_BLOCK = 1 << 10  # bytes unpacked at once: at most 32 MiB come out
 LONG_LINE = 500  # bytes; prose wrapped by hand has lines of 60-100, an article has thousands
 _PACKED_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
-_LFS = b"version https://git-lfs.github.com/spec/"
 
 Kind = Literal["array", "lines", "texts", "text", "long"]
 
@@ -98,9 +98,8 @@ def check_path(path: Path) -> str:
             f"{path}: unknown kind of file '{suffix}' (known: {known}; the first three also as"
             f" {packed})"
         )
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        if file.read(len(_LFS)) == _LFS:
-            raise ValueError(f"{path} is a pointer of Git LFS, not the data: run git lfs pull")
+    with contextlib.suppress(OSError):  # reading it reports it with the file's name
+        check_file(path)
     return suffix
 
 

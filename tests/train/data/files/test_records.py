@@ -208,7 +208,7 @@ def test_other_encodings_are_named(write, name, encoding):
 )
 def test_a_pointer_of_git_lfs_is_named(write, name):
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 14\n"
-    with pytest.raises(ValueError, match="a pointer of Git LFS, not the data: run git lfs pull"):
+    with pytest.raises(ValueError, match="a Git LFS pointer, not the file itself"):
         list(read_records(write(name, pointer)))
 
 
