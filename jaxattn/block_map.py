@@ -68,7 +68,7 @@ class Tiling:
     """Tile sizes of a work list.
 
     Attributes:
-      group_rows: rows in a group; a row tile is `groups` neighbouring groups.
+      group_rows: rows in a group; a row tile is `groups` neighboring groups.
       groups: groups of rows in a tile, each with its own live range (one per warpgroup).
       block_cols: columns in a column tile.
       repeat: times that a group's rows appear, one after another (query heads packed into a tile).
@@ -97,7 +97,7 @@ class BlockMap:
       row_bounds: int32 [tiles, groups, 2, rows], in the same order: first and last visible column
         of each row; (SENTINEL, -1) for a row that sees nothing.
       cols: first columns of the tiles to visit, int32: a list for each row of the block pattern,
-        concatenated; None if the mask has no pattern, then the tiles of a row are neighbours.
+        concatenated; None if the mask has no pattern, then the tiles of a row are neighbors.
       row_ids: segment id of each row, int32 [tiles, groups, rows]; None if the mask has no
         documents.
       col_ids: segment id of each column, int32 [columns + padding]; None likewise.

@@ -2,7 +2,7 @@
 
 The visible columns of a row are one range, and a pattern cuts holes into it. But counting live
 tiles is monotone: in the ordered list of a pattern row's live tiles, the tiles of a range are
-neighbours. So each row of the pattern gets the list of its live column tiles, and a range of
+neighbors. So each row of the pattern gets the list of its live column tiles, and a range of
 columns becomes a range of that list. Work lists stay ranges under every pattern.
 
 B batch, P pattern rows of BLOCK rows, Q pattern columns of BLOCK columns; W column tiles of a

@@ -149,7 +149,7 @@ class Block(nnx.Module):
         `rope` is the result of `rope_table`, `layer_cache` is passed to `attend`, `dropout` has the
         random keys of the adapters, `matmul` and `tile_size` are as in `Execution`.
         """
-        # Gathered and dequantised once, not for every tile.
+        # Gathered and dequantized once, not for every tile.
         block = self if tile_size is None else self._in_use(x_BTD.dtype)
         weights = partition(block, trained=LoRAParam if self._has_adapters() else nnx.Param)
 
@@ -203,7 +203,7 @@ LINEAR = {
 
 
 def quantize_block(block: Block, kind: Literal["nf4", "int8"]) -> Block:
-    """Replace the weights of a block's linear layers by quantised ones; return the block.
+    """Replace the weights of a block's linear layers by quantized ones; return the block.
 
     Raises:
       ValueError: nf4, and an input axis is not a multiple of 64.

@@ -44,7 +44,7 @@ class ByteTokenizer:
     im_end_id: int | None = 263
 
     def encode(self, text: str) -> list[int]:
-        """See `Tokenizer`. Of the special tokens the six chat tokens are recognised."""
+        """See `Tokenizer`. Of the special tokens the six chat tokens are recognized."""
         ids: list[int] = []
         for piece in _CHAT.split(text):
             if piece in CHAT_TOKENS:

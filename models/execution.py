@@ -42,7 +42,7 @@ class Execution:
 
     Raises:
       ValueError: `attn` or `matmul` is unknown; or `remat` is not a key of `REMAT`, saves
-        dequantised weights, or saves what is computed inside a tile.
+        dequantized weights, or saves what is computed inside a tile.
       TypeError: a dtype is unknown.
     """
 
@@ -70,7 +70,7 @@ class Execution:
             )
         if self.quantize is not None and "none" in names:
             raise ValueError(
-                f"remat='none' would keep the dequantised copy of every {self.quantize} weight: "
+                f"remat='none' would keep the dequantized copy of every {self.quantize} weight: "
                 "use 'dots' or another policy"
             )
         if self.matmul not in MATMULS:

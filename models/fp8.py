@@ -9,13 +9,13 @@ Recipe:
   of a weight is a product of both, returned in the compute dtype.
   Scales. One power of two per tensor, computed from the tensor itself. There is no history of
   earlier steps, so there is no state to store. Multiplying by a power of two is exact.
-  Bounds. The maximum of a tensor costs a pass over it, before the pass that quantises. The range of
+  Bounds. The maximum of a tensor costs a pass over it, before the pass that quantizes. The range of
   the 8-bit dtypes is wide (e4m3: 17 powers of two, e5m2: 32), so an upper bound that is 2^6 above
   the usual value costs no precision. Three tensors have an upper bound that needs no pass:
     the output of a norm: |x_i| <= sqrt(D) max |weight|;
     the gradients of gate and up in SwiGLU: by the Cauchy-Schwarz inequality an element of the
     gradient of the activation is at most the largest norm of a row of dy times that of a row of w2,
-    and the slope of silu is at most 1.1. They are quantised in the pass that computes them.
+    and the slope of silu is at most 1.1. They are quantized in the pass that computes them.
   Layouts. On Hopper both operands of an 8-bit product must be contiguous in the summed dimension.
   Activations and their gradients are needed by rows for the product with a weight (which sums over
   channels), and by columns for the gradient of the weight (which sums over tokens).
@@ -54,7 +54,7 @@ SLOPE_OF_SILU = 1.1
 _EXACT = jax.lax.Precision.HIGHEST
 
 
-class Quantised(NamedTuple):
+class Quantized(NamedTuple):
     """A tensor in 8 bits: values * scale.
 
     Attributes:
@@ -102,20 +102,20 @@ def scale_of(bound: Float[Array, ""], dtype: DTypeLike) -> Float[Array, ""]:
     return jnp.where(jnp.isfinite(bound), scale, jnp.nan)
 
 
-def quantise(x: Array, scale: Float[Array, ""], dtype: DTypeLike) -> Quantised:
+def quantize(x: Array, scale: Float[Array, ""], dtype: DTypeLike) -> Quantized:
     """Round x / scale to the nearest numbers of an 8-bit dtype.
 
     XLA writes the result by rows, and transposes the 8-bit array where a product needs columns. A
     single pass that writes both layouts ran at 30% of the memory bandwidth (1.8B at 32k, one H200).
     """
-    return _materialise(_rounded(x, scale, dtype))
+    return _materialize(_rounded(x, scale, dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def products(
     x: Array, weights: tuple[Array, ...], bound: Float[Array, ""], out: sharding.Axes
 ) -> tuple[Array, ...]:
-    """Multiply activations by weights in 8 bits; x is quantised once for all of them.
+    """Multiply activations by weights in 8 bits; x is quantized once for all of them.
 
     The gradients are 8-bit products too. XLA removes that of a frozen weight, which nothing uses.
 
@@ -132,14 +132,14 @@ def products(
 
 
 def _products_forward(x, weights, bound, out):
-    x_q = quantise(x, scale_of(bound, ACTIVATION), ACTIVATION)
+    x_q = quantize(x, scale_of(bound, ACTIVATION), ACTIVATION)
     scales = tuple(map(_scale_of_weight, weights))
     ys = tuple(
         _times(x_q, _for_forward(w, scale), x.dtype, out)
         for w, scale in zip(weights, scales, strict=True)
     )
     # Otherwise XLA adds the residual stream inside the product, in place, to a copy of the stream.
-    return _materialise(ys), (_as_bits(x_q), weights, scales)
+    return _materialize(ys), (_as_bits(x_q), weights, scales)
 
 
 def _products_backward(out, residuals, dys):
@@ -147,8 +147,8 @@ def _products_backward(out, residuals, dys):
     x_q = _from_bits(x_bits)
     dxs, dws = [], []
     for w, scale, dy in zip(weights, scales, dys, strict=True):
-        dy_q = quantise(dy, scale_of(largest(dy), GRADIENT), GRADIENT)
-        w_q = quantise(w, scale, ACTIVATION)
+        dy_q = quantize(dy, scale_of(largest(dy), GRADIENT), GRADIENT)
+        w_q = quantize(w, scale, ACTIVATION)
         dxs.append(_times_transposed(dy_q, w_q, dy.dtype, like=x_q.values))
         dws.append(_sum_over_tokens(x_q, dy_q, like=w))
     return functools.reduce(operator.add, dxs), tuple(dws), None
@@ -172,7 +172,7 @@ def swiglu(
 ) -> Float[Array, "B T D"]:
     """Compute w2(silu(w1 x) * w3 x) with 8-bit products, three forward and six backward.
 
-    x is quantised once for w1 and w3. The activation, and the gradients of gate and up, are written
+    x is quantized once for w1 and w3. The activation, and the gradients of gate and up, are written
     in 8 bits only. The weights have the dtype of x, the output of the norm; `bound`, an upper bound
     of |x|, has no gradient.
     """
@@ -182,7 +182,7 @@ def swiglu(
 def _swiglu_forward(x_BTD, w1_DF, w3_DF, w2_FD, bound):
     dtype, T = x_BTD.dtype, sharding.positions(x_BTD)
     stream, hidden = ("batch", T, None), ("batch", T, "ffn")
-    x_q = quantise(x_BTD, scale_of(bound, ACTIVATION), ACTIVATION)
+    x_q = quantize(x_BTD, scale_of(bound, ACTIVATION), ACTIVATION)
     weights = (w1_DF, w3_DF, w2_FD)
     scales = tuple(map(_scale_of_weight, weights))
     w1_q, w3_q, w2_q = map(_for_forward, weights, scales)
@@ -191,22 +191,22 @@ def _swiglu_forward(x_BTD, w1_DF, w3_DF, w2_FD, bound):
     gate_BTF, up_BTF = checkpoint_name((gate_BTF, up_BTF), "gate_up")
     act_BTF = _silu_times(gate_BTF, up_BTF)
     act_scale = scale_of(largest(act_BTF), ACTIVATION)
-    y_BTD = _times(quantise(act_BTF, act_scale, ACTIVATION), w2_q, dtype, stream)
+    y_BTD = _times(quantize(act_BTF, act_scale, ACTIVATION), w2_q, dtype, stream)
     # Upper bounds of the derivatives of the activation by gate and by up.
     slopes = SLOPE_OF_SILU * largest(up_BTF), largest(gate_BTF)
     residuals = (_as_bits(x_q), weights, scales, gate_BTF, up_BTF, act_scale, slopes)
-    return _materialise(y_BTD), residuals
+    return _materialize(y_BTD), residuals
 
 
 def _swiglu_backward(residuals, dy_BTD):
     x_bits, weights, scales, gate_BTF, up_BTF, act_scale, slopes = residuals
     x_q = _from_bits(x_bits)
     w1_DF, w3_DF, w2_FD = weights
-    w1_q, w3_q, w2_q = (quantise(w, s, ACTIVATION) for w, s in zip(weights, scales, strict=True))
+    w1_q, w3_q, w2_q = (quantize(w, s, ACTIVATION) for w, s in zip(weights, scales, strict=True))
     dtype = dy_BTD.dtype
 
     longest = _largest_norm(dy_BTD)  # of a token; an upper bound of its elements too
-    dy_q = quantise(dy_BTD, scale_of(longest, GRADIENT), GRADIENT)
+    dy_q = quantize(dy_BTD, scale_of(longest, GRADIENT), GRADIENT)
     dact_BTF = _times_transposed(dy_q, w2_q, dtype, like=gate_BTF)
     dgate_scale, dup_scale = (
         scale_of(longest * _largest_norm(w2_FD) * slope, GRADIENT) for slope in slopes
@@ -214,9 +214,9 @@ def _swiglu_backward(residuals, dy_BTD):
     gate32_BTF, dact32_BTF = gate_BTF.astype(jnp.float32), dact_BTF.astype(jnp.float32)
     sigmoid_BTF = jax.nn.sigmoid(gate32_BTF)
     dgate_BTF = sigmoid_BTF * (1 + gate32_BTF * (1 - sigmoid_BTF)) * up_BTF * dact32_BTF
-    dgate_q = quantise(dgate_BTF, dgate_scale, GRADIENT)
-    dup_q = quantise(sigmoid_BTF * gate32_BTF * dact32_BTF, dup_scale, GRADIENT)
-    act_q = quantise(_silu_times(gate_BTF, up_BTF), act_scale, ACTIVATION)
+    dgate_q = quantize(dgate_BTF, dgate_scale, GRADIENT)
+    dup_q = quantize(sigmoid_BTF * gate32_BTF * dact32_BTF, dup_scale, GRADIENT)
+    act_q = quantize(_silu_times(gate_BTF, up_BTF), act_scale, ACTIVATION)
 
     dx_BTD = _times_transposed(dgate_q, w1_q, dtype, like=dy_BTD)
     dx_BTD += _times_transposed(dup_q, w3_q, dtype, like=dy_BTD)
@@ -244,23 +244,23 @@ def _largest_norm(x):
 
 
 def _rounded(x, scale, dtype):
-    return Quantised((x.astype(jnp.float32) * (1 / scale)).astype(dtype), scale)
+    return Quantized((x.astype(jnp.float32) * (1 / scale)).astype(dtype), scale)
 
 
-def _materialise(x):
+def _materialize(x):
     """Return x as an array that XLA does not fuse with the operations that follow."""
     return jax.lax.optimization_barrier(x)
 
 
 def _for_forward(w, scale):
-    """Quantise a weight for the forward pass; XLA transposes it in the same pass.
+    """Quantize a weight for the forward pass; XLA transposes it in the same pass.
 
     Without the fixed layout XLA transposes the weight in 16 bits first, and keeps this copy of all
     layers for the backward pass (7 GiB at 7B).
     """
     rows = Layout(major_to_minor=tuple(range(w.ndim)))
     values, scale = _rounded(w, scale, ACTIVATION)
-    return Quantised(with_layout_constraint(values, rows), scale)
+    return Quantized(with_layout_constraint(values, rows), scale)
 
 
 def _as_bits(q):
@@ -274,28 +274,28 @@ def _as_bits(q):
 
 def _from_bits(bits):
     values, scale = bits
-    return Quantised(jax.lax.bitcast_convert_type(values, ACTIVATION), scale)
+    return Quantized(jax.lax.bitcast_convert_type(values, ACTIVATION), scale)
 
 
-def _times(x: Quantised, w: Quantised, dtype, out: sharding.Axes) -> Array:
+def _times(x: Quantized, w: Quantized, dtype, out: sharding.Axes) -> Array:
     """Return x w, summed over all dimensions of x after T."""
     summed = x.values.ndim - 2
     return _dot(x, w, range(2, 2 + summed), range(summed), dtype, sharding.current_spec(out))
 
 
-def _times_transposed(dy: Quantised, w: Quantised, dtype, like: Array) -> Array:
+def _times_transposed(dy: Quantized, w: Quantized, dtype, like: Array) -> Array:
     """Return dy w^T, summed over all dimensions of dy after T, with the sharding of `like`."""
     summed = dy.values.ndim - 2
     of_w = range(w.values.ndim - summed, w.values.ndim)
     return _dot(dy, w, range(2, 2 + summed), of_w, dtype, _place(like), _EXACT)
 
 
-def _sum_over_tokens(x: Quantised, dy: Quantised, like: Array) -> Array:
+def _sum_over_tokens(x: Quantized, dy: Quantized, like: Array) -> Array:
     """Return x^T dy, summed over B and T, with the dtype and the sharding of the weight `like`."""
     return _dot(x, dy, (0, 1), (0, 1), like.dtype, _place(like), _EXACT)
 
 
-def _dot(a: Quantised, b: Quantised, of_a, of_b, dtype, place, precision=None) -> Array:
+def _dot(a: Quantized, b: Quantized, of_a, of_b, dtype, place, precision=None) -> Array:
     out = jax.lax.dot_general(
         a.values,
         b.values,

@@ -73,7 +73,7 @@ class InternLM2(nnx.Module):
             return made if execution.quantize is None else quantize_block(made, execution.quantize)
 
         layers = rngs.split(config.num_layers)
-        # One layer at a time where it is quantised: only its weights are in memory unquantised.
+        # One layer at a time where it is quantized: only its weights are in memory unquantized.
         one_by_one = execution.quantize is not None
         self.blocks = jax.lax.map(block, layers) if one_by_one else jax.vmap(block)(layers)
         self.norm_D = constant(1.0, (D,), (None,), param_dtype)

@@ -154,7 +154,7 @@ class SwiGLU(nnx.Module):
         dropout: DropoutKeys = NO_DROPOUT,
         bound: Float[Array, ""] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Apply the layer, in the dtype of x; the weights must have this dtype, or be quantised.
+        """Apply the layer, in the dtype of x; the weights must have this dtype, or be quantized.
 
         `bound` is an upper bound of |x| for fp8 products (`models.fp8`); None: products in the
         dtype of x.

@@ -1,6 +1,6 @@
 """LoRA: low-rank adapters on the linear layers of a block, beside frozen weights.
 
-y = x W + scale * dropout(x) A B, with A [*in, R] and B [R, *out]. W is frozen, and may be quantised
+y = x W + scale * dropout(x) A B, with A [*in, R] and B [R, *out]. W is frozen, and may be quantized
 (`models.quantize`). A starts uniform in +-1 / sqrt(inputs), B at zero, so that a model with a new
 adapter computes what it computed without.
 

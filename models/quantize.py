@@ -1,18 +1,18 @@
-"""Quantise frozen weights to NF4 or int8 and dequantise them a layer at a time.
+"""Quantize frozen weights to NF4 or int8 and dequantize them a layer at a time.
 
 NF4 stores a weight as the index of one of 16 levels, in blocks of 64 consecutive inputs that share
-one scale, the block's largest absolute value. Double quantisation stores these scales in 8 bits:
+one scale, the block's largest absolute value. Double quantization stores these scales in 8 bits:
 256 of them share a float32 factor, around the mean of all. That is 4.13 bits a weight. int8 stores
 a weight as a multiple of 1/127 of the largest absolute value of its output.
 
-Levels, blocks, their order and the rounding are those of bitsandbytes, so that a model quantised
+Levels, blocks, their order and the rounding are those of bitsandbytes, so that a model quantized
 here and there has the same weights.
 
 A weight has its input axes first (D of wqkv_DKgH; N and H of wo_NHD). The last input axis I is the
 one that is divided into blocks: `codes` has I / 64 blocks of 32 bytes, two inputs a byte.
 
 References:
-  Dettmers et al. 2023, arXiv:2305.14314, section 3 and appendix E (NF4, double quantisation);
+  Dettmers et al. 2023, arXiv:2305.14314, section 3 and appendix E (NF4, double quantization);
   Dettmers et al. 2022, arXiv:2110.02861 (the 8-bit scales), arXiv:2208.07339 (int8 by rows);
   bitsandbytes 0.50, functional.py: quantize_4bit, create_dynamic_map, int8_vectorwise_quant.
 """
@@ -51,7 +51,7 @@ NF4_LEVELS = np.array(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NF4:
-    """Hold a weight in NF4 with double quantisation, or a stack of them in leading axes.
+    """Hold a weight in NF4 with double quantization, or a stack of them in leading axes.
 
     Attributes:
       codes: uint8 [*in, I / 64, 32, *out]; the high half of a byte is the earlier input.
@@ -99,7 +99,7 @@ Quantized = NF4 | Int8Rows
 
 
 def quantize(w: Float[Array, "..."], kind: Literal["nf4", "int8"], *, inputs: int) -> Quantized:
-    """Quantise one weight [*in, *out]; `inputs` is the number of input axes.
+    """Quantize one weight [*in, *out]; `inputs` is the number of input axes.
 
     Raises:
       ValueError: nf4, and the last input axis is not a multiple of 64.
@@ -108,14 +108,14 @@ def quantize(w: Float[Array, "..."], kind: Literal["nf4", "int8"], *, inputs: in
 
 
 def quantize_like(like: Quantized, w: Float[Array, "..."]) -> Quantized:
-    """Quantise a weight [*in, *out] in the format of another one."""
+    """Quantize a weight [*in, *out] in the format of another one."""
     return quantize(w, "nf4" if isinstance(like, NF4) else "int8", inputs=like.inputs)
 
 
 def quantize_stack(like: Any, w_L: Array) -> Any:
-    """Quantise a weight of all layers [L, *in, *out], one layer after the other.
+    """Quantize a weight of all layers [L, *in, *out], one layer after the other.
 
-    `like` has structs, with their shardings, of the quantised stack. If it is no quantised weight,
+    `like` has structs, with their shardings, of the quantized stack. If it is no quantized weight,
     w_L is returned.
     """
     if not is_quantized(like):
@@ -141,14 +141,14 @@ def dequantize(
 
 
 def is_quantized(x: Any) -> bool:
-    """Return whether x is a quantised weight."""
+    """Return whether x is a quantized weight."""
     return isinstance(x, NF4 | Int8Rows)
 
 
 def weight_in_use(param: nnx.Param, dtype: DTypeLike) -> Float[Array, "..."]:
-    """Return a block's weight in the compute dtype: gathered, and dequantised.
+    """Return a block's weight in the compute dtype: gathered, and dequantized.
 
-    A quantised weight is gathered as it is stored, so that devices exchange 4 or 8 bits a weight.
+    A quantized weight is gathered as it is stored, so that devices exchange 4 or 8 bits a weight.
     """
     value, axes = param.get_value(), param.get_metadata()["axes"]
     if not is_quantized(value):
@@ -158,7 +158,7 @@ def weight_in_use(param: nnx.Param, dtype: DTypeLike) -> Float[Array, "..."]:
 
 
 def cast_weights(tree: Any, dtype: DTypeLike) -> Any:
-    """Cast the arrays of a tree of parameters; leave quantised weights as they are."""
+    """Cast the arrays of a tree of parameters; leave quantized weights as they are."""
 
     def cast(x):
         return x if is_quantized(x) else x.astype(dtype)
@@ -171,7 +171,7 @@ def scale_levels() -> np.ndarray:
     """Return the 256 levels of the 8-bit scales: a sign, an exponent of ten and a linear part.
 
     References:
-      arXiv:2110.02861, section 2.2 (dynamic tree quantisation).
+      arXiv:2110.02861, section 2.2 (dynamic tree quantization).
     """
     levels = [0.0, 1.0]
     for exponent in range(7):

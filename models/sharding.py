@@ -87,7 +87,7 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
             return NamedSharding(mesh, P())
         name, value = jax.tree_util.keystr(path), leaf.get_value()
         axes = leaf.get_metadata().get("axes", ())
-        # A quantised weight is several arrays, each of which has some of the weight's axes.
+        # A quantized weight is several arrays, each of which has some of the weight's axes.
         of_arrays = value.axes_of(axes) if hasattr(value, "axes_of") else axes
 
         def place(array, axes):

@@ -63,7 +63,7 @@ def over_tiles(
 
     Values inside the function need the memory of one tile. The backward pass computes each tile
     again: policies of `models.remat` see nothing inside. Under a mesh that splits T, a tile is made
-    of neighbouring tokens of every device.
+    of neighboring tokens of every device.
 
     Args:
       function: see `Function`; captures no array.

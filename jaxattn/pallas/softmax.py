@@ -29,7 +29,7 @@ SLACK = 8.0
 # Largest row sum with a constant offset, in powers of two. fp32 and bf16 reach 2**127; the rest is
 # left for the values.
 REACH = 64.0
-# Columns of a row's partial sums: of each 8 neighbouring columns a thread holds the same 2.
+# Columns of a row's partial sums: of each 8 neighboring columns a thread holds the same 2.
 PARTS = 8
 
 

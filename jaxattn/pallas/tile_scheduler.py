@@ -88,7 +88,7 @@ def backward_order(work: BlockMap, heads: int) -> Int[Array, " programs"]:
     if work.row_ids is None:
         return jnp.concatenate([by_work + head * row_tiles for head in range(heads)])
     by_token = jnp.argsort(first[:, WorkField.ROW_TILE])
-    # The key tiles of a document are neighbours, and the same last query sees them.
+    # The key tiles of a document are neighbors, and the same last query sees them.
     last_query = work.row_bounds[:, :, 1].max(axis=(1, 2))[by_token]
     document = jnp.cumsum(jnp.diff(last_query, prepend=last_query[:1]) != 0)
     count = first[by_token, WorkField.COUNT]

@@ -263,7 +263,7 @@ class _Slot:
         like = param.get_value()
         self._sharding: Any = default_device()
         if mesh is not None:
-            # A tensor that is to be quantised is whole on every device until it is small.
+            # A tensor that is to be quantized is whole on every device until it is small.
             outer = [logical[dim[0]] for dim in weight.hf_axes.split(",")]
             split = (None,) * len(outer) if is_quantized(like) else outer
             self._sharding = NamedSharding(mesh, sharding.spec(split, mesh))

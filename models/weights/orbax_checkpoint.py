@@ -83,9 +83,9 @@ def fill_with(
     mesh: Mesh | None,
     seed: int,
 ) -> InternLM2:
-    """Create a model from whole parameters, each quantised once it is read.
+    """Create a model from whole parameters, each quantized once it is read.
 
-    `read` yields (path, parameter) from a model of ShapeDtypeStructs that is not quantised. Other
+    `read` yields (path, parameter) from a model of ShapeDtypeStructs that is not quantized. Other
     arguments as for `models.weights.load.load_hf`.
     """
     model = abstract(config, execution, mesh=mesh)

@@ -1,4 +1,4 @@
-"""Sidecar files of weights: config, tokenizer, code, licence; and atomic output directories."""
+"""Sidecar files of weights: config, tokenizer, code, license; and atomic output directories."""
 
 import contextlib
 import logging

@@ -59,7 +59,7 @@ def registers(text: str) -> dict[str, int]:
 
 
 def notes(text: str) -> list[str]:
-    """Return the notes of ptxas about serialised matrix products and inserted waits."""
+    """Return the notes of ptxas about serialized matrix products and inserted waits."""
     return re.findall(r".*\(C75(?:1[0-4]|17)\).*", text)
 
 

@@ -73,8 +73,8 @@ def test_spills_in_the_main_loops_are_bounded(case):
 
 
 @pytest.mark.parametrize("case", CASES + CUDA_12, ids=str)
-def test_ptxas_serialises_no_products(case):
-    """No note C7510-C7514 (wgmma serialised) or C7517 (a wait added)."""
+def test_ptxas_serializes_no_products(case):
+    """No note C7510-C7514 (wgmma serialized) or C7517 (a wait added)."""
     assert not sass.notes(_dump(*case))
 
 

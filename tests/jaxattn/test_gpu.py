@@ -7,7 +7,7 @@ products, programs that run at once, and the copies' own clipping. A failure nam
 
 A program depends on shapes and on the kind of mask, not on the documents. Tests of one signature
 follow each other, so that a process compiles it once: with several workers use `--dist=worksteal`,
-which gives each of them neighbouring tests.
+which gives each of them neighboring tests.
 """
 
 import dataclasses
@@ -99,7 +99,7 @@ PATTERNS = (one_document, long_documents, short_documents, padding_between, any_
 
 # Both families and both backward passes are compared with one problem's results in float64, which
 # take up to 8 s of a processor and up to 170 MB, so few are kept.
-_for_neighbours = functools.lru_cache(maxsize=len(PATTERNS))
+_for_neighbors = functools.lru_cache(maxsize=len(PATTERNS))
 
 
 def _runs(rng, length, mean, padding):
@@ -291,7 +291,7 @@ def test_twenty_deterministic_runs_are_equal(name, impl, pattern, seed):
             )
 
 
-@_for_neighbours
+@_for_neighbors
 def _random(name: str, pattern, seed: int) -> Problem:
     (b, t, s, *sizes), causal, window = SIGNATURES[name]
     seeds = [seed, *name.encode(), *pattern.__name__.encode()]
@@ -302,7 +302,7 @@ def _random(name: str, pattern, seed: int) -> Problem:
     return random_problem(seeds, b, t, s, *sizes, **mask)
 
 
-@_for_neighbours
+@_for_neighbors
 def _with_blocks(name: str, pattern, seed: int) -> Problem:
     (b, t, s, *sizes), causal, window, share, by_row = BLOCK_SIGNATURES[name]
     seeds = [seed, *name.encode(), *pattern.__name__.encode()]
@@ -316,7 +316,7 @@ def _with_blocks(name: str, pattern, seed: int) -> Problem:
     return random_problem(seeds, b, t, s, *sizes, **mask)
 
 
-@_for_neighbours
+@_for_neighbors
 def _far_apart(name: str, pattern, seed: int) -> Problem:
     problem = _random(name, pattern, seed)
     rng = np.random.default_rng([seed, len(name)])

@@ -79,9 +79,9 @@ def test_scales_of_zero_and_of_bounds_that_are_not_finite():
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(fp8.ACTIVATION, E4M3), (fp8.GRADIENT, E5M2)])
-def test_quantising_rounds_to_the_nearest(dtype, error):
+def test_quantizing_rounds_to_the_nearest(dtype, error):
     x = draw(0, (4, 256), 3e-5)
-    q = fp8.quantise(x, fp8.scale_of(fp8.largest(x), dtype), dtype)
+    q = fp8.quantize(x, fp8.scale_of(fp8.largest(x), dtype), dtype)
     back = np.asarray(q.values, np.float64) * float(q.scale)
     off = np.abs(back / np.asarray(x, np.float64) - 1)
     assert q.values.dtype == dtype
@@ -107,8 +107,8 @@ def test_a_product_and_its_gradients_are_within_the_error_of_their_mantissas(sca
         assert 0.01 < relative(np.reshape(got, (len(left), -1)), left @ right) < 0.08
 
 
-def test_gradients_are_the_products_of_the_quantised_operands():
-    """Nothing but quantising: with operands that 8 bits hold exactly, all three are exact."""
+def test_gradients_are_the_products_of_the_quantized_operands():
+    """Nothing but quantizing: with operands that 8 bits hold exactly, all three are exact."""
     x, w, dy = (jnp.round(4 * draw(i, s)) for i, s in enumerate([(B, T, D), (D, F), (B, T, F)]))
     y, dx, dw = product_and_gradients(x, w, dy)
     np.testing.assert_array_equal(y, jnp.einsum("BTD,DF->BTF", x, w))
@@ -181,7 +181,7 @@ def test_what_is_not_finite_shows_in_every_result_that_it_enters(value):
         assert all(np.isnan(result).any() for result in (gradients if i == 4 else [y]))
 
 
-def test_swiglu_quantises_x_once_for_both_weights():
+def test_swiglu_quantizes_x_once_for_both_weights():
     def forward(x, w1, w3, w2):
         return fp8.swiglu(x, w1, w3, w2, fp8.largest(x))
 

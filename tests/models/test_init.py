@@ -15,7 +15,7 @@ def test_every_public_name_exists():
 
 
 def test_a_tokenizer_is_loaded_without_jax():
-    """Workers that tokenise start in a fraction of the time that importing jax takes."""
+    """Workers that tokenize start in a fraction of the time that importing jax takes."""
     code = (
         "import sys; from models.tokenizer import load_tokenizer; load_tokenizer('byte');"
         "from models.chat import encode_chat; assert 'jax' not in sys.modules"

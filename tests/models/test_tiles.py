@@ -77,7 +77,7 @@ def test_over_a_mesh(exact, make_mesh, sizes, tile_size):
 
 
 def test_adapters(exact):
-    """Frozen weights are dequantised once, and get no gradient."""
+    """Frozen weights are dequantized once, and get no gradient."""
     options = {"remat": "full", "lora": LoRA(rank=4, alpha=8.0), "quantize": "nf4"}
     tiled, whole = (loss_and_grads(**options, tile_size=size) for size in (16, None))
     moving = [i for i, x in enumerate(tiled[1]) if np.any(x)]

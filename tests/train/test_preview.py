@@ -36,7 +36,7 @@ def test_answers_alone_stand_between_marks(batch):
     assert f"--- {int((batch.segment_ids == 0).sum())} tokens of padding" in text
 
 
-def test_colours(batch):
+def test_colors(batch):
     assert "assistant\n\033[32mA" in show_row(batch, 0, load_tokenizer("byte"), color=True)
 
 

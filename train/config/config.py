@@ -194,7 +194,7 @@ class Config:
     base_dtype: Annotated[
         Literal["fp32", "bf16", "nf4", "int8"] | None, chosen("fp32|bf16|nf4|int8")
     ] = None
-    """Storage of the frozen weights beside LoRA adapters. nf4 (QLoRA) and int8 quantise the linear
+    """Storage of the frozen weights beside LoRA adapters. nf4 (QLoRA) and int8 quantize the linear
     layers of the blocks; the other weights are stored in bfloat16. By default the compute dtype."""
 
     matmul: Literal["bf16", "fp8"] = "bf16"
@@ -264,7 +264,7 @@ class Config:
             )
         if self.base_dtype in ("nf4", "int8") and "none" in names:
             raise ValueError(
-                f"--remat=none would keep a dequantised copy of all --base_dtype={self.base_dtype} "
+                f"--remat=none would keep a dequantized copy of all --base_dtype={self.base_dtype} "
                 "weights: take --remat=dots"
             )
         if self.batch_size is not None and self.rows_per_device is not None:

@@ -34,7 +34,7 @@ class DataConfig:
         tuple[str, ...] | None, tyro.conf.arg(name="", metavar="FILE...", help_behavior_hint="")
     ] = None
     """Training files: .txt, .json, .jsonl, each also as .gz or .zst, .parquet, .arrow, and
-    directories of the datasets library. The format of the rows is recognised by their content.
+    directories of the datasets library. The format of the rows is recognized by their content.
     FILE:2 repeats a file twice in each epoch, FILE:0.3 takes a random 30% of it. By default the
     built-in text."""
 
@@ -56,11 +56,11 @@ class DataConfig:
     <think> ... </think> and trained on, or dropped."""
 
     cache: Annotated[str | None, chosen("DIR")] = None
-    """Directory of the token cache, by which a file is tokenised once. By default internlm2-jax in
+    """Directory of the token cache, by which a file is tokenized once. By default internlm2-jax in
     the user's cache directory."""
 
     stall_minutes: Annotated[float, above(0)] = 10.0
-    """Minutes to wait for a batch before the run saves and stops. Opening and tokenising the files
+    """Minutes to wait for a batch before the run saves and stops. Opening and tokenizing the files
     has no limit."""
 
     strict: bool = False
@@ -107,7 +107,7 @@ class OptimConfig:
     """Optimizer and learning rate: a linear warm-up, then a schedule."""
 
     name: Literal["adamw", "adafactor", "lion", "muon"] = "adamw"
-    """Optimizer. adafactor stores a factored second moment, lion one moment; muon orthogonalises
+    """Optimizer. adafactor stores a factored second moment, lion one moment; muon orthogonalizes
     the momentum of weight matrices and uses adamw for all other parameters."""
 
     moment_dtype: Literal["fp32", "bf16", "int8"] = "fp32"

@@ -73,7 +73,7 @@ SYNONYMS = {f: f"take --{name}" for f, name in RENAMED.items()} | {
         "num_machines launcher nproc_per_node local_rank",
         "resuming is the default, by the same --out": "resume_from_checkpoint resume_from "
         "load_from overwrite_output_dir",
-        "chats are recognised by their content, there is no template to choose": "template "
+        "chats are recognized by their content, there is no template to choose": "template "
         "prompt_template dataset_map_fn template_map_fn_factory",
         "take --lora.rank": "lora lora_rank lora_r finetuning_type use_lora peft",
         "take --lora.alpha": "lora_alpha",

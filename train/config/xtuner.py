@@ -354,11 +354,11 @@ RULES: dict[str, Rule] = {
     "target_modules": _Flag("lora.targets", tuple),
     "use_rslora": _Flag("lora.rslora"),
     "bias": _only("none", otherwise=_UNKNOWN),
-    # Quantisation
+    # Quantization
     "load_in_4bit": _if_true("base_dtype", "nf4"),
     "load_in_8bit": _if_true("base_dtype", "int8"),
     "bnb_4bit_quant_type": _only("nf4", otherwise=_lost("4-bit weights are nf4")),
-    "bnb_4bit_use_double_quant": _only(True, otherwise=_lost("the scales are quantised, too")),
+    "bnb_4bit_use_double_quant": _only(True, otherwise=_lost("the scales are quantized, too")),
     "llm_int8_threshold": _only(6.0, otherwise=_lost("int8 products are computed in --dtype")),
     "llm_int8_has_fp16_weight": _only(False, otherwise=_UNKNOWN),
     "quantization_config.type": _only("BitsAndBytesConfig", otherwise=_UNKNOWN),
@@ -380,7 +380,7 @@ RULES: dict[str, Rule] = {
     "dataset.type": _only("load_dataset", "load", otherwise=_UNKNOWN),
     "prompt_template": _template,
     "template_map_fn.template": _template,
-    "dataset_map_fn": _only(  # rows are recognised by their keys
+    "dataset_map_fn": _only(  # rows are recognized by their keys
         *(None, "alpaca_map_fn", "openai_map_fn", "pretrain_map_fn"),
         otherwise=_lost(
             "rows must be conversation, messages or instruction and output: write them so"

@@ -1,11 +1,11 @@
-"""`python -m train.data.bench --data ... --tokenizer ...`: speed of tokenising and loading.
+"""`python -m train.data.bench --data ... --tokenizer ...`: speed of tokenizing and loading.
 
 Three figures, in tokens a second, measured in turn as often as asked, since other work on the
 machine slows each of them down:
 
 raw     the tokenizer alone, `encode_batch`, its fastest call: the same texts that the template has
-        it tokenise, read and rendered before, in as many processes, which have started and hold
-        the tokenizer already; with every newline after an answer, which a build tokenises once
+        it tokenize, read and rendered before, in as many processes, which have started and hold
+        the tokenizer already; with every newline after an answer, which a build tokenizes once
 build   from the files to a complete cache, with the start of the processes
 load    from the cache to packed batches: opening it, checking every byte, packing, one epoch
 """
@@ -28,13 +28,13 @@ from models.tokenizer import Tokenizer, load_tokenizer
 from train.config.bounds import above, check_bounds, require
 from train.data.files.examples import Ids
 from train.data.files.fields import RowError
-from train.data.files.formats import recognise
+from train.data.files.formats import recognize
 from train.data.files.records import Record, read_records
 from train.data.files.template import render
 from train.data.open import open_data
 from train.data.pack.mixture import parse_source
 from train.data.tokens.cache import ReadOptions
-from train.data.tokens.dataset import tokenise
+from train.data.tokens.dataset import tokenize
 
 _TEXTS = 5_000  # for one call of the raw tokenizer: about as many as encode.py has
 
@@ -98,7 +98,7 @@ def measure(config: BenchConfig) -> Iterator[str]:
             with tempfile.TemporaryDirectory() as directory:
                 build = _Timed()
                 reading = ReadOptions(cache=Path(directory), workers=config.workers)
-                tokenise(files, tokenizer, reading)
+                tokenize(files, tokenizer, reading)
                 yield build.stop().line("build", tokens, raw)
                 load = _Timed()
                 seen = _load(config, tokenizer, reading)
@@ -137,7 +137,7 @@ def _load(config: BenchConfig, tokenizer: Tokenizer, reading: ReadOptions) -> in
 def _texts(files: Sequence[Path]) -> Iterator[str]:
     for record in itertools.chain.from_iterable(map(read_records, files)):
         try:
-            example = recognise(record.value).example if isinstance(record, Record) else None
+            example = recognize(record.value).example if isinstance(record, Record) else None
         except RowError:
             continue
         if example is not None and not isinstance(example, Ids):

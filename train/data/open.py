@@ -1,4 +1,4 @@
-"""Files to a loader: read, tokenise, weigh, pack."""
+"""Files to a loader: read, tokenize, weigh, pack."""
 
 import dataclasses
 from collections import Counter
@@ -14,7 +14,7 @@ from train.data.pack.packing import pack
 from train.data.pack.spans import TooLong, split_documents
 from train.data.pack.stream import Packing, pack_stream
 from train.data.tokens.cache import ReadOptions
-from train.data.tokens.dataset import tokenise
+from train.data.tokens.dataset import tokenize
 
 
 def open_data(
@@ -31,7 +31,7 @@ def open_data(
     split: Split = "train",
     shard: Shard | None = None,
 ) -> Loader:
-    """Read, tokenise and pack files, and return the batches.
+    """Read, tokenize and pack files, and return the batches.
 
     Args:
         paths: files (records.read_chunks) and directories that the `datasets` library saved, mixed
@@ -47,7 +47,7 @@ def open_data(
         reading: options of reading; the built-in text is never cached.
         hold_out: share of the documents of each path that is not trained on.
         split: "val" for the batches of the held-out documents.
-        shard: the rows of each batch that this host has. Each host tokenises all files, or finds
+        shard: the rows of each batch that this host has. Each host tokenizes all files, or finds
             them in a cache that the hosts share.
 
     Raises:
@@ -76,7 +76,7 @@ def open_data(
         _check_once(files)
     if not paths:
         reading = dataclasses.replace(reading, cache=None)
-    dataset = tokenise(files, tokenizer, reading)
+    dataset = tokenize(files, tokenizer, reading)
     taken = repeats(dataset, sources, seed=seed, hold_out=hold_out, split=split)
     if packing == "fit":
         spans = split_documents(dataset, seq_len, taken, too_long=too_long)

@@ -52,7 +52,7 @@ _one_reason = threading.Lock()  # acquired by the first thread that ends this pr
 def connect(config: DistConfig) -> None:
     """Join the other processes of the run, if there are any, before jax looks at its devices.
 
-    Launchers are recognised by their environment variables: SLURM (srun), Open MPI (mpirun),
+    Launchers are recognized by their environment variables: SLURM (srun), Open MPI (mpirun),
     Kubernetes (an indexed job), torchrun. An allocation without a launcher, and a launch of a
     single task, are one process.
 

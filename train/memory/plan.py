@@ -31,7 +31,7 @@ from train.step.update import by_layer
 GiB = 2**30
 UPDATE_BYTES = 10
 """Bytes per weight of the largest stack that an update of whole stacks with int8 moments holds:
-both moments in float32, since their largest number is needed before the first is quantised, and
+both moments in float32, since their largest number is needed before the first is quantized, and
 half as much of the next stack. By the compiler's count, 17 GiB at 7B and 44 GiB at 20B (jax
 0.12.0)."""
 UPDATE_BYTES_IN_LAYERS = 13

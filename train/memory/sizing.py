@@ -207,7 +207,7 @@ def stored_dtype(config: Config, dtype: np.dtype) -> np.dtype:
 
 
 def quantize_kind(config: Config) -> Literal["nf4", "int8"] | None:
-    """Return the format of quantised frozen weights, or None."""
+    """Return the format of quantized frozen weights, or None."""
     return config.base_dtype if config.base_dtype in ("nf4", "int8") else None
 
 

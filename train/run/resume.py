@@ -19,7 +19,7 @@ from train.run.summary import flags_in_use
 log = logging.getLogger(__name__)
 
 OURS = {"checkpoints", "metrics.jsonl", "eval.jsonl"}
-"""Names in a run's directory, by which it is recognised."""
+"""Names in a run's directory, by which it is recognized."""
 
 LOGS = {".log", ".txt", ".out", ".err"}
 

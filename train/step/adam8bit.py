@@ -122,7 +122,7 @@ def block_size(last: int) -> int:
 def quantize(
     x: Float[Array, "*shape"], bits: UInt32[Array, "*shape"], *, signed: bool
 ) -> Quantized:
-    """Quantize to 8 bits; random bits choose one of the two neighbouring codes."""
+    """Quantize to 8 bits; random bits choose one of the two neighboring codes."""
     blocks = _blocks(x)
     scales = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True)
     share = jnp.abs(blocks) / jnp.where(scales > 0, scales, 1.0)  # 0 to 1

@@ -57,7 +57,7 @@ def random_bits(
 
 
 def to_bfloat16(x: Float[Array, "*shape"], bits: UInt32[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Round float32 to one of its two bfloat16 neighbours, the nearer one more often."""
+    """Round float32 to one of its two bfloat16 neighbors, the nearer one more often."""
     raw = jax.lax.bitcast_convert_type(x, jnp.uint32)
     # bfloat16 is the upper half of float32: a random lower half carries with its probability
     raw = (raw + (bits & jnp.uint32(0xFFFF))) & jnp.uint32(0xFFFF0000)

@@ -2,7 +2,7 @@
 
 Weights are stacks over the layers, [L, ...]. A rule that reads every number once becomes one pass
 over each stack. Int8 moments are read twice, because the largest number of a block is needed before
-the first is quantised, and XLA keeps both moments of a whole stack in float32 in between: 10 bytes
+the first is quantized, and XLA keeps both moments of a whole stack in float32 in between: 10 bytes
 per weight of the largest stack, 45 GiB at 20B. Layer by layer it keeps those of one layer.
 """
 

@@ -79,7 +79,7 @@ def load_factor(
     def load(_, ref: Any) -> Any:
         row_stride, column_stride = tile_strides(ref)
         m_warp, n_warp = warp_coordinates(m_warps)
-        # A lane's address is that of a row of one of the matrices. Neighbouring registers hold
+        # A lane's address is that of a row of one of the matrices. Neighboring registers hold
         # both halves of the contraction (right) or of 16 rows (left), as mma.sync takes them.
         row = arith.andi(lane(), constant(7))
         first = arith.andi(arith.shrui(lane(), constant(3)), constant(1))

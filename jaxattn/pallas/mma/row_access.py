@@ -77,7 +77,7 @@ def add_rows(
 ) -> None:
     """Add a tile to fp32 numbers in global memory, atomically.
 
-    The numbers are stored in the order of a warp's threads, so that a warp adds to neighbours;
+    The numbers are stored in the order of a warp's threads, so that a warp adds to neighbors;
     `in_rows` restores the order of the rows.
 
     Args:

@@ -198,7 +198,7 @@ def test_a_chat_model_stops_at_im_end(tiny, beside, tmp_path):
 
 
 def test_llama_layout_needs_no_code_of_its_own(tiny, beside, tmp_path):
-    """No modelling code, and the tokenizer becomes one that AutoTokenizer loads by itself."""
+    """No modeling code, and the tokenizer becomes one that AutoTokenizer loads by itself."""
     from transformers import AutoTokenizer
 
     save_hf(tiny, tmp_path / "dst", assets_from=beside, layout="llama")

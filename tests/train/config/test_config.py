@@ -49,7 +49,7 @@ def test_config_cannot_be_changed():
         ),
         (
             lambda: Config(lora=LoRAConfig(rank=4), base_dtype="nf4", remat="none"),
-            "--remat=none would keep a dequantised copy",
+            "--remat=none would keep a dequantized copy",
         ),
     ],
 )

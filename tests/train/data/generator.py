@@ -212,7 +212,7 @@ def segments(messages: list[tuple]) -> list[tuple[str, bool]]:
 
 
 def merged(parts: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
-    """Join neighbours with the same flag."""
+    """Join neighbors with the same flag."""
     found: list[tuple[str, bool]] = []
     for text, flag in parts:
         if found and found[-1][1] == flag:

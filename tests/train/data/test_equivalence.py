@@ -23,7 +23,7 @@ from train.step.loss import cross_entropy
 
 @pytest.mark.parametrize("attn", ["eager", "xla"])
 def test_packed_rows_equal_single_documents(tiny, tmp_path, attn):
-    """float32, 1e-5: a document's neighbours in its row leave no trace."""
+    """float32, 1e-5: a document's neighbors in its row leave no trace."""
     check(tiny, tmp_path, attn, texts=7, place=at_the_beginning)
 
 
@@ -48,7 +48,7 @@ def test_packed_rows_equal_single_documents_with_the_kernel(tiny, tmp_path, monk
 
     monkeypatch.setattr(internlm2, "attention", attention_16)
     monkeypatch.setattr(internlm2, "prepare", prepare_16)
-    # The interpreter cannot be rematerialised; that remat changes nothing is shown in tests/models.
+    # The interpreter cannot be rematerialized; that remat changes nothing is shown in tests/models.
     monkeypatch.setattr(jax, "checkpoint", lambda function, **_: function)
     with interpreted():
         check(small, tmp_path, "pallas", texts=3, place=in_its_place)

@@ -162,9 +162,9 @@ def test_unequal_rows_are_refused():
         {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},  # a pod of no indexed job
     ],
 )
-def test_without_a_launch_of_several_nothing_is_initialised(env, monkeypatch):
+def test_without_a_launch_of_several_nothing_is_initialized(env, monkeypatch):
     launched(monkeypatch, env)
-    monkeypatch.setattr("jax.distributed.initialize", lambda **_: pytest.fail("initialised"))
+    monkeypatch.setattr("jax.distributed.initialize", lambda **_: pytest.fail("initialized"))
     connect(DistConfig())
 
 

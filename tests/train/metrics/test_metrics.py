@@ -85,7 +85,7 @@ def test_time_is_split(tmp_path, tiny):
 
 
 def test_speeds_are_without_evaluation_and_checkpoints(tmp_path, tiny, monkeypatch):
-    """A step with an evaluation has the tokens/s and the MFU of its neighbours."""
+    """A step with an evaluation has the tokens/s and the MFU of its neighbors."""
     monkeypatch.setattr("train.metrics.metrics.peak_flops", lambda _: 1e9)
     metrics = open_metrics(tmp_path / "metrics.jsonl", tiny)
     with metrics.timed("data"):

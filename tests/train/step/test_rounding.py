@@ -23,8 +23,8 @@ def test_bits_are_uniform_and_independent():
             np.testing.assert_allclose(shares, 0.5, atol=0.01)  # 5 sigma at 65,536
 
 
-def test_rounding_is_unbiased_and_to_a_neighbour():
-    x = jnp.full((100_000,), 1.0 + 1 / 1024)  # neighbours in bfloat16: 1 and 1 + 1/128
+def test_rounding_is_unbiased_and_to_a_neighbor():
+    x = jnp.full((100_000,), 1.0 + 1 / 1024)  # neighbors in bfloat16: 1 and 1 + 1/128
     rounded = np.asarray(to_bfloat16(x, random_bits(x.shape, jnp.int32(0), 0)), np.float32)
     assert set(rounded.tolist()) == {1.0, 1 + 1 / 128}
     np.testing.assert_allclose(rounded.mean(), 1 + 1 / 1024, atol=5 * 0.0026 / 316)

@@ -1,4 +1,4 @@
-r"""Rows to training examples: a row's format is recognised by its keys, never by its file name.
+r"""Rows to training examples: a row's format is recognized by its keys, never by its file name.
 
 | format       | keys                | meaning                                                     |
 | ------------ | ------------------- | ----------------------------------------------------------- |
@@ -111,7 +111,7 @@ class Reading(NamedTuple):
     remarks: list[str]  # further facts that the data report counts, one entry each time
 
 
-def recognise(row: object, reasoning: Reasoning = "keep") -> Reading:
+def recognize(row: object, reasoning: Reasoning = "keep") -> Reading:
     """Return the training example that a row means.
 
     Raises:

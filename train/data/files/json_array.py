@@ -58,7 +58,7 @@ def _skip_space(text: str, at: int) -> int:
 def _row_begin(text: str, start: int) -> re.Pattern[str]:
     """Return the pattern of the text before the next row, after a broken row at `start`.
 
-    Rows that begin a line are recognised by the indentation of this one, rows of an array on one
+    Rows that begin a line are recognized by the indentation of this one, rows of an array on one
     line by the `}, {` between objects.
     """
     indent = text[text.rfind("\n", 0, start) + 1 : start]

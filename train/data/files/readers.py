@@ -1,7 +1,7 @@
 """Files to chunks: a file is read in stretches of about 2 MiB that begin and end with a row.
 
 This module handles kinds of files and compression; records.py reads the rows of a chunk, tables.py
-the rows of a table. The division depends on the file alone, so that any process can tokenise a
+the rows of a table. The division depends on the file alone, so that any process can tokenize a
 chunk, and the cache can keep it. Memory: one chunk and the longest row, whatever the size of the
 file; a JSON array is read whole.
 
@@ -26,7 +26,7 @@ from models.files import check_file
 from train.data.files.json_array import walk_arrays
 
 CHUNK = 2 << 20  # bytes of rows: a second or two of work, so that all processes end together
-LONGEST_ROW = 32 << 20  # bytes; tokenising one takes some fifty times as much memory
+LONGEST_ROW = 32 << 20  # bytes; tokenizing one takes some fifty times as much memory
 LARGEST_ARRAY = 1 << 30  # bytes of a JSON array, which is held in memory two times
 PEEK = 1 << 20  # bytes by which a file is judged
 BOM = b"\xef\xbb\xbf"

@@ -43,7 +43,7 @@ def table_chunks(path: Path, suffix: str, size: int = CHUNK) -> Iterator[Chunk]:
             if data:
                 yield _chunk(data, number, each)
     except (OSError, ValueError, arrow.ArrowException) as error:
-        # Not jaxattn.errors.first_line: worker processes that tokenise import no jax.
+        # Not jaxattn.errors.first_line: worker processes that tokenize import no jax.
         raise ValueError(f"{path} cannot be read: {str(error).partition(chr(10))[0]}") from error
 
 

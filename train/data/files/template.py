@@ -7,8 +7,8 @@ A chat of two turns (`^` marks the tokens that are trained on, that is, predicte
                                                              ^^^^^^^^^^^^
        <|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\nA2<|im_end|>\n
                                                              ^^^^^^^^^^^^
-- Prompt, answer + `<|im_end|>`, and the closing newline are tokenised one by one: the ids at
-  their joins differ from those of the whole string tokenised at once.
+- Prompt, answer + `<|im_end|>`, and the closing newline are tokenized one by one: the ids at
+  their joins differ from those of the whole string tokenized at once.
 - `<s>` occurs once, at the beginning; `</s>` never; the last newline stays, untrained.
 - No message is made up: a row without a system or user message has none.
 
@@ -44,7 +44,7 @@ class MissingTokens(ValueError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Encoded:
-    """D tokenised documents of N tokens together, one after the other."""
+    """D tokenized documents of N tokens together, one after the other."""
 
     tokens: Int32[np.ndarray, " N"]  # a document begins with `<s>`, unless it was ids before
     # true if predicting this very token counts; `fill` shifts it to the position before
@@ -53,7 +53,7 @@ class Encoded:
 
 
 def encode(examples: Sequence[Example], tokenizer: Tokenizer) -> Encoded:
-    """Tokenise examples, all their segments in one batch for tokenizers that are parallel.
+    """Tokenize examples, all their segments in one batch for tokenizers that are parallel.
 
     As much as possible is done in arrays for all examples at once: chats are short.
 
@@ -93,7 +93,7 @@ def encode(examples: Sequence[Example], tokenizer: Tokenizer) -> Encoded:
 
 
 def render(example: Text | Chat) -> list[tuple[str, bool]]:
-    """Return the segments of an example, each to be tokenised alone, with its loss flag."""
+    """Return the segments of an example, each to be tokenized alone, with its loss flag."""
     if isinstance(example, Text):
         return [(example.text.strip(), True)]
     segments = []
@@ -127,7 +127,7 @@ def _ids(
 ) -> tuple[Int32[np.ndarray, " N"], Int64[np.ndarray, " P"]]:
     """Return the ids of P segments one after the other, and the length of each.
 
-    Each text is tokenised once: every turn ends with the same newline, many begin alike.
+    Each text is tokenized once: every turn ends with the same newline, many begin alike.
     """
     distinct = list(dict.fromkeys([text for text in segments if isinstance(text, str)]))
     ids_of = dict(zip(distinct, tokenizer.encode_batch(distinct), strict=True))

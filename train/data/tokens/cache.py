@@ -1,4 +1,4 @@
-"""Token cache: a file is tokenised once for a tokenizer, and read from the cache after that.
+"""Token cache: a file is tokenized once for a tokenizer, and read from the cache after that.
 
     <cache>/v<version>/<key>/00000.tokens ...    one file a chunk (documents.py), never half written
     <cache>/v<version>/<key>/whole.json          number of chunks; written when all of them exist
@@ -6,7 +6,7 @@
 
 The key is a hash of the file's bytes, of the tokenizer and of the options that change tokens; the
 file's name and date do not matter. An interrupted build continues with the chunks that are missing.
-A changed byte is found when the cache is opened, and its chunk is tokenised again.
+A changed byte is found when the cache is opened, and its chunk is tokenized again.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReadOptions:
-    """Options of reading and tokenising files."""
+    """Options of reading and tokenizing files."""
 
     strict: bool = False  # the first broken row is fatal instead of skipped and counted
     # "keep" puts an answer's reasoning into <think> ... </think>, "drop" drops it.
@@ -61,7 +61,7 @@ class ReadOptions:
 def open_documents(
     path: Path, tokenizer: Tokenizer, options: ReadOptions, bar: tqdm
 ) -> list[Documents]:
-    """Return the documents of a file, one entry a chunk; tokenise those that are not in the cache.
+    """Return the documents of a file, one entry a chunk; tokenize those that are not in the cache.
 
     The bar moves by the bytes of the file.
 
@@ -82,7 +82,7 @@ def open_documents(
         raise _unusable(directory, "read", error) from error
     except (FileNotFoundError, NotADirectoryError, Damaged) as error:
         if isinstance(error, Damaged):
-            log.warning(f"damaged token cache: {error}; tokenising its chunk again")
+            log.warning(f"damaged token cache: {error}; tokenizing its chunk again")
         with _lock(directory, path):
             _build(path, before, encode, directory, options, bar)
             found = _open_whole(directory, options.workers)
@@ -200,7 +200,7 @@ def _lock(directory: Path, path: Path) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            log.info(f"{path} is being tokenised by another run: waiting for it")
+            log.info(f"{path} is being tokenized by another run: waiting for it")
             lock.acquire()
     except (OSError, NotImplementedError) as error:
         raise _unusable(directory, "written", error) from error

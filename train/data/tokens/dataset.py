@@ -20,7 +20,7 @@ from train.data.tokens.token_array import TokenArray
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """D tokenised documents, one after the other."""
+    """D tokenized documents, one after the other."""
 
     # the id of a token that is trained on, that is, whose prediction counts; `~id`, which is
     # negative, of another
@@ -42,10 +42,10 @@ class Dataset:
         return np.diff(self.offsets)
 
 
-def tokenise(
+def tokenize(
     paths: Sequence[Path], tokenizer: Tokenizer, options: ReadOptions | None = None
 ) -> Dataset:
-    """Read and tokenise files; show a progress bar if stderr is a terminal.
+    """Read and tokenize files; show a progress bar if stderr is a terminal.
 
     Raises:
         ValueError: a file is missing, empty, of an unknown kind, or has no usable row; the
@@ -60,7 +60,7 @@ def tokenise(
     chunks: list[list[Documents]] = []
     files: list[FileReport] = []
     broken: list[Problem] = []
-    with tqdm(total=size, desc="tokenise", unit="B", unit_scale=True, disable=None) as bar:
+    with tqdm(total=size, desc="tokenize", unit="B", unit_scale=True, disable=None) as bar:
         for path in paths:
             try:
                 chunks.append(open_documents(path, tokenizer, options, bar))

@@ -42,7 +42,7 @@ class Damaged(Exception):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Documents:
-    """D tokenised documents of N tokens together, one after the other."""
+    """D tokenized documents of N tokens together, one after the other."""
 
     # `~id` for a token that is not trained on; those of a file stay on the disk
     tokens: Int32[np.ndarray, " N"] | TokenFile

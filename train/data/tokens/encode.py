@@ -1,4 +1,4 @@
-"""A chunk to its documents: read rows, recognise formats, tokenise, count broken rows.
+"""A chunk to its documents: read rows, recognize formats, tokenize, count broken rows.
 
 The result does not depend on the sequence length: packing.py handles that.
 """
@@ -15,13 +15,13 @@ import numpy as np
 from models.tokenizer import Tokenizer
 from train.data.files.examples import Example
 from train.data.files.fields import RowError
-from train.data.files.formats import Reasoning, recognise
+from train.data.files.formats import Reasoning, recognize
 from train.data.files.readers import Chunk
 from train.data.files.records import BrokenRecord, Record, records_of
 from train.data.files.template import Encoded, encode
 from train.data.tokens.documents import DOCUMENT, Documents
 
-_BATCH = 1 << 20  # bytes of rows tokenised at once: enough for every core, little memory
+_BATCH = 1 << 20  # bytes of rows tokenized at once: enough for every core, little memory
 
 
 @contextlib.contextmanager
@@ -42,7 +42,7 @@ def _no_search_for_cycles() -> Iterator[None]:
 
 @_no_search_for_cycles()
 def encode_chunk(chunk: Chunk, tokenizer: Tokenizer, *, reasoning: Reasoning = "keep") -> Documents:
-    """Tokenise a chunk; raise `MissingTokens` as `template.encode`."""
+    """Tokenize a chunk; raise `MissingTokens` as `template.encode`."""
     tokens: list[np.ndarray] = [np.zeros(0, np.int32)]
     index: list[np.ndarray] = [np.zeros(0, DOCUMENT)]
     formats: Counter[str] = Counter()
@@ -58,7 +58,7 @@ def encode_chunk(chunk: Chunk, tokenizer: Tokenizer, *, reasoning: Reasoning = "
                 broken.append((record.line, record.size, record.reason))
                 continue
             try:
-                name, example, keys, notes = recognise(record.value, reasoning)
+                name, example, keys, notes = recognize(record.value, reasoning)
             except RowError as error:
                 broken.append((record.line, record.size, str(error)))
                 continue
@@ -95,7 +95,7 @@ def encode_chunk(chunk: Chunk, tokenizer: Tokenizer, *, reasoning: Reasoning = "
 
 
 def _batches(records: Iterable[Record | BrokenRecord]) -> Iterator[list[Record | BrokenRecord]]:
-    """Group records into batches that are tokenised at once."""
+    """Group records into batches that are tokenized at once."""
     batch: list[Record | BrokenRecord] = []
     size = 0
     for record in records:

@@ -1,4 +1,4 @@
-"""Worker processes that tokenise chunks, in order."""
+"""Worker processes that tokenize chunks, in order."""
 
 import itertools
 import multiprocessing
@@ -23,14 +23,14 @@ Job = tuple[Chunk, Path | None]
 
 
 def write_documents(jobs: Iterable[Job], encode: Encode, *, workers: int) -> Iterator[Chunk]:
-    """Tokenise chunks and write their documents; yield each chunk when it is done, in order.
+    """Tokenize chunks and write their documents; yield each chunk when it is done, in order.
 
-    A single chunk, and every chunk for one worker, is tokenised in this process: starting another
+    A single chunk, and every chunk for one worker, is tokenized in this process: starting another
     one takes seconds.
 
     Raises:
         OSError: a file cannot be written, or a process died (out of memory).
-        ValueError: a chunk cannot be tokenised.
+        ValueError: a chunk cannot be tokenized.
     """
     jobs = iter(jobs)
     waiting: list[Job] = []
@@ -55,7 +55,7 @@ def write_documents(jobs: Iterable[Job], encode: Encode, *, workers: int) -> Ite
             while running:
                 yield _result(*running.popleft())
         except (BrokenProcessPool, BrokenPipeError) as error:
-            raise OSError("a process that tokenises died: out of memory?") from error
+            raise OSError("a process that tokenizes died: out of memory?") from error
         finally:
             for _, future in running:
                 future.cancel()

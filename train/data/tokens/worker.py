@@ -1,4 +1,4 @@
-"""A worker process of pool.py: it tokenises chunks and writes their documents.
+"""A worker process of pool.py: it tokenizes chunks and writes their documents.
 
 This module imports nothing large. Whoever starts a process waits until it has read its arguments,
 and it imports this module before it reads on: processes start at the same time only if both take
@@ -24,7 +24,7 @@ def start(encode: bytes) -> None:
 
 
 def write(chunk: Any, path: Path) -> None:
-    """Tokenise a chunk and write its documents."""
+    """Tokenize a chunk and write its documents."""
     _encode[0](chunk).write(path)
 
 

@@ -53,7 +53,7 @@ class KernelContext:
       stride: elements of one head in lse and delta.
       dq_part: (rows, columns) of dQ that one consumer computes.
       gmem: refs to global memory, by the names of the kernel's inputs and outputs; the heads of a
-        token are neighbours, [tokens, heads * H].
+        token are neighbors, [tokens, heads * H].
       smem: refs to shared memory, by the names of `kernel.scratch`.
       barriers: the barriers.
       row: index of the program's row tile in the work list.
@@ -82,7 +82,7 @@ class KernelContext:
         """Run mainloop(query head, Q tile, number of tiles before).
 
         Chunks of `Q_CHUNK` tiles, from the last to the first, and each chunk for all heads. The
-        programs that run at once own neighbouring keys, which the same last queries see. So they
+        programs that run at once own neighboring keys, which the same last queries see. So they
         read the same few tiles of Q and dO, and add to the same tiles of dQ, while these are in
         the L2 cache. Head after head they would drift apart, programs of fewer tiles ahead, until
         they were in different heads.

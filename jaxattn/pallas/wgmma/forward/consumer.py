@@ -88,7 +88,7 @@ class _ForwardTile(WorkTile):
         one_short_tile = self.short is not False and self.short & (self.live_from == self.last)
         o, m, l = static_cond(one_short_tile, self._one_short_tile, self._all_tiles)
         lax.fori_loop(self.live_to, self.count, self.skip, ())
-        # Normalise and store, while the Q, K and V of the next work tile are being copied.
+        # Normalize and store, while the Q, K and V of the next work tile are being copied.
         self._store(tile_head, o, m, l)
         return self.count
 
@@ -159,7 +159,7 @@ class _ForwardTile(WorkTile):
             new = self._softmax(self.masked(s, j), j, m, l)
             # ptxas moves the wait for P V up to before the softmax, which undoes the
             # overlap, unless a branch stands between: this wait is that branch. And P
-            # stays fp32 until P V is done, or ptxas serialises the two (C7513).
+            # stays fp32 until P V is done, or ptxas serializes the two (C7513).
             new = lax.optimization_barrier(new)
             self.wait_for_k(j + 1) if size == whole else self.wait_for_v(j)
             for ref, value in zip(state, new, strict=True):

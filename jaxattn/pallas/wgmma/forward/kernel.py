@@ -1,4 +1,4 @@
-"""Forward kernel: block-sparse flash attention for Hopper, persistent and warp-specialised.
+"""Forward kernel: block-sparse flash attention for Hopper, persistent and warp-specialized.
 
 R rows = B * T concatenated queries, C columns = B * S keys, N query heads, K kv heads, H head dim.
 A program processes one work tile after another: `CONSUMERS * warpgroup_queries` queries x
@@ -47,7 +47,7 @@ from jaxattn.pallas.wgmma.tiles import CONSUMERS, PRODUCER, ForwardTiles
 
 # Programs of the persistent grid: one per multiprocessor of an H100 or H200.
 PROGRAMS = 132
-# Retry flags of a program. With more work tiles than flags, neighbouring tiles share a flag.
+# Retry flags of a program. With more work tiles than flags, neighboring tiles share a flag.
 RETRY_FLAGS = 127
 
 

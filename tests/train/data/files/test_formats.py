@@ -7,7 +7,7 @@ import pytest
 
 from train.data.files.examples import Chat, Ids, Message, Text
 from train.data.files.fields import FLAGS, RowError
-from train.data.files.formats import recognise
+from train.data.files.formats import recognize
 
 PLUGIN_SYSTEM, PLUGIN_RESULT = "system name=<|plugin|>", "environment name=<|plugin|>"
 
@@ -23,7 +23,7 @@ def chat(*messages: tuple) -> Chat:
 
 
 def example(row: object, **options):
-    return recognise(row, **options).example
+    return recognize(row, **options).example
 
 
 def pair(question: str = "Q", said: str = "A") -> Chat:
@@ -88,8 +88,8 @@ def pair(question: str = "Q", said: str = "A") -> Chat:
         ),
     ],
 )
-def test_formats_are_recognised_by_their_keys(row, name, expected):
-    reading = recognise(row)
+def test_formats_are_recognized_by_their_keys(row, name, expected):
+    reading = recognize(row)
     assert (reading.format, reading.example) == (name, expected)
 
 
@@ -149,7 +149,7 @@ def answered(**more) -> dict:
 )
 def test_rows_that_cannot_be_used_say_why(row, reason):
     with pytest.raises(RowError) as error:
-        recognise(row)
+        recognize(row)
     assert reason in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -166,7 +166,7 @@ def test_sharegpt_with_tools():
             {"from": "human", "value": "thanks"},
         ],
     }
-    reading = recognise(row)
+    reading = recognize(row)
     assert reading.format == "sharegpt"
     assert reading.example == chat(
         (PLUGIN_SYSTEM, '[{"name": "add"}]'),
@@ -188,16 +188,16 @@ def test_sharegpt_system_and_tools_as_objects():
 def test_a_null_column_decides_nothing():
     """A table of rows of several formats has the columns of all of them, padded by Arrow."""
     null = {"conversation": None, "messages": None, "question": None, "answer": None, "text": None}
-    assert recognise(null | {"text": "raw"})[:2] == ("text", Text("raw"))
-    assert recognise(null | {"question": "Q", "answer": "A"}).format == "qa"
+    assert recognize(null | {"text": "raw"})[:2] == ("text", Text("raw"))
+    assert recognize(null | {"question": "Q", "answer": "A"}).format == "qa"
     padded = {"messages": [{"role": None, "content": None}], "conversation": []}
-    assert recognise(padded | {"text": "raw"}).format == "text"
+    assert recognize(padded | {"text": "raw"}).format == "text"
     with pytest.raises(RowError, match="'conversation' must be a list, this is null"):
-        recognise(null)
+        recognize(null)
 
 
 def test_negative_ids_are_tokens_without_loss():
-    name, ids, *_ = recognise({"tokens": [1, -333, 0, 7]})
+    name, ids, *_ = recognize({"tokens": [1, -333, 0, 7]})
     assert (name, ids) == ("tokens", Ids((1, 333, 0, 7), (True, False, True, True)))
     assert not ids.splittable  # a chat
     assert example({"tokens": [1, 2]}).splittable
@@ -227,7 +227,7 @@ def said(*speakers: str) -> dict:
 )
 def test_broken_sharegpt_and_tokens(row, reason):
     with pytest.raises(RowError) as error:
-        recognise(row)
+        recognize(row)
     assert reason in str(error.value)
 
 
@@ -250,7 +250,7 @@ def test_a_flag_is_honoured_in_every_spelling_and_format(make, format_):
     false = (False, 0, 0.0, "0", "false", "False", " FALSE ")
     true = (True, 1, 1.0, "1", "true", "True", None, "", " ", "null", "None")
     for key, value in itertools.product(FLAGS, false + true):
-        reading = recognise(make[format_]({key: value}))
+        reading = recognize(make[format_]({key: value}))
         wanted = value not in false
         assert reading.example.messages[-1].trained is wanted, (key, value)
         assert reading.remarks == ["answer(s) without loss, as the data ask"] * (not wanted)
@@ -260,23 +260,23 @@ def test_a_flag_is_honoured_in_every_spelling_and_format(make, format_):
 def test_one_false_flag_of_several_is_enough():
     assert example(answered(weight=1, train=False)).messages[-1].trained is False
     with pytest.raises(RowError, match="'weight' must be"):
-        recognise(answered(train=False, weight=0.3))
+        recognize(answered(train=False, weight=0.3))
 
 
 def test_a_number_of_a_whole_row_that_is_no_flag_is_a_key_not_read():
     """A score or a sampling weight: it says nothing about one answer."""
-    reading = recognise({"question": "Q", "answer": "A", "loss": 2.31, "weight": 0.5})
+    reading = recognize({"question": "Q", "answer": "A", "loss": 2.31, "weight": 0.5})
     assert reading.unread == {"loss", "weight"} and reading.example == pair()
 
 
 def test_a_flag_that_asks_to_train_another_message_is_said():
     row = answered()
     row["messages"][0]["weight"] = 1
-    reading = recognise(row)
+    reading = recognize(row)
     assert reading.example == pair()
     assert reading.remarks == ["message(s) flagged for training that are no answers: without loss"]
     row["messages"][0]["weight"] = 0
-    assert not recognise(row).remarks
+    assert not recognize(row).remarks
 
 
 ABSENT = [
@@ -288,10 +288,10 @@ ABSENT = [
 @pytest.mark.parametrize("format_", WITH_FLAG)
 def test_absent_values_are_not_there(format_):
     """One rule for every optional key of every format: no message, no error, no unread key."""
-    plain = recognise(WITH_FLAG[format_]({}))
+    plain = recognize(WITH_FLAG[format_]({}))
     for key in ("system", "tools", "functions", "context", "chosen", "notes"):
         for value in ABSENT:
-            assert recognise(WITH_FLAG[format_]({}) | {key: value}) == plain, (key, value)
+            assert recognize(WITH_FLAG[format_]({}) | {key: value}) == plain, (key, value)
 
 
 def test_absent_calls_names_and_systems_of_messages_are_not_there():
@@ -301,7 +301,7 @@ def test_absent_calls_names_and_systems_of_messages_are_not_there():
 
 def check_absent(value) -> None:
     for key in ("tool_calls", "function_call", "name", "reasoning_content", "id"):
-        assert recognise(answered(**{key: value})) == recognise(answered()), key
+        assert recognize(answered(**{key: value})) == recognize(answered()), key
     if value is None or isinstance(value, str):
         system = {"role": "system", "content": value}
         row = answered()
@@ -346,9 +346,9 @@ def test_answers_before_any_message_are_said():
     """As XTuner does for messages; in both formats alike."""
     row = said("gpt", "human", "gpt")
     assert example(row) == pair("x", "x")
-    assert recognise(row).remarks == ["answer(s) before any other message left out"]
+    assert recognize(row).remarks == ["answer(s) before any other message left out"]
     messages = {"messages": [{"role": "assistant", "content": "x"}, *answered()["messages"]]}
-    assert recognise(messages).remarks == ["answer(s) before any other message left out"]
+    assert recognize(messages).remarks == ["answer(s) before any other message left out"]
     # A system message before is enough.
     assert example(said("system", "gpt")) == chat(("system", "x"), ("assistant", "x"))
 
@@ -358,7 +358,7 @@ def test_system_and_tools_of_the_row_come_first(format_):
     row = WITH_FLAG[format_]({}) | {"system": "S", "tools": [{"name": "f"}]}
     first, second, *_ = example(row).messages
     assert (first, second) == (Message("system", "S"), Message(PLUGIN_SYSTEM, '[{"name": "f"}]'))
-    assert not recognise(row).unread
+    assert not recognize(row).unread
 
 
 def test_context_follows_the_question():
@@ -374,17 +374,17 @@ def test_keys_that_are_not_read_are_named_once_a_row():
     row = answered(refusal="no", id="m2") | {"source": "web", "id": 7, "score": 0, "empty": [None]}
     row["messages"][0]["id"] = "m1"
     row["messages"][0]["tool_calls"] = [{"id": "x"}]
-    assert recognise(row).unread == {
+    assert recognize(row).unread == {
         *("source", "id", "score", "messages[].refusal", "messages[].id", "messages[].tool_calls")
     }
-    assert recognise({"text": "a", "system": "S"}).unread == {"system"}
-    assert recognise({"tokens": [1, 2], "labels": [1, 2]}).unread == {"labels"}
+    assert recognize({"text": "a", "system": "S"}).unread == {"system"}
+    assert recognize({"tokens": [1, 2], "labels": [1, 2]}).unread == {"labels"}
     turn = {"input": "Q", "output": "A", "need_eos_token": False}
-    assert recognise({"conversation": [turn]}).unread == {"conversation[].need_eos_token"}
+    assert recognize({"conversation": [turn]}).unread == {"conversation[].need_eos_token"}
     row = {
         "conversations": [{"from": "human", "value": "Q", "x": 1}, {"from": "gpt", "value": "A"}]
     }
-    assert recognise(row).unread == {"conversations[].x"}
+    assert recognize(row).unread == {"conversations[].x"}
 
 
 def test_two_system_messages_are_kept_with_their_names():
@@ -415,7 +415,7 @@ def test_names_are_the_same_in_sharegpt_rows():
         *(("system name=nS", "S"), ("user name=nQ", "Q"), ("assistant name=nA", "A")),
         *((PLUGIN_RESULT, "R"), ("assistant name=nB", "B")),
     )
-    assert not recognise(row).unread
+    assert not recognize(row).unread
 
 
 @pytest.mark.parametrize(
@@ -428,17 +428,17 @@ def test_names_are_the_same_in_sharegpt_rows():
 )
 def test_rows_without_any_prompt_are_raw_text(row, text):
     """XTuner's pre-training rows; said in the report, and their format has a name of its own."""
-    reading = recognise(row)
+    reading = recognize(row)
     assert (reading.format, reading.example) == ("pretrain", Text(text))
     assert reading.remarks == ["row(s) without any prompt read as raw text, as XTuner pre-trains"]
 
 
 def test_a_prompt_of_any_kind_makes_a_chat():
     row = {"conversation": [{"system": "S", "input": "", "output": "A"}]}
-    assert recognise(row)[:2] == ("conversation", chat(("system", "S"), ("assistant", "A")))
+    assert recognize(row)[:2] == ("conversation", chat(("system", "S"), ("assistant", "A")))
     untrained = {"conversation": [{"output": "A"}, {"output": "B", "output_with_loss": False}]}
     with pytest.raises(RowError, match="raw text .* with a flag that excludes it from loss"):
-        recognise(untrained)
+        recognize(untrained)
 
 
 WEATHER = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {}}}}
@@ -472,7 +472,7 @@ def test_tool_calls_are_plugin_messages():
             {"role": "assistant", "content": "Here and there."},
         ],
     }
-    reading = recognise(row)
+    reading = recognize(row)
     assert reading.example == chat(
         (PLUGIN_SYSTEM, json.dumps([WEATHER])),
         ("user", "Rain?"),
@@ -485,7 +485,7 @@ def test_tool_calls_are_plugin_messages():
     )
     assert not reading.unread
     as_text = row | {"tools": json.dumps(row["tools"])}
-    assert recognise(as_text) == reading
+    assert recognize(as_text) == reading
 
 
 def test_older_and_padded_calls():
@@ -533,7 +533,7 @@ def test_calls_that_cannot_be_read_say_why(change, reason):
     row = answered(content=None, **change)
     row["messages"].append({"role": "tool", "tool_call_id": "z", "content": "dry"})
     with pytest.raises(RowError) as error:
-        recognise(row)
+        recognize(row)
     assert reason in str(error.value)
 
 
@@ -557,7 +557,7 @@ WITH_REASONING = {
 @pytest.mark.parametrize("format_", WITH_FLAG)
 def test_reasoning_is_kept_or_dropped_and_said(format_, key):
     row = WITH_REASONING[key](WITH_FLAG[format_])
-    kept, dropped = recognise(row), recognise(row, "drop")
+    kept, dropped = recognize(row), recognize(row, "drop")
     assert kept.example.messages[-1].text == "<think>\nHm.\n</think>\n\nA"
     assert dropped.example.messages[-1].text == "A"
     assert (kept.remarks, dropped.remarks) == ([KEPT], [DROPPED])
@@ -576,7 +576,7 @@ def test_reasoning_is_kept_or_dropped_and_said(format_, key):
 def test_reasoning_inside_the_answer(text, dropped):
     row = {"question": "Q", "answer": text}
     assert example(row) == pair(said=text)
-    assert recognise(row).remarks == [KEPT]
+    assert recognize(row).remarks == [KEPT]
     assert example(row, reasoning="drop") == pair(said=dropped)
 
 
@@ -590,7 +590,7 @@ def test_reasoning_that_is_written_twice_is_kept_once():
 @pytest.mark.parametrize("text", ["<think>never ends", "<think>all</think> "])
 def test_an_answer_of_reasoning_alone_cannot_be_dropped(text):
     with pytest.raises(RowError, match="without"):
-        recognise({"question": "Q", "answer": text}, "drop")
+        recognize({"question": "Q", "answer": text}, "drop")
 
 
 def test_reasoning_before_a_call():

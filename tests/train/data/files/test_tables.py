@@ -5,7 +5,7 @@ import json
 import pytest
 
 from train.data.files import tables
-from train.data.files.formats import recognise
+from train.data.files.formats import recognize
 from train.data.files.records import (
     BrokenRecord,
     Record,
@@ -139,7 +139,7 @@ def test_null_is_a_field_that_is_not_there(save):
     """Tables have the same fields in every row."""
     said = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "loss": False}]
     path = save("parquet", [{"messages": said}, {"messages": [said[0], {**said[1], "loss": None}]}])
-    turns = [recognise(row.value).example.messages for row in read_records(path)]
+    turns = [recognize(row.value).example.messages for row in read_records(path)]
     assert [chat[1].trained for chat in turns] == [False, True]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from models.tokenizer import load_tokenizer
 from train.data.files.examples import Chat, Example, Ids, Message, Text
-from train.data.files.formats import recognise
+from train.data.files.formats import recognize
 from train.data.files.template import MissingTokens, encode, render
 
 BOS, END, START = 1, 263, 264
@@ -79,7 +79,7 @@ def test_system_text_and_several_turns(tokenizer):
     assert encoded.trained.tolist() == [bool(flag) for piece, flag in expected for _ in piece]
 
 
-def test_pieces_are_tokenised_one_by_one():
+def test_pieces_are_tokenized_one_by_one():
     """Joined, they may get other ids: a tokenizer must not see across the joins."""
     assert render(chat(("Q1", " A1 ", "S"), ("Q2", "A2", "", False))) == [
         (
@@ -126,7 +126,7 @@ GOLDEN = json.loads((Path(__file__).parent / "golden_template.json").read_text(e
 def test_golden_ids_of_every_format(case, kind):
     """Ids and labels of XTuner's algorithm, run on the Hugging Face tokenizer of tests/data."""
     tokenizer = load_tokenizer(Path(__file__).parents[3] / "data" / kind)
-    encoded = encode_one(recognise(case["row"]).example, tokenizer)
+    encoded = encode_one(recognize(case["row"]).example, tokenizer)
     assert encoded.tokens.tolist() == case["ids"]
     assert np.where(encoded.trained, encoded.tokens, -100).tolist() == case["labels"]
 

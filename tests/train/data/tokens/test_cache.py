@@ -18,7 +18,7 @@ import pytest
 from train.data.files.records import read_chunks
 from train.data.tokens import cache as cache_module
 from train.data.tokens.cache import ReadOptions
-from train.data.tokens.dataset import tokenise
+from train.data.tokens.dataset import tokenize
 
 
 @pytest.fixture
@@ -46,34 +46,34 @@ def parts(cache: Path) -> list[Path]:
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_cached_tokens_are_those_of_the_memory(path, tokenizer, tmp_path, workers, monkeypatch):
-    """Made by one process or three, and read again without tokenising."""
+    """Made by one process or three, and read again without tokenizing."""
     cache = tmp_path / "cache"
-    plain = tokenise([path], tokenizer)
-    made = tokenise([path], tokenizer, reading(cache, workers=workers))
+    plain = tokenize([path], tokenizer)
+    made = tokenize([path], tokenizer, reading(cache, workers=workers))
     assert same(plain, made)
     assert len(parts(cache)) > 10
     monkeypatch.setattr(cache_module, "write_documents", None)  # would fail if it were called
-    again = tokenise([path], tokenizer, reading(cache))
+    again = tokenize([path], tokenizer, reading(cache))
     assert same(plain, again) and again.digest == made.digest
 
 
 def test_other_data_and_another_tokenizer_have_another_place(path, tokenizer, tmp_path, write):
     cache = tmp_path / "cache"
 
-    tokenise([path], tokenizer, reading(cache))
-    tokenise([path], dataclasses.replace(tokenizer, fingerprint="other"), reading(cache))
+    tokenize([path], tokenizer, reading(cache))
+    tokenize([path], dataclasses.replace(tokenizer, fingerprint="other"), reading(cache))
     begun = dataclasses.replace(tokenizer, bos_id=2)
-    assert same(tokenise([path], begun), tokenise([path], begun, reading(cache)))
+    assert same(tokenize([path], begun), tokenize([path], begun, reading(cache)))
     path.write_text(path.read_text().replace("Q17", "Q00"))
-    tokenise([path], tokenizer, reading(cache))
+    tokenize([path], tokenizer, reading(cache))
     assert len(list(cache.glob("*/*"))) == 4
 
 
-def test_the_same_bytes_under_another_name_are_not_tokenised_again(path, tokenizer, tmp_path):
+def test_the_same_bytes_under_another_name_are_not_tokenized_again(path, tokenizer, tmp_path):
     cache = tmp_path / "cache"
-    tokenise([path], tokenizer, reading(cache))
+    tokenize([path], tokenizer, reading(cache))
     moved = path.rename(tmp_path / "b.jsonl")
-    dataset = tokenise([moved], tokenizer, reading(cache))
+    dataset = tokenize([moved], tokenizer, reading(cache))
     assert len(list(cache.glob("*/*"))) == 1
     assert str(dataset.broken[0]) == f"{moved}:8: 'answer' is empty"
 
@@ -82,14 +82,14 @@ def test_the_same_bytes_under_another_name_are_not_tokenised_again(path, tokeniz
 def test_a_flipped_byte_is_found_and_its_part_made_anew(path, tokenizer, tmp_path, place, caplog):
     """In tokens, index, JSON and checksum; no other part is touched."""
     cache = tmp_path / "cache"
-    plain = tokenise([path], tokenizer)
-    tokenise([path], tokenizer, reading(cache))
+    plain = tokenize([path], tokenizer)
+    tokenize([path], tokenizer, reading(cache))
     damaged = parts(cache)[3]
     before = {part: part.stat().st_mtime_ns for part in parts(cache)}
     data = bytearray(damaged.read_bytes())
     data[int((len(data) - 1) * place)] ^= 1
     damaged.write_bytes(data)
-    assert same(plain, tokenise([path], tokenizer, reading(cache)))
+    assert same(plain, tokenize([path], tokenizer, reading(cache)))
     assert "the checksum is wrong" in caplog.text
     touched = [part for part in parts(cache) if part.stat().st_mtime_ns != before[part]]
     assert touched == [damaged]
@@ -102,7 +102,7 @@ def test_a_file_that_changes_while_it_is_read_leaves_nothing_behind(
 ):
     """Before, between or after its parts; when its bytes are back, so are its tokens."""
     cache = tmp_path / "cache"
-    plain, content = tokenise([path], tokenizer), path.read_bytes()
+    plain, content = tokenize([path], tokenizer), path.read_bytes()
     other = content[:2500] if change == "cut off" else content.replace(b"A", b"B") + b"\n"
 
     def changing(path, size):
@@ -118,21 +118,21 @@ def test_a_file_that_changes_while_it_is_read_leaves_nothing_behind(
 
     monkeypatch.setattr(cache_module, "read_chunks", changing)
     with pytest.raises(ValueError, match="a.jsonl changed while it was read: run again when"):
-        tokenise([path], tokenizer, reading(cache))
+        tokenize([path], tokenizer, reading(cache))
     path.write_bytes(content)
     monkeypatch.setattr(cache_module, "read_chunks", read_chunks)
     assert not list(cache.rglob("whole.json"))
-    assert same(plain, tokenise([path], tokenizer, reading(cache)))
+    assert same(plain, tokenize([path], tokenizer, reading(cache)))
 
 
 def test_a_cut_off_part_and_a_broken_list_are_made_anew(path, tokenizer, tmp_path):
     cache = tmp_path / "cache"
-    plain = tokenise([path], tokenizer)
-    tokenise([path], tokenizer, reading(cache))
+    plain = tokenize([path], tokenizer)
+    tokenize([path], tokenizer, reading(cache))
     os.truncate(parts(cache)[0], 10)
-    assert same(plain, tokenise([path], tokenizer, reading(cache)))
+    assert same(plain, tokenize([path], tokenizer, reading(cache)))
     next(cache.rglob("whole.json")).write_text("{")
-    assert same(plain, tokenise([path], tokenizer, reading(cache)))
+    assert same(plain, tokenize([path], tokenizer, reading(cache)))
 
 
 @pytest.mark.parametrize(
@@ -144,11 +144,11 @@ def test_a_list_that_says_another_number_of_parts_is_made_anew(
 ):
     """One byte would leave out chunks, or make the list endless."""
     cache = tmp_path / "cache"
-    made = tokenise([path], tokenizer, reading(cache))
+    made = tokenize([path], tokenizer, reading(cache))
     whole = next(cache.rglob("whole.json"))
     content = whole.read_bytes()
     whole.write_bytes(re.sub(rb'"parts": \d+', b'"parts": ' + parts, content))
-    assert same(made, tokenise([path], tokenizer, reading(cache)))
+    assert same(made, tokenize([path], tokenizer, reading(cache)))
     assert "damaged token cache: " in caplog.text and "whole.json" in caplog.text
     assert whole.read_bytes() == content
 
@@ -158,11 +158,11 @@ import sys
 from pathlib import Path
 from models.tokenizer import load_tokenizer
 from train.data.tokens.cache import ReadOptions
-from train.data.tokens.dataset import tokenise
+from train.data.tokens.dataset import tokenize
 if __name__ == "__main__":
     print("begun", flush=True)
     reading = ReadOptions(cache=Path(sys.argv[2]), workers=2, chunk=256)
-    tokenise([Path(sys.argv[1])], load_tokenizer("byte"), reading)
+    tokenize([Path(sys.argv[1])], load_tokenizer("byte"), reading)
 """
 
 
@@ -183,8 +183,8 @@ def test_killed_while_building_it_goes_on_where_it_was(path, tokenizer, tmp_path
     assert build.returncode == -signal.SIGKILL
     kept = {part: part.stat().st_mtime_ns for part in parts(cache)}
     assert not list(cache.rglob("whole.json"))
-    again = tokenise([path], tokenizer, reading(cache, chunk=256))
-    assert same(tokenise([path], tokenizer), again)
+    again = tokenize([path], tokenizer, reading(cache, chunk=256))
+    assert same(tokenize([path], tokenizer), again)
     assert {part: part.stat().st_mtime_ns for part in kept} == kept
     assert len(parts(cache)) > len(kept)
     assert not list(cache.rglob("*.tmp"))
@@ -234,21 +234,21 @@ def alive(pid: int) -> bool:
 def test_two_builders_make_one_cache(path, tokenizer, tmp_path, caplog):
     """The second waits, says so, and reads what the first made."""
     cache = tmp_path / "cache"
-    tokenise([path], tokenizer, reading(cache))
+    tokenize([path], tokenizer, reading(cache))
     (directory,) = cache.glob("*/*")
     (directory / "whole.json").unlink()
     made = []
     caplog.set_level("INFO")
     with cache_module._lock(directory, path):
         second = threading.Thread(
-            target=lambda: made.append(tokenise([path], tokenizer, reading(cache)))
+            target=lambda: made.append(tokenize([path], tokenizer, reading(cache)))
         )
         second.start()
         second.join(0.5)
         assert second.is_alive()
     second.join()
-    assert "being tokenised by another run: waiting" in caplog.text
-    assert same(tokenise([path], tokenizer), made[0])
+    assert "being tokenized by another run: waiting" in caplog.text
+    assert same(tokenize([path], tokenizer), made[0])
 
 
 class Deadly:
@@ -263,14 +263,14 @@ class Deadly:
 
 def test_a_worker_that_dies_is_one_clear_error(path, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(cache_module, "encode_chunk", Deadly())
-    with pytest.raises(OSError, match=r"a process that tokenises died: out of memory\?"):
-        tokenise([path], tokenizer, reading(tmp_path / "cache", workers=2))
+    with pytest.raises(OSError, match=r"a process that tokenizes died: out of memory\?"):
+        tokenize([path], tokenizer, reading(tmp_path / "cache", workers=2))
 
 
 def test_a_cache_that_cannot_be_written_names_the_flag(path, tokenizer, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="choose another with --data.cache"):
-        tokenise([path], tokenizer, reading(tmp_path / "file" / "cache"))
+        tokenize([path], tokenizer, reading(tmp_path / "file" / "cache"))
 
 
 def test_a_cache_that_cannot_be_read_names_the_flag(path, tokenizer, tmp_path, monkeypatch):
@@ -281,16 +281,16 @@ def test_a_cache_that_cannot_be_read_names_the_flag(path, tokenizer, tmp_path, m
 
     monkeypatch.setattr(cache_module, "_open_whole", forbidden)
     with pytest.raises(ValueError, match=r"be read \(Permission denied\): .* with --data.cache"):
-        tokenise([path], tokenizer, reading(tmp_path / "cache"))
+        tokenize([path], tokenizer, reading(tmp_path / "cache"))
 
 
 def test_strict_is_fatal_from_the_cache_too(path, tokenizer, tmp_path):
     for _ in range(2):
         with pytest.raises(ValueError, match=":8: 'answer' is empty"):
-            tokenise([path], tokenizer, reading(tmp_path / "cache", strict=True))
+            tokenize([path], tokenizer, reading(tmp_path / "cache", strict=True))
 
 
 def test_the_list_says_whose_tokens_they_are(path, tokenizer, tmp_path):
-    tokenise([path], tokenizer, reading(tmp_path / "cache", chunk=1 << 20))
+    tokenize([path], tokenizer, reading(tmp_path / "cache", chunk=1 << 20))
     whole = json.loads(next(tmp_path.rglob("whole.json")).read_text())
     assert (whole["parts"], whole["file"]) == (1, str(path))

@@ -7,7 +7,7 @@ import pytest
 
 from train.data.tokens import encode as encode_module
 from train.data.tokens.cache import ReadOptions
-from train.data.tokens.dataset import tokenise
+from train.data.tokens.dataset import tokenize
 
 GOOD = {"question": "Q", "answer": "A"}
 
@@ -15,7 +15,7 @@ GOOD = {"question": "Q", "answer": "A"}
 def test_documents_keep_their_order_file_and_line(write, tokenizer):
     a = write("a.jsonl", [{"text": "one"}, {"question": "", "answer": ""}, GOOD])
     b = write("b.json", [{"text": "two"}])
-    dataset = tokenise([a, b], tokenizer)
+    dataset = tokenize([a, b], tokenizer)
     assert dataset.lengths.tolist() == [4, 24, 4]
     assert dataset.splittable.tolist() == [True, False, True]
     assert dataset.file.tolist() == [0, 0, 1]
@@ -50,7 +50,7 @@ BAD_LINES = b"\n".join(
 
 def test_every_kind_of_broken_row_is_counted_with_its_line(write, tokenizer):
     path = write("a.jsonl", BAD_LINES)
-    dataset = tokenise([path], tokenizer)
+    dataset = tokenize([path], tokenizer)
     assert dataset.files[0].rows == 12
     assert dataset.files[0].documents == 1
     assert [problem.line for problem in dataset.broken] == list(range(2, 13))
@@ -60,19 +60,19 @@ def test_every_kind_of_broken_row_is_counted_with_its_line(write, tokenizer):
 def test_strict_makes_the_first_broken_row_fatal(write, tokenizer):
     path = write("a.jsonl", BAD_LINES)
     with pytest.raises(ValueError) as error:
-        tokenise([path], tokenizer, ReadOptions(strict=True))
+        tokenize([path], tokenizer, ReadOptions(strict=True))
     assert str(error.value).startswith(f"{path}:2: not JSON")
 
 
 def test_a_file_of_broken_rows_is_an_error(write, tokenizer):
     path = write("a.json", [{"prompt": "a"}, {"prompt": "b"}])
     with pytest.raises(ValueError, match=r"none of its 2 rows can be used; the first: .*:2: unk"):
-        tokenise([write("good.jsonl", [GOOD]), path], tokenizer)
+        tokenize([write("good.jsonl", [GOOD]), path], tokenizer)
 
 
 def test_an_empty_array_is_an_error(write, tokenizer):
     with pytest.raises(ValueError, match="holds no rows"):
-        tokenise([write("a.json", [])], tokenizer)
+        tokenize([write("a.json", [])], tokenizer)
 
 
 def test_text_without_tokens_is_a_broken_row(write, tokenizer):
@@ -87,7 +87,7 @@ def test_text_without_tokens_is_a_broken_row(write, tokenizer):
             return [self.encode(text) for text in texts]
 
     path = write("a.jsonl", [{"text": "unheard"}, {"text": "heard"}])
-    dataset = tokenise([path], Deaf())
+    dataset = tokenize([path], Deaf())
     assert [str(problem) for problem in dataset.broken] == [
         f"{path}:1: the document has no token to predict"
     ]
@@ -96,9 +96,9 @@ def test_text_without_tokens_is_a_broken_row(write, tokenizer):
 
 def test_rows_beyond_one_chunk_are_all_there(write, tokenizer, monkeypatch):
     path = write("a.jsonl", [{"text": f"text {i}"} for i in range(100)])
-    whole = tokenise([path], tokenizer)
+    whole = tokenize([path], tokenizer)
     monkeypatch.setattr(encode_module, "_BATCH", 50)
-    chunked = tokenise([path], tokenizer)
+    chunked = tokenize([path], tokenizer)
     assert np.array_equal(whole.tokens[:], chunked.tokens[:])
     assert whole.digest == chunked.digest
     assert whole.files == chunked.files
@@ -108,4 +108,4 @@ def test_rows_beyond_one_chunk_are_all_there(write, tokenizer, monkeypatch):
 def test_json_of_another_shape_is_told_what_is_wanted(write, tokenizer):
     path = write("a.json", {"data": [{"text": "a"}]})
     with pytest.raises(ValueError, match="a .json file is an array of rows, or has one object a"):
-        tokenise([path], tokenizer)
+        tokenize([path], tokenizer)

@@ -9,7 +9,7 @@ import pytest
 from models.tokenizer import load_tokenizer
 from train.data.tokens import cache as cache_module
 from train.data.tokens.cache import FORMAT_VERSION, ReadOptions, stale_caches
-from train.data.tokens.dataset import tokenise
+from train.data.tokens.dataset import tokenize
 
 DATA = Path(__file__).parents[3] / "data"
 ROWS = json.loads((Path(__file__).parents[1] / "files" / "golden_template.json").read_text("utf-8"))
@@ -71,7 +71,7 @@ def test_content_of_the_cache_changes_only_with_its_version(tmp_path):
     for number, spec in enumerate(("byte", DATA / "tokenizer_tiny", DATA / "tokenizer_tiny_spm")):
         for path in paths:
             cache = tmp_path / f"cache-{number}-{path.name}"
-            tokenise([path], load_tokenizer(spec), ReadOptions(cache=cache, workers=1))
+            tokenize([path], load_tokenizer(spec), ReadOptions(cache=cache, workers=1))
             for chunk in sorted(cache.rglob("*.tokens")):
                 digest.update(chunk.read_bytes())
     assert (FORMAT_VERSION, digest.hexdigest()) == GOLDEN
@@ -82,14 +82,14 @@ def test_another_version_has_a_cache_of_its_own(write, tokenizer, tmp_path, monk
     caplog.set_level("INFO")
     path, cache = write("a.jsonl", [{"text": "one"}]), tmp_path / "cache"
     monkeypatch.setattr(cache_module, "FORMAT_VERSION", 998)
-    tokenise([path], tokenizer, ReadOptions(cache=cache, workers=1))
+    tokenize([path], tokenizer, ReadOptions(cache=cache, workers=1))
     assert not caplog.messages
     monkeypatch.setattr(cache_module, "FORMAT_VERSION", 999)
     (cache / ("0" * 32)).mkdir()  # of the time before there were versions
     (cache / "notes").mkdir()  # somebody else's
     cache_module.log_stale_caches.cache_clear()
     for _ in range(2):
-        tokenise([path], tokenizer, ReadOptions(cache=cache, workers=1))
+        tokenize([path], tokenizer, ReadOptions(cache=cache, workers=1))
     assert [d.name for d in stale_caches(cache)] == ["0" * 32, "v998"]
     assert len(list((cache / "v999").rglob("*.tokens"))) == 1
     assert caplog.messages == [

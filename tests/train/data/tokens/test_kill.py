@@ -53,4 +53,4 @@ def test_two_processes_build_one_cache_at_once(killer):
     said = killer("two")
     assert (said["statuses"], said["same"]) == ([0, 0], [True, True])
     assert (said["whole"], said["left"]) == (1, 0)
-    assert said["said"].count("is being tokenised by another run: waiting for it") == 1
+    assert said["said"].count("is being tokenized by another run: waiting for it") == 1

@@ -79,7 +79,7 @@ def test_the_first_pass_alone_would_be_wrong():
 
 
 def test_flags_for_several_items():
-    """Neighbouring work tiles share a retry flag where a program has more tiles than flags."""
+    """Neighboring work tiles share a retry flag where a program has more tiles than flags."""
     with interpreted(), mock.patch.object(forward, "RETRY_FLAGS", 1):
         check(rising())
 
