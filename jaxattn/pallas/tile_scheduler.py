@@ -64,7 +64,7 @@ def backward_order(work: BlockMap, heads: int) -> Int[Array, " programs"]:
 
     A GPU starts programs in their order, each when a multiprocessor is free. Without documents, the
     kv heads come one after another, and in a head the key tiles with most work come first. With
-    documents this order has two weaknesses, which the order here has not:
+    documents, two things are added:
 
     * Programs that run at once should read the same queries and add to the same dQ, while these
       are in the L2 cache. So in a head the key tiles of one document follow each other, longest
