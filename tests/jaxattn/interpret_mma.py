@@ -23,7 +23,9 @@ def patches() -> list[tuple[Any, str, Any]]:
         (cp_async, "commit", lambda: None),
         (cp_async, "wait", lambda groups: None),
         (cp_async, "barrier", barrier),
+        (cp_async, "pair_barrier", lambda: None),
         (fragments, "load_factor", load_factor),
+        (fragments, "add_product_of_pair", add_product_of_pair),
         (fragments, "as_left_factor", lambda x: x),
         (fragments, "store_product", store_product),
         (row_access, "load_by_row", load_by_row),
@@ -80,6 +82,13 @@ def load_factor(ref, k, *, side, along, warpgroups=1, m_warps=4):
     return part if side == "left" else part.T
 
 
+def add_product_of_pair(sums, value, left, right):
+    """As one warp would that has all columns: half from registers, half from shared memory."""
+    half = value.shape[1] // 2
+    known = jnp.concatenate([value[:, :half], left[:, half:]], axis=1)
+    return sums + jnp.dot(known, right[...], preferred_element_type=jnp.float32)
+
+
 def store_product(ref, value, m_warps):
     ref[...] = value
 
@@ -98,9 +107,10 @@ def store_by_row(target, value, token, head, *, heads):
 def add_rows(target, value, token, head, *, dtype, m_warps, vector, column=0, own=0):
     assert not own
     rows, columns = value.shape
-    blocks = value.reshape(rows // 8, 8, columns // 8, 8).transpose(0, 2, 1, 3)
-    if not vector:  # even columns, then odd ones
-        pairs = blocks.reshape(rows // 8, columns // 8, 8, 4, 2)
-        blocks = pairs.transpose(0, 1, 4, 2, 3)
+    if vector:  # of 32 columns: warp, row, thread of a row, block of the warp, number
+        blocks = value.reshape(rows // 8, 8, columns // 32, 2, 2, 4, 2)
+        blocks = blocks.transpose(0, 2, 4, 1, 5, 3, 6)
+    else:  # even columns of a block, then odd ones
+        blocks = value.reshape(rows // 8, 8, columns // 8, 4, 2).transpose(0, 2, 4, 1, 3)
     at = pl.ds(lax.div(token, 8), rows // 8), head, pl.ds(8 * column, 8 * columns)
     target[at] = target[at] + blocks.reshape(rows // 8, 8 * columns)

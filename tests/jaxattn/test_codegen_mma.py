@@ -26,16 +26,17 @@ CASES = [
 ]
 # mma.sync per warp in a product of 64 x 64 x 128 by a warpgroup: 16 x 8 x 16 each, by four warps.
 PRODUCT = 64
-# Products in a round of the main loop of each kernel.
+# Products in a round of the main loop of each kernel. With two warpgroups the code of dQ is there
+# twice, because the warpgroups add it at different places.
 KERNELS = {
     "flash_forward_mma": 2,
     "flash_backward_mma": 5,
     "flash_backward_dkv_mma": 4,
     "flash_backward_dq_mma": 3,
 }
-# Local loads and stores that are tolerated in branches of a main loop: 16 bytes. Measured with jax
-# 0.12.0.1 and ptxas 13.5: one in the backward kernel of sm_80 with documents, none elsewhere.
-SPILLS = 4
+# Local loads and stores that are tolerated in a round of the main loop, in all of it and where
+# nothing is masked: measured with jax 0.12.0.1 and ptxas 13.5. None elsewhere.
+SPILLS = {("12.0", 128, "flash_backward_mma"): (8, 4)}
 
 
 @functools.cache
@@ -65,8 +66,11 @@ def test_main_loops(case):
         (loop,) = kernels[name]
         spills = sass.spills(loop.body), sass.spills(loop.straight)
         print(f"{name}: {registers[name]} registers, {spills} local loads and stores")
-        assert spills[0] <= SPILLS and spills[1] == 0, f"{name} {case}: {spills}"
+        limits = SPILLS.get((capability, head_dim, name), (0, 0))
+        assert spills[0] <= limits[0] and spills[1] <= limits[1], f"{name} {case}: {spills}"
         rows = tiles.forward.rows // 64 if name == "flash_forward_mma" else 1
+        if name == "flash_backward_mma" and tiles.backward.warpgroups > 1:
+            products += 1
         hmma = sass.count(loop.body, r"\bHMMA.16816.F32.BF16")
         assert hmma == products * rows * PRODUCT * head_dim // 128, (name, hmma)
         assert hmma / 4 < sass.count(loop.body, r"\bLDSM\b") < 0.7 * hmma, name

@@ -3,17 +3,22 @@
 R rows = B * T queries end to end, C columns = B * S keys, N query heads, K kv heads, G = N / K,
 H head dim. A program owns 64 keys per warpgroup of one kv head, keeps their dK and dV in registers,
 and loops over the live tiles of queries of the group's G heads. Scores are transposed, S^T [keys,
-queries]. P^T and dS^T go through shared memory: with two warps along each side of a product, 32 x
-32 scores and 32 x 64 numbers of a gradient per warp, the products need a fifth fewer loads from
-shared memory, the limit of this kernel, than with P^T and dS^T in registers. dQ is added to fp32
-numbers in global memory (`row_access.add_rows`); with two warpgroups, each computes half of its
-columns, so that a number is added once per 128 keys.
+queries]. With two warps along each side of every product, 32 x 32 scores and 32 x 64 numbers of a
+gradient per warp, a warp has half of the P^T and dS^T that it multiplies in registers and takes the
+other half from its neighbor through shared memory: loads from shared memory are the limit of this
+kernel. dQ is added to fp32 numbers in global memory (`row_access.add_rows`).
+
+With two warpgroups, each computes half of the columns of dQ, so that a number is added once per 128
+keys, and needs the dS^T of both. It adds dQ of the iteration before, whose dS^T is complete: one
+warpgroup at the start of an iteration and the other at its end, so that the products of one run
+beside the exponentials of the other.
 
 Q, dO, lse and delta arrive by cp.async. With two stages the next tile's copies start at the
 beginning of an iteration; with one, after dK has read Q.
 
-    wait for Q_i, dO_i | barrier | S^T = K Q^T, P^T; dP^T = V dO^T, dS^T; both stored
-                         barrier | dV += P^T dO, dK += dS^T Q, dQ += dS K
+    wait for Q_i, dO_i | barrier | warpgroup 1: dQ += dS_i-1 K
+        S^T = K Q^T, P^T | pair: exchange | dV += P^T dO, dP^T = V dO^T, dS^T
+        pair: exchange | dK += dS^T Q | warpgroup 0: dQ += dS_i-1 K
 """
 
 import functools
@@ -25,10 +30,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxattn.block_map import BlockMap
+from jaxattn.block_map import BlockMap, WorkField
 from jaxattn.pallas.launch import launch
 from jaxattn.pallas.mma import cp_async, fragments, row_access
 from jaxattn.pallas.mma.fragments import MMA_K
+from jaxattn.pallas.mma.tile_walk import ENTRY, RING, TileWalk
 from jaxattn.pallas.mma.tiles import BackwardTiles
 from jaxattn.pallas.mma.work_tile import WorkTile, zeros
 from jaxattn.pallas.operands import BackwardOperands
@@ -36,16 +42,13 @@ from jaxattn.pallas.smem import ring_slot, swizzled
 from jaxattn.pallas.softmax import LOG2E, by_col
 from jaxattn.pallas.tiles import WARPGROUP_ROWS
 
-# Q tiles that a program processes in one head before it turns to the next head: programs that run
-# at once then read the same tiles of Q and dO, and add to the same tiles of dQ, while these are in
-# the L2 cache.
-Q_CHUNK = 32
 # Warps along the rows of a product, and as many along its columns.
 M_WARPS = 2
 
 
-def scratch(head_dim: int, dtype: jnp.dtype, tiles: BackwardTiles) -> dict:
+def scratch(head_dim: int, dtype: jnp.dtype, tiles: BackwardTiles, with_dq: bool = True) -> dict:
     """Return the shared memory of one program."""
+    ds_slots = 2 if with_dq and tiles.warpgroups > 1 else 1
     q, kv, stages = tiles.block_q, tiles.block_kv, tiles.stages
 
     def tile(*shape):
@@ -57,12 +60,12 @@ def scratch(head_dim: int, dtype: jnp.dtype, tiles: BackwardTiles) -> dict:
         "v": tile(kv, head_dim),
         "q": tile(stages, q, head_dim),
         "do": tile(stages, q, head_dim),
-        "p": tile(kv, q),
-        "ds": tile(kv, q),
+        "ds": tile(ds_slots, kv, q),
         "lse": numbers,
         "delta": numbers,
         "row_bounds": plgpu.SMEM((tiles.warpgroups, 2, WARPGROUP_ROWS), jnp.int32),
-        "head_and_key": plgpu.SMEM((2,), jnp.int32),
+        "fields": plgpu.SMEM((tiles.warpgroups, len(WorkField)), jnp.int32),
+        "walk": plgpu.SMEM((RING, ENTRY), jnp.int32),
     }
 
 
@@ -86,6 +89,9 @@ def backward(
     # Columns of dQ at a time: at most 64, for which registers are left beside dK and dV.
     dq_columns = min(64, H // warpgroups)
     dq_parts = H // warpgroups // dq_columns
+    # Two warpgroups add dQ of the iteration before, which both have finished at its end.
+    dq_later, dq_now = with_dq and warpgroups > 1, with_dq and warpgroups == 1
+    ds_slots = 2 if dq_later else 1
     add_product = functools.partial(fragments.add_product, m_warps=M_WARPS)
 
     def kernel(gmem, smem):
@@ -93,38 +99,30 @@ def backward(
         program = lax.axis_index("program")
         index = gmem.order[program]
         entry, kv_head = lax.rem(index, key_tiles), lax.div(index, key_tiles)
-        row_bounds = smem.row_bounds.at[wg]
-        tile = WorkTile(gmem, entry, wg, row_bounds=row_bounds, block_cols=tiles.block_q)
+        tile = WorkTile(
+            gmem,
+            entry,
+            wg,
+            row_bounds=smem.row_bounds.at[wg],
+            block_cols=tiles.block_q,
+            fields=smem.fields.at[wg] if tiles.entry_in_smem else None,
+        )
+        walk = TileWalk(smem.walk, tile, kv_head * group, group)
         key = tile.row_tile * tiles.block_kv
         own = pl.ds(wg * WARPGROUP_ROWS, WARPGROUP_ROWS)
-        own_k, own_v, own_p, own_ds = (ref.at[own] for ref in (smem.k, smem.v, smem.p, smem.ds))
+        own_k, own_v = smem.k.at[own], smem.v.at[own]
         barrier = functools.partial(cp_async.barrier, warpgroups)
         copy_rows = functools.partial(cp_async.copy_rows, warpgroups=warpgroups)
 
-        # A position in the loop is (tiles of the chunks before, head of the group, tile in the
-        # chunk): all tiles of a chunk for one head, then for the next head, then the next chunk.
-        def tile_and_head(position, first_head):
-            """Return the Q tile, from the last to the first, and the query head of a position."""
-            offset, g, j = position
-            return tile.count - 1 - offset - j, first_head + g
+        # Read from shared memory at each use: on sm_80 no register is left to keep it.
+        def iterations():
+            return tile.count * group
 
-        def advance(position):
-            """Return the next position."""
-            offset, g, j = position
-            last = j + 1 == jnp.minimum(tile.count - offset, Q_CHUNK)
-            last_head = last & (g + 1 == group)
-            return (
-                jnp.where(last_head, offset + Q_CHUNK, offset),
-                jnp.where(last, jnp.where(last_head, 0, g + 1), g),
-                jnp.where(last, 0, j + 1),
-            )
-
-        def start_copy(position, i, first_head):
-            @pl.when(position[0] < tile.count)
+        def start_copy(i, exists):
+            @pl.when(exists)
             def _():
                 slot = ring_slot(i, stages)
-                t, head = tile_and_head(position, first_head)
-                token = tile.column(t)
+                token, head = walk.token(i), walk.head(i)
                 copy_rows(gmem.q, smem.q.at[slot], token, head)
                 copy_rows(gmem.do, smem.do.at[slot], token, head)
                 start = head * row_length + token
@@ -135,22 +133,44 @@ def backward(
 
         copy_rows(gmem.k, smem.k, key, kv_head)
         copy_rows(gmem.v, smem.v, key, kv_head)
-        first = (jnp.int32(0),) * 3
-        start_copy(first, jnp.int32(0), kv_head * group)
-        # Read again where they are needed: on sm_80 no register is left to keep them.
-        smem.head_and_key[0], smem.head_and_key[1] = kv_head, key
+        start_copy(jnp.int32(0), iterations() > 0)
 
-        def step(i, carry):
-            dk_acc, dv_acc, *position = carry
+        def add_dq(i):
+            """Add the product of the i-th iteration's dS and K to dQ."""
+            ds_tile = smem.ds.at[ring_slot(i, ds_slots)]
+            for part in range(dq_parts):
+                columns = pl.ds(part * dq_columns, warpgroups * dq_columns)
+                dq_acc = zeros((tiles.block_q, dq_columns), layout)
+                load = functools.partial(fragments.load_factor, along="rows", m_warps=M_WARPS)
+                for c in range(tiles.block_kv // MMA_K):
+                    ds = load(ds_tile, c, side="left")
+                    k = load(smem.k.at[:, columns], c, side="right", warpgroups=warpgroups)
+                    dq_acc = plgpu.mma(dq_acc, ds, k)
+                row_access.add_rows(
+                    gmem.dq,
+                    dq_acc,
+                    walk.token(i),
+                    walk.head(i),
+                    dtype=dtype,
+                    m_warps=M_WARPS,
+                    vector=tiles.vector,
+                    column=part * dq_columns,
+                    own=dq_columns if warpgroups > 1 else 0,
+                )
+
+        def step(carry):
+            i, _, *carry = carry
+            # Loaded before the barrier, so that the loads are complete after it.
+            t = walk.tile(i)
+            is_live, is_full, more = tile.is_live(t), tile.is_full(t), i + 1 < iterations()
             slot = ring_slot(i, stages)
             q_tile, do_tile = smem.q.at[slot], smem.do.at[slot]
-            ahead = advance(position)
+            own_ds = smem.ds.at[ring_slot(i, ds_slots)].at[own]
             cp_async.wait(0)
             barrier()
-            first_head = smem.head_and_key[0] * group
-            t, head = tile_and_head(position, first_head)
+            walk.look_ahead(i + 2)
             if stages > 1:
-                start_copy(ahead, i + 1, first_head)
+                start_copy(i + 1, more)
 
             def each_row(ref):
                 numbers = plgpu.load(ref.at[slot], layout=layout.reduce(0))
@@ -159,66 +179,61 @@ def backward(
             def masked(s):
                 # One branch around the masks, which few tiles need.
                 cut = functools.partial(tile.masked, j=t, layout=layout)
-                return lax.cond(tile.is_full(t), lambda s: s, cut, s)
+                return lax.cond(is_full, lambda s: s, cut, s)
 
-            def score_gradients():
+            def exchange(value):
+                """Store the warp's part of P^T or dS^T, and wait for that of the other warp."""
+                fragments.store_product(own_ds, value, M_WARPS)
+                cp_async.pair_barrier()
+
+            def key_gradients(dk_acc, dv_acc):
                 start = zeros(shape, layout)
                 s = masked(add_product(start, own_k, q_tile, along="columns"))
                 p = jnp.exp2(s * (scale * LOG2E) - each_row(smem.lse))
+                p16 = p.astype(dtype)
+                exchange(p16)
+                dv_acc = fragments.add_product_of_pair(dv_acc, p16, own_ds, do_tile)
                 dp = add_product(start, own_v, do_tile, along="columns")
-                fragments.store_product(own_p, p.astype(dtype), M_WARPS)
-                ds = p * (dp - each_row(smem.delta))
-                fragments.store_product(own_ds, ds.astype(dtype), M_WARPS)
+                ds = (p * (dp - each_row(smem.delta))).astype(dtype)
+                cp_async.pair_barrier()  # P^T is read
+                exchange(ds)
+                return fragments.add_product_of_pair(dk_acc, ds, own_ds, q_tile), dv_acc
 
-            def no_score_gradients():
+            def no_gradients(dk_acc, dv_acc):
                 fragments.store_product(own_ds, zeros(shape, layout).astype(dtype), M_WARPS)
+                return dk_acc, dv_acc
 
-            def key_gradients(dk_acc, dv_acc):
-                dv_acc = add_product(dv_acc, own_p, do_tile, along="rows")
-                return add_product(dk_acc, own_ds, q_tile, along="rows"), dv_acc
-
+            if dq_later:
+                pl.when((wg == 1) & (i > 0))(lambda: add_dq(i - 1))
             if warpgroups == 1:  # every visited tile is live
-                score_gradients()
-                barrier()
-                dk_acc, dv_acc = key_gradients(dk_acc, dv_acc)
+                carry = key_gradients(*carry)
             else:
-                live = (t >= tile.live_from) & (t < tile.live_to)
-                lax.cond(live, score_gradients, no_score_gradients)
+                carry = lax.cond(is_live, key_gradients, no_gradients, *carry)
+            if dq_now or stages == 1:
                 barrier()
-                dk_acc, dv_acc = lax.cond(live, key_gradients, lambda *x: x, dk_acc, dv_acc)
             if stages == 1:
-                barrier()
-                start_copy(ahead, i + 1, first_head)
-            if with_dq:
-                for part in range(dq_parts):
-                    columns = pl.ds(part * dq_columns, warpgroups * dq_columns)
-                    dq_acc = zeros((tiles.block_q, dq_columns), layout)
-                    load = functools.partial(fragments.load_factor, along="rows", m_warps=M_WARPS)
-                    for c in range(tiles.block_kv // MMA_K):
-                        ds = load(smem.ds, c, side="left")
-                        k = load(smem.k.at[:, columns], c, side="right", warpgroups=warpgroups)
-                        dq_acc = plgpu.mma(dq_acc, ds, k)
-                    row_access.add_rows(
-                        gmem.dq,
-                        dq_acc,
-                        tile.column(t),
-                        head,
-                        dtype=dtype,
-                        m_warps=M_WARPS,
-                        vector=tiles.vector,
-                        column=part * dq_columns,
-                        own=dq_columns if warpgroups > 1 else 0,
-                    )
-            return dk_acc, dv_acc, *ahead
+                start_copy(i + 1, more)
+            if dq_now:
+                add_dq(i)
+            if dq_later:
+                pl.when((wg == 0) & (i > 0))(lambda: add_dq(i - 1))
+            return i + 1, more, *carry
 
         start = zeros((WARPGROUP_ROWS, H), layout)
-        dk_acc, dv_acc, *_ = lax.fori_loop(0, tile.count * group, step, (start, start, *first))
-        # Staged in the memory of K and V, after all warpgroups have read them.
+        _, _, dk_acc, dv_acc = lax.while_loop(
+            lambda carry: carry[1], step, (jnp.int32(0), iterations() > 0, start, start)
+        )
         barrier()
+        if dq_later:
+            last = iterations() - 1
+            pl.when(last >= 0)(lambda: add_dq(last))
+            barrier()
+        # Staged in the memory of K and V, which all warpgroups have read.
         fragments.store_product(own_v, dv_acc.astype(dtype), M_WARPS)
         fragments.store_product(own_k, (dk_acc * scale).astype(dtype), M_WARPS)
         barrier()
-        kv_head, key = smem.head_and_key[0], smem.head_and_key[1]
+        key = tile.row_tile * tiles.block_kv
+        kv_head = lax.div(gmem.order[program], key_tiles)
         cp_async.store_rows(smem.v, gmem.dv, key, kv_head, warpgroups=warpgroups)
         cp_async.store_rows(smem.k, gmem.dk, key, kv_head, warpgroups=warpgroups)
 
@@ -242,11 +257,11 @@ def backward(
         warpgroups=warpgroups,
         inputs=arrays | stats | {"dq": dq_sum, "order": order} | work.inputs,
         out=dict.fromkeys(("dk", "dv"), jax.ShapeDtypeStruct((C, K, H), dtype)),
-        scratch=scratch(H, dtype, tiles),
+        scratch=scratch(H, dtype, tiles, with_dq),
         semantics=plgpu.LoweringSemantics.Lane,
         reduction_scratch_bytes=0,
     )
     if dq_sum is None:
         return None, dk, dv
-    dq = row_access.in_rows(dq_sum[...], H, vector=tiles.vector)[:R]
+    dq = row_access.in_rows(dq_sum[...], H, m_warps=M_WARPS, vector=tiles.vector)[:R]
     return (dq * scale).astype(dtype), dk, dv

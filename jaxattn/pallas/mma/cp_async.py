@@ -119,6 +119,18 @@ def barrier(warpgroups: int = 1) -> None:
     synchronize()  # pyright: ignore[reportCallIssue]
 
 
+def pair_barrier() -> None:
+    """Wait for both warps of a pair, warps 2 * i and 2 * i + 1 of the program."""
+
+    @plgpu.inline_mgpu()
+    def synchronize(_) -> None:
+        # Barrier 0 is that of all threads.
+        pair = arith.addi(arith.shrui(utils.thread_idx(), constant(6)), constant(1))
+        utils.inline_ptx("bar.sync $0, 64;", pair, has_side_effects=True)
+
+    synchronize()  # pyright: ignore[reportCallIssue]
+
+
 def _copy_piece(memory, shared) -> None:
     nvvm.cp_async_shared_global(shared, memory, 16, nvvm.LoadCacheModifierKind.CG)
 

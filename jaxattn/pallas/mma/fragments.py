@@ -7,6 +7,7 @@ product, 16 rows each, and the others its columns, 8 each. With 4 `m_warps` the 
 layout of wgmma (`softmax.TILE`), so both kernel families share `softmax`.
 """
 
+import functools
 from typing import Any, Literal
 
 import jax.experimental.mosaic.gpu as mgpu
@@ -48,6 +49,7 @@ def load_factor(
     along: Literal["rows", "columns"],
     warpgroups: int = 1,
     m_warps: int = 4,
+    of_warp: Literal["this", "other"] | None = None,
 ):
     """Load 16 of the contraction of a tile in shared memory as a factor of `plgpu.mma`.
 
@@ -55,11 +57,15 @@ def load_factor(
 
     Args:
       ref: [rows, columns] in shared memory in the layout `swizzled`.
-      k: the rows or columns 16 * k to 16 * k + 15 are loaded.
+      k: the rows or columns 16 * k to 16 * k + 15 are loaded; 16 of 32 * k to 32 * k + 31 with
+        `of_warp`.
       side: the left factor, [m, 16], or the right one, [16, n].
       along: the axis of `ref` that is summed over. For rows, ldmatrix transposes.
       warpgroups: warpgroups that divide the columns of a right factor along rows evenly.
       m_warps: warps along the rows of the product.
+      of_warp: with two warps along the columns of a product, it divides its columns among them by
+        eights. This: of 32 of the contraction, the 16 that the warp has; other: those of the other
+        warp along the columns. None: 16 neighbors.
 
     References:
       PTX ISA, ldmatrix and the fragments of mma.m16n8k16.
@@ -70,6 +76,7 @@ def load_factor(
     # The other axis, which is not summed over: its length, and the part that one load has.
     length = ref.shape[0 if along == "columns" else 1] // warpgroups
     step = 16 * m_warps if is_left else 64 // m_warps
+    k_step = MMA_K if of_warp is None else n_warps * MMA_K
     size = (length, MMA_K) if is_left else (MMA_K, length)
 
     @plgpu.inline_mgpu(
@@ -84,10 +91,18 @@ def load_factor(
         row = arith.andi(lane(), constant(7))
         first = arith.andi(arith.shrui(lane(), constant(3)), constant(1))
         second = arith.shrui(lane(), constant(4))
+
+        def eight(half):
+            """Return which eight of the contraction holds a half of the 16."""
+            if of_warp is None:
+                return half
+            warp = n_warp if of_warp == "this" else arith.xori(n_warp, constant(1))
+            return arith.addi(scaled(half, n_warps), warp)
+
         if is_left:
-            other, summed = arith.addi(first, scaled(m_warp, 2)), second
+            other, summed = arith.addi(first, scaled(m_warp, 2)), eight(second)
         else:
-            other, summed = arith.addi(scaled(second, n_warps), n_warp), first
+            other, summed = arith.addi(scaled(second, n_warps), n_warp), eight(first)
         below, right = (other, summed) if along == "columns" else (summed, other)
         i32 = ir.IntegerType.get_signless(32)
         # Opaque to the compiler, which else keeps the offset of every piece in its own register.
@@ -99,7 +114,7 @@ def load_factor(
         )
         registers = []
         for start in range(0, length, step):
-            at_row, at_column = (start, MMA_K * k) if along == "columns" else (MMA_K * k, start)
+            at_row, at_column = (start, k_step * k) if along == "columns" else (k_step * k, start)
             offset = arith.xori(of_lane, constant(at_column % 64 // 8 * 16))
             if warpgroups > 1 and length % 64:  # a part of 64 columns
                 offset = arith.xori(offset, scaled(warpgroup(), 2 * length))
@@ -139,6 +154,56 @@ def add_product(sums, left, right, *, along: Literal["rows", "columns"], m_warps
             sums, load_factor(left, c, side="left", along="columns", m_warps=m_warps), factor
         )
     return sums
+
+
+def add_product_of_pair(sums, value, left, right):
+    """Add value @ right, of which each of two warps along the columns has half in registers.
+
+    A warp takes its own columns of the value from registers, and the others from shared memory,
+    where the other warp stored them: half the loads of the left factor of `add_product`.
+
+    Args:
+      sums: fp32 [m, n] in the layout `acc_layout`, with two `m_warps`.
+      value: [m, contraction] of 16-bit numbers in this layout.
+      left: ref [m, contraction] that holds the value.
+      right: ref [contraction, n].
+    """
+    m_warps = 2
+    load = functools.partial(load_factor, m_warps=m_warps)
+    for of_warp in ("this", "other"):
+        for c in range(value.shape[1] // (2 * MMA_K)):
+            factor = load(right, c, side="right", along="rows", of_warp=of_warp)
+            if of_warp == "this":
+                mine = own_left_factor(value, c, m_warps)
+            else:
+                mine = load(left, c, side="left", along="columns", of_warp=of_warp)
+            sums = plgpu.mma(sums, mine, factor)
+    return sums
+
+
+def own_left_factor(value, k: int, m_warps: int):
+    """Return, of 32 columns of a product, the 16 that a warp has as a left factor.
+
+    Args:
+      value: [m, columns] of 16-bit numbers in the layout `acc_layout`, with two `m_warps`.
+      k: the columns are 32 * k to 32 * k + 31.
+      m_warps: two.
+    """
+    dtype = jnp.dtype(value.dtype)
+    layout, size = plgpu.Layout.MMA_LHS(dtype, m_warps=m_warps), (value.shape[0], MMA_K)
+
+    @plgpu.inline_mgpu(
+        arg_types=(acc_layout(dtype, m_warps),),
+        return_type=plgpu.ShapeDtypeStruct(size, dtype, layout=layout),
+    )
+    def relabel(_, value: Any) -> Any:
+        target = layout.to_mgpu()
+        # [16 rows of the warp, 8 columns of the warp, half of the rows]
+        eights = value.registers.reshape(value.shape[0] // (16 * m_warps), -1, 2)
+        registers = eights[:, 2 * k : 2 * k + 2].reshape(target.registers_shape(size))
+        return mgpu.FragmentedArray(_registers=registers, _layout=target, _is_signed=None)
+
+    return relabel(value)  # pyright: ignore[reportCallIssue]
 
 
 def as_left_factor(x):

@@ -87,8 +87,8 @@ def add_rows(
       head: head of the rows, int32.
       dtype: type of the factors of the product.
       m_warps: warps along the rows of the value.
-      vector: add two numbers per instruction (sm_90 and later).
-      column: first column, a multiple of 8.
+      vector: add four numbers per instruction (sm_90 and later).
+      column: first column, a multiple of 64.
       own: columns of a warpgroup, if several warpgroups share the rows; 0: one has all columns.
 
     References:
@@ -103,35 +103,46 @@ def add_rows(
         m_warp, n_warp = warp_coordinates(m_warps)
         eight = arith.addi(arith.shrui(token.registers.item(), constant(3)), scaled(m_warp, 2))
         index = arith.addi(scaled(eight, num_heads), head.registers.item())
-        offset = arith.addi(scaled(lane(), 8 if vector else 4), scaled(n_warp, block))
+        # Of two neighboring blocks of the warp a thread has four numbers.
+        warp_block, thread = (2 * block, 16) if vector else (block, 4)
+        offset = arith.addi(scaled(lane(), thread), scaled(n_warp, warp_block))
         if own:
             offset = arith.addi(offset, scaled(warpgroup(), own // 8 * block))
         base = shifted(global_pointer(target), arith.muli(wide(index), constant(4 * numbers, 64)))
         base = shifted(shifted(base, offset), column // 8 * block)
         registers = value.registers.reshape(value.shape[0] // (16 * m_warps), -1, 2)
+
+        def pointer(i: int, j: int, half: int):
+            rows = 2 * m_warps * i + half
+            return shifted(base, rows * num_heads * 4 * numbers + j * n_warps * block)
+
+        def of_register(*index: int):
+            return [llvm.extractelement(registers[index], constant(n)) for n in range(2)]
+
         for i, j, half in np.ndindex(registers.shape):
-            pair = [llvm.extractelement(registers[i, j, half], constant(n)) for n in range(2)]
-            at = (2 * m_warps * i + half) * num_heads * 4 * numbers + j * n_warps * block
-            pointer = shifted(base, at)
-            if vector:
-                ptx = "red.relaxed.gpu.global.add.v2.f32 [$0], {$1, $2};"
-                utils.inline_ptx(ptx, pointer, *pair, has_side_effects=True)
-                continue
-            for n, number in enumerate(pair):
-                ptx = "red.relaxed.gpu.global.add.f32 [$0], $1;"
-                address = shifted(pointer, n * block // 2)
-                utils.inline_ptx(ptx, address, number, has_side_effects=True)
+            if not vector:
+                for n, number in enumerate(of_register(i, j, half)):
+                    ptx = "red.relaxed.gpu.global.add.f32 [$0], $1;"
+                    address = shifted(pointer(i, j, half), n * block // 2)
+                    utils.inline_ptx(ptx, address, number, has_side_effects=True)
+            elif j % 2 == 0:
+                four = of_register(i, j, half) + of_register(i, j + 1, half)
+                ptx = "red.relaxed.gpu.global.add.v4.f32 [$0], {$1, $2, $3, $4};"
+                utils.inline_ptx(ptx, pointer(i, j, half), *four, has_side_effects=True)
 
     add(target, value, int32(token), int32(head))  # pyright: ignore[reportCallIssue]
 
 
 def in_rows(
-    sums: Float[Array, "eights N numbers"], head_dim: int, *, vector: bool
+    sums: Float[Array, "eights N numbers"], head_dim: int, *, m_warps: int, vector: bool
 ) -> Float[Array, "R N H"]:
     """Return the sums of `add_rows`, [R / 8, N, 8 * H], in the order of their rows."""
     eights, num_heads, _ = sums.shape
-    if vector:  # blocks of 8 columns, row by row
-        x = sums.reshape(eights, num_heads, head_dim // 8, 8, 8).transpose(0, 3, 1, 2, 4)
+    if vector:
+        # Columns of a thread: pair of blocks, warp, block of the pair, thread of a row, number.
+        n_warps = 4 // m_warps
+        x = sums.reshape(eights, num_heads, head_dim // (16 * n_warps), n_warps, 8, 4, 2, 2)
+        x = x.transpose(0, 4, 1, 2, 6, 3, 5, 7)
     else:  # in a block, the even columns of all threads, then the odd ones
         x = sums.reshape(eights, num_heads, head_dim // 8, 2, 8, 4)
         x = x.transpose(0, 4, 1, 2, 5, 3)

@@ -55,13 +55,16 @@ class BackwardTiles:
       block_q: queries in a tile, a multiple of 64.
       block_kv: keys of a program: 64 for each warpgroup, of which there are 1 or 2.
       stages: Q tiles (and dO tiles) in shared memory, 1 or 2.
-      vector: dQ is added two numbers per instruction (sm_90 and later).
+      vector: dQ is added four numbers per instruction (sm_90 and later).
+      entry_in_smem: the entry of the work list is read from shared memory at each use, because no
+        registers are left to keep it (before sm_90).
     """
 
     block_q: int
     block_kv: int
     stages: int
     vector: bool
+    entry_in_smem: bool
 
     def __str__(self) -> str:
         """Return the sizes in words."""
@@ -100,7 +103,7 @@ def rule_tiles(num_heads: int, num_kv_heads: int, head_dim: int, capability: str
     warpgroups share K and V in the backward kernel if they fit. Two stages, if they do not cost the
     second program.
     """
-    chip = CHIPS[capability]
+    chip, before_hopper = CHIPS[capability], capability in ("8.0", "8.6", "8.9")
     qheads = math.gcd(num_heads // num_kv_heads, 8)
     large = head_dim == 64 or chip.smem > 128 * 1024
     tile = 2 * head_dim * 64  # bytes of 64 rows
@@ -134,6 +137,7 @@ def rule_tiles(num_heads: int, num_kv_heads: int, head_dim: int, capability: str
             block_q=64,
             block_kv=128 if large else 64,
             stages=2 if large else 1,
-            vector=capability not in ("8.0", "8.6", "8.9"),
+            vector=not before_hopper,
+            entry_in_smem=before_hopper,
         ),
     )

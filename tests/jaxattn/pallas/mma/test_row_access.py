@@ -14,8 +14,12 @@ def test_in_rows_inverts_the_order_of_the_threads(vector):
     want = np.arange(rows * heads * head_dim, dtype=np.float32).reshape(rows, heads, head_dim)
     sums = np.zeros((rows // 8, heads, 8 * head_dim), np.float32)
     for eight, head, block, thread, n in np.ndindex(rows // 8, heads, head_dim // 8, 32, 2):
-        place = 2 * thread + n if vector else 32 * n + thread
+        if vector:  # a thread has four numbers, of two blocks of its warp; blocks alternate by warp
+            pair, (second, warp) = block // 4, divmod(block % 4, 2)
+            at = 256 * pair + 128 * warp + 4 * thread + 2 * second + n
+        else:
+            at = 64 * block + 32 * n + thread
         value = want[8 * eight + thread // 4, head, 8 * block + 2 * (thread % 4) + n]
-        sums[eight, head, 64 * block + place] = value
-    got = in_rows(jnp.asarray(sums), head_dim, vector=vector)
+        sums[eight, head, at] = value
+    got = in_rows(jnp.asarray(sums), head_dim, m_warps=2, vector=vector)
     np.testing.assert_array_equal(np.asarray(got), want)

@@ -32,7 +32,7 @@ def test_rule_fits_every_chip(capability, head_dim, heads):
 
 
 def test_vector_adds_are_for_chips_that_have_them():
-    """red.v2.f32 exists from sm_90 on."""
+    """red.v4.f32 exists from sm_90 on."""
     vector = {c: rule_tiles(16, 8, 128, c).backward.vector for c in CHIPS}
     assert vector == {"8.0": False, "8.6": False, "8.9": False, "9.0": True, "12.0": True}
 
