@@ -21,3 +21,12 @@ def test_the_measured_gpu_is_reproduced():
     assert estimate.peak_share(estimate.H200, BODY, share) == pytest.approx(0.61)
     low, high = (estimate.peak_share(estimate.GPUS["L40S"], BODY, s) for s in (1.0, share))
     assert low < high < 1
+
+
+def test_one_of_two_copies_of_dq_counts():
+    """384 mma.sync are five products and the second copy of dQ; any other loop stays as it is."""
+    body = ["HMMA.16816.F32.BF16 R0, R4, R8, R0", "LDSM.16.M88.4 R0, [R1]"] * 384 + BODY[256:]
+    kept = estimate.without_second_dq(body)
+    assert (sum("HMMA" in x for x in kept), sum("LDSM" in x for x in kept)) == (320, 384 - 32 + 80)
+    assert len(kept) == len(body) - 96
+    assert estimate.without_second_dq(BODY) == BODY

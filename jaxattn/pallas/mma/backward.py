@@ -42,8 +42,8 @@ from jaxattn.pallas.smem import ring_slot, swizzled
 from jaxattn.pallas.softmax import LOG2E, by_col
 from jaxattn.pallas.tiles import WARPGROUP_ROWS
 
-# Warps along the rows of a product, and as many along its columns.
-M_WARPS = 2
+# Two warps along the rows of a product, and two along its columns.
+M_WARPS = fragments.OF_PAIRS
 
 
 def scratch(head_dim: int, dtype: jnp.dtype, tiles: BackwardTiles, with_dq: bool = True) -> dict:
@@ -163,12 +163,13 @@ def backward(
             # Loaded before the barrier, so that the loads are complete after it.
             t = walk.tile(i)
             is_live, is_full, more = tile.is_live(t), tile.is_full(t), i + 1 < iterations()
+            ahead = walk.entry(i + 2)
             slot = ring_slot(i, stages)
             q_tile, do_tile = smem.q.at[slot], smem.do.at[slot]
             own_ds = smem.ds.at[ring_slot(i, ds_slots)].at[own]
             cp_async.wait(0)
             barrier()
-            walk.look_ahead(i + 2)
+            walk.write(i + 2, ahead)
             if stages > 1:
                 start_copy(i + 1, more)
 

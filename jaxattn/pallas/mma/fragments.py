@@ -34,6 +34,8 @@ from jaxattn.pallas.softmax import TILE
 
 # Contraction of one mma.sync, in 16-bit numbers.
 MMA_K = 16
+# `m_warps` with which pairs of warps share the rows of a product, each with half of its columns.
+OF_PAIRS = 2
 
 
 def acc_layout(dtype, m_warps: int):
@@ -163,43 +165,41 @@ def add_product_of_pair(sums, value, left, right):
     where the other warp stored them: half the loads of the left factor of `add_product`.
 
     Args:
-      sums: fp32 [m, n] in the layout `acc_layout`, with two `m_warps`.
+      sums: fp32 [m, n] in the layout `acc_layout` with `OF_PAIRS`.
       value: [m, contraction] of 16-bit numbers in this layout.
       left: ref [m, contraction] that holds the value.
       right: ref [contraction, n].
     """
-    m_warps = 2
-    load = functools.partial(load_factor, m_warps=m_warps)
+    load = functools.partial(load_factor, m_warps=OF_PAIRS)
     for of_warp in ("this", "other"):
         for c in range(value.shape[1] // (2 * MMA_K)):
             factor = load(right, c, side="right", along="rows", of_warp=of_warp)
             if of_warp == "this":
-                mine = own_left_factor(value, c, m_warps)
+                mine = own_left_factor(value, c)
             else:
                 mine = load(left, c, side="left", along="columns", of_warp=of_warp)
             sums = plgpu.mma(sums, mine, factor)
     return sums
 
 
-def own_left_factor(value, k: int, m_warps: int):
-    """Return, of 32 columns of a product, the 16 that a warp has as a left factor.
+def own_left_factor(value, k: int):
+    """Return, of 32 columns of a product, the 16 that a warp of a pair has as a left factor.
 
     Args:
-      value: [m, columns] of 16-bit numbers in the layout `acc_layout`, with two `m_warps`.
+      value: [m, columns] of 16-bit numbers in the layout `acc_layout` with `OF_PAIRS`.
       k: the columns are 32 * k to 32 * k + 31.
-      m_warps: two.
     """
     dtype = jnp.dtype(value.dtype)
-    layout, size = plgpu.Layout.MMA_LHS(dtype, m_warps=m_warps), (value.shape[0], MMA_K)
+    layout, size = plgpu.Layout.MMA_LHS(dtype, m_warps=OF_PAIRS), (value.shape[0], MMA_K)
 
     @plgpu.inline_mgpu(
-        arg_types=(acc_layout(dtype, m_warps),),
+        arg_types=(acc_layout(dtype, OF_PAIRS),),
         return_type=plgpu.ShapeDtypeStruct(size, dtype, layout=layout),
     )
     def relabel(_, value: Any) -> Any:
         target = layout.to_mgpu()
         # [16 rows of the warp, 8 columns of the warp, half of the rows]
-        eights = value.registers.reshape(value.shape[0] // (16 * m_warps), -1, 2)
+        eights = value.registers.reshape(value.shape[0] // (16 * OF_PAIRS), -1, 2)
         registers = eights[:, 2 * k : 2 * k + 2].reshape(target.registers_shape(size))
         return mgpu.FragmentedArray(_registers=registers, _layout=target, _is_signed=None)
 

@@ -42,11 +42,11 @@ class TileWalk:
 
         @pl.when(tile.count > 0)
         def _():
-            self._write(jnp.int32(0), first_head, (jnp.int32(0),) * 3)
-            self.look_ahead(jnp.int32(1))
+            self.write(jnp.int32(0), self._entry(first_head, (jnp.int32(0),) * 3))
+            self.write(jnp.int32(1), self.entry(jnp.int32(1)))
 
     def tile(self, i):
-        """Return the i-th iteration's Q tile, of i - 1 to i + 1."""
+        """Return the i-th iteration's Q tile."""
         return self._ring[ring_slot(i, RING), 0]
 
     def token(self, i):
@@ -57,27 +57,28 @@ class TileWalk:
         """Return the query head."""
         return self._ring[ring_slot(i, RING), 2]
 
-    def look_ahead(self, i) -> None:
-        """Write the entry of the i-th iteration, from that of the one before."""
+    def entry(self, i) -> tuple:
+        """Return the entry of the i-th iteration, from that of the one before."""
         before = ring_slot(i - 1, RING)
         head, offset, g, j = (self._ring[before, n] for n in range(2, 6))
         last = j + 1 == jnp.minimum(self._tile.count - offset, Q_CHUNK)
         last_head = last & (g + 1 == self._group)
         step = jnp.where(last_head, 1 - self._group, 1)
-        self._write(
-            i,
-            jnp.where(last, head + step, head),
-            (
-                jnp.where(last_head, offset + Q_CHUNK, offset),
-                jnp.where(last, jnp.where(last_head, 0, g + 1), g),
-                jnp.where(last, 0, j + 1),
-            ),
+        position = (
+            jnp.where(last_head, offset + Q_CHUNK, offset),
+            jnp.where(last, jnp.where(last_head, 0, g + 1), g),
+            jnp.where(last, 0, j + 1),
         )
+        return self._entry(jnp.where(last, head + step, head), position)
 
-    def _write(self, i, head, position) -> None:
+    def write(self, i, entry: tuple) -> None:
+        """Write the entry of the i-th iteration, over that of iteration i - RING."""
+        slot = ring_slot(i, RING)
+        for n, number in enumerate(entry):
+            self._ring[slot, n] = number
+
+    def _entry(self, head, position) -> tuple:
         offset, _, j = position
         # Beyond the last iteration: an entry that is not used, of a tile that exists.
         t = jnp.maximum(self._tile.count - 1 - offset - j, 0)
-        slot = ring_slot(i, RING)
-        for n, number in enumerate((t, self._tile.column(t), head, *position)):
-            self._ring[slot, n] = number
+        return t, self._tile.column(t), head, *position
