@@ -105,6 +105,15 @@ def main_loops(lines: list[str]) -> list[Loop]:
         for begin, end in spans
         if not any((b, e) != (begin, end) and begin <= b and e <= end for b, e in spans)
     ]
+
+    def whole(begin: int, end: int) -> tuple[int, int]:
+        """Return all of a loop to whose start a second way back leads past its first part."""
+        products = count(instructions[begin:end], r"\bHMMA\b")
+        around = [(b, e) for b, e in spans if b <= begin and end <= e]
+        same = [(b, e) for b, e in around if count(instructions[b:e], r"\bHMMA\b") == products]
+        return max(same, key=lambda span: span[1] - span[0]) if products else (begin, end)
+
+    inner = [whole(begin, end) for begin, end in inner]
     return [
         Loop(instructions[begin : end + 1], _straight(instructions, labels, begin, end))
         for begin, end in inner

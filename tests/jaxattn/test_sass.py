@@ -28,3 +28,22 @@ def test_reader_sees_spills_and_order():
     assert (sass.spills(loop.body), sass.spills(loop.straight)) == (1, 0)
     assert sass.events(loop) == "Q0"
     assert sass.notes("ptxas info : (C7517) warpgroup.wait is injected\n(C7509) other") != []
+
+
+def test_a_second_way_back_past_the_first_part():
+    """The copies before the second label are a part of the round."""
+    listing = """
+.text.flash_example_mosaic_gpu_kernel:
+.L_x_1:
+        /*0000*/                   LDGSTS.E.BYPASS.128 [R1], [R2.64] ;
+.L_x_2:
+        /*0010*/                   HMMA.16816.F32.BF16 R0, R4, R8, R0 ;
+        /*0020*/               @P1 BRA `(.L_x_2) ;
+        /*0030*/               @P2 BRA `(.L_x_3) ;
+        /*0040*/                   BRA `(.L_x_1) ;
+.L_x_3:
+        /*0050*/                   EXIT ;
+//--------------------- SYMBOLS --------------------------
+"""
+    (loop,) = sass.kernels(listing)["flash_example"]
+    assert sass.count(loop.body, "LDGSTS") == sass.count(loop.body, "HMMA") == 1
