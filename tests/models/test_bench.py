@@ -46,7 +46,17 @@ def test_it_measures_and_writes(tmp_path, capsys):
     assert [*tmp_path.iterdir()] == [out]  # the weights are gone
 
 
-def test_an_attention_that_cannot_run_is_a_line(tmp_path, capsys):
+@pytest.fixture
+def in_process(monkeypatch):
+    """Write and load in this process: a child would import jax first."""
+
+    def run(step, config, directory):
+        return {"write": bench._write, "load": bench._load}[step](config, directory)
+
+    monkeypatch.setattr(bench, "_in_process", run)
+
+
+def test_an_attention_that_cannot_run_is_a_line(tmp_path, capsys, in_process):
     flags = ["--model=nano", "--load", "--prompt=8", "--attn=cudnn", f"--dir={tmp_path}"]
     assert bench.main(flags) == 1
     assert capsys.readouterr().err.startswith("error: attention 'cudnn' cannot run: ")
