@@ -11,7 +11,8 @@ kernel. dQ is added to fp32 numbers in global memory (`row_access.add_rows`).
 With two warpgroups, each computes half of the columns of dQ, so that a number is added once per 128
 keys, and needs the dS^T of both. It adds dQ of the iteration before, whose dS^T is complete: one
 warpgroup at the start of an iteration and the other at its end, so that the products of one run
-beside the exponentials of the other.
+beside the exponentials of the other. One warpgroup alone adds dQ of the same tile at the end, after
+a barrier.
 
 Q, dO, lse and delta arrive by cp.async. With two stages the next tile's copies start at the
 beginning of an iteration; with one, after dK has read Q.
@@ -91,7 +92,6 @@ def backward(
     dq_parts = H // warpgroups // dq_columns
     # Two warpgroups add dQ of the iteration before, which both have finished at its end.
     dq_later, dq_now = with_dq and warpgroups > 1, with_dq and warpgroups == 1
-    ds_slots = 2 if dq_later else 1
     add_product = functools.partial(fragments.add_product, m_warps=M_WARPS)
 
     def kernel(gmem, smem):
@@ -114,9 +114,12 @@ def backward(
         barrier = functools.partial(cp_async.barrier, warpgroups)
         copy_rows = functools.partial(cp_async.copy_rows, warpgroups=warpgroups)
 
-        # Read from shared memory at each use: on sm_80 no register is left to keep it.
+        # Computed at each use: on sm_80 no register is left to keep it.
         def iterations():
             return tile.count * group
+
+        def ds_of(i):
+            return smem.ds.at[ring_slot(i, smem.ds.shape[0])]
 
         def start_copy(i, exists):
             @pl.when(exists)
@@ -137,7 +140,7 @@ def backward(
 
         def add_dq(i):
             """Add the product of the i-th iteration's dS and K to dQ."""
-            ds_tile = smem.ds.at[ring_slot(i, ds_slots)]
+            ds_tile = ds_of(i)
             for part in range(dq_parts):
                 columns = pl.ds(part * dq_columns, warpgroups * dq_columns)
                 dq_acc = zeros((tiles.block_q, dq_columns), layout)
@@ -166,7 +169,7 @@ def backward(
             ahead = walk.entry(i + 2)
             slot = ring_slot(i, stages)
             q_tile, do_tile = smem.q.at[slot], smem.do.at[slot]
-            own_ds = smem.ds.at[ring_slot(i, ds_slots)].at[own]
+            own_ds = ds_of(i).at[own]
             cp_async.wait(0)
             barrier()
             walk.write(i + 2, ahead)

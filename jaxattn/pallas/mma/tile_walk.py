@@ -12,8 +12,8 @@ from jaxattn.pallas.smem import ring_slot
 Q_CHUNK = 32
 # Iterations whose tiles are kept: the one before, the current one, and two ahead.
 RING = 4
-# Numbers of an entry: tile, token, head, and its place in the order: offset, head of the group,
-# tile in the chunk.
+# Numbers of an entry, padded: tile, token, head, and its place in the order: tiles of the chunks
+# before, head of the group, tile in the chunk.
 ENTRY = 8
 
 
